@@ -1,0 +1,50 @@
+"""The expert feed-forward over a slab of blobs: one function, and the backend of the current device.
+
+A *slab* is a uint32 array [slots, blob_size / 4]: slot s holds one expert's blob as ``layout`` describes it.
+Kernels read experts where they lie in it; nothing is unpacked, copied or gathered.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from mlx_flashmoe.kernels import reference
+from mlx_flashmoe.layout import BlobLayout
+
+__all__ = ["expert_ffn", "expert_rows"]
+
+
+def expert_ffn(
+    x: mx.array, slab: mx.array, slots: mx.array, weights: mx.array, layout: BlobLayout
+) -> mx.array:
+    """The routed experts of a few tokens: y = sum over k of weights * down(silu(gate(x)) * up(x)).
+
+    Args:
+        x: [T, D] activations, float32, bfloat16 or float16. T from 1 to 16.
+        slab: uint32 [slots, blob_size / 4].
+        slots: int32 [T, K], where each token's experts lie. Every entry must be a valid slot.
+        weights: float32 [T, K] routing weights.
+        layout: of the blobs in the slab.
+
+    Returns:
+        [T, D] in x's dtype. Accumulated in float32.
+    """
+    return reference.expert_ffn(x, slab, slots, weights, layout)
+
+
+def expert_rows(x: mx.array, slab: mx.array, slots: mx.array, layout: BlobLayout) -> mx.array:
+    """One expert a row, unweighted, for many rows grouped by expert: each expert's weights are read once.
+
+    The result of a row depends on that row's x, its expert and the number of rows of its run, and on nothing
+    else in the call: calls may be split between runs of equal slots without changing a bit.
+
+    Args:
+        x: [P, D] activations, rows of one expert adjacent.
+        slab: uint32 [slots, blob_size / 4].
+        slots: int32 [P], equal entries adjacent.
+        layout: of the blobs in the slab.
+
+    Returns:
+        [P, D] in x's dtype: down(silu(gate(x)) * up(x)) of each row's expert.
+    """
+    return reference.expert_rows(x, slab, slots, layout)

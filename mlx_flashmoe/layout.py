@@ -1,0 +1,354 @@
+"""What is on disk: the manifest and the layout of an expert's blob.
+
+The one file that converter and runtime share. A converted folder holds
+
+    flashmoe.json             the manifest, written last: a folder without it is not a model
+    model-*.safetensors       the dense part: MLX names, MLX affine quantization
+    experts/layer_000.bin …   one file a layer; blob e at byte e * blob_size
+    config.json, tokenizer…   as published
+
+A blob is one expert: gate, up and down projection, each as weight, scales and biases (the latter two only
+when quantized), in that order, every component aligned to 256 bytes, the whole rounded up to 16 KiB (Apple's
+page). A quantized weight is MLX's affine format: uint32 [out, in * bits / 32], little endian, value =
+q * scale + bias with one scale and bias per group_size inputs: [out, in / group_size].
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_flashmoe.errors import FormatError
+
+FORMAT = "mlx-flashmoe"
+FORMAT_VERSION = 1
+MANIFEST = "flashmoe.json"
+PAGE = 16384
+ALIGNMENT = 256
+PROJECTIONS = ("gate", "up", "down")
+ITEMSIZE = {"uint32": 4, "float32": 4, "bfloat16": 2, "float16": 2}
+BITS = (2, 3, 4, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+UNQUANTIZED = 16  # --q-bits 16: weights as published
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Component:
+    """One array inside a blob. ``offset`` is in bytes from the blob's start."""
+
+    dtype: str
+    shape: tuple[int, int]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape[0] * self.shape[1] * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Affine quantization of one matrix; ``bits == 16`` means unquantized (``group_size`` is then 0)."""
+
+    bits: int
+    group_size: int
+
+    @property
+    def quantized(self) -> bool:
+        return self.bits != UNQUANTIZED
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One matrix [out_dims, in_dims] of an expert. ``scales`` and ``biases`` are None when unquantized."""
+
+    out_dims: int
+    in_dims: int
+    bits: int
+    group_size: int
+    weight: Component
+    scales: Component | None
+    biases: Component | None
+
+    @property
+    def components(self) -> dict[str, Component]:
+        named = {"weight": self.weight, "scales": self.scales, "biases": self.biases}
+        return {k: c for k, c in named.items() if c is not None}
+
+
+@dataclass(frozen=True)
+class BlobLayout:
+    """Where everything is inside one expert's blob. Hashable: kernels are cached by it."""
+
+    hidden_size: int
+    intermediate_size: int
+    gate: Projection
+    up: Projection
+    down: Projection
+    blob_size: int
+
+    @classmethod
+    def build(
+        cls,
+        hidden_size: int,
+        intermediate_size: int,
+        quantization: dict[str, Quantization],
+        dtype: str | dict[str, str],
+    ) -> BlobLayout:
+        """Lays out a blob.
+
+        Args:
+            quantization: for each of "gate", "up", "down".
+            dtype: of scales and biases, or of the weights where they are unquantized; one, or per projection.
+        """
+        offset = 0
+
+        def place(dtype: str, shape: tuple[int, int]) -> Component:
+            nonlocal offset
+            component = Component(dtype, shape, offset)
+            offset = _round_up(offset + component.nbytes, ALIGNMENT)
+            return component
+
+        projections = {}
+        for name in PROJECTIONS:
+            q = quantization[name]
+            kind = dtype if isinstance(dtype, str) else dtype[name]
+            out, inner = (
+                (hidden_size, intermediate_size) if name == "down" else (intermediate_size, hidden_size)
+            )
+            if not q.quantized:
+                weight = place(kind, (out, inner))
+                projections[name] = Projection(out, inner, q.bits, 0, weight, None, None)
+                continue
+            if q.bits not in BITS or q.group_size not in GROUP_SIZES:
+                raise ValueError(f"[BlobLayout] bits in {BITS} and group size in {GROUP_SIZES}, but got {q}")
+            if inner % q.group_size:
+                raise ValueError(
+                    f"[BlobLayout] group size {q.group_size} does not divide the {inner} inputs of {name}_proj"
+                )
+            weight = place("uint32", (out, inner * q.bits // 32))
+            groups = (out, inner // q.group_size)
+            projections[name] = Projection(
+                out, inner, q.bits, q.group_size, weight, place(kind, groups), place(kind, groups)
+            )
+        return cls(hidden_size, intermediate_size, **projections, blob_size=_round_up(offset, PAGE))
+
+    @property
+    def projections(self) -> dict[str, Projection]:
+        return {name: getattr(self, name) for name in PROJECTIONS}
+
+    def components(self) -> Iterator[tuple[str, str, Component]]:
+        """Yields (projection, part, component) in file order: ("gate", "weight", …), ("gate", "scales", …) …"""
+        for name, projection in self.projections.items():
+            for part, component in projection.components.items():
+                yield name, part, component
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], where: str) -> BlobLayout:
+        """Reads and checks a layout; raises FormatError when anything in it contradicts anything else."""
+        try:
+            quantization = {
+                n: Quantization(int(data[n]["bits"]), int(data[n]["group_size"])) for n in PROJECTIONS
+            }
+            dtype = {n: (data[n]["scales"] or data[n]["weight"])["dtype"] for n in PROJECTIONS}
+            if not all(d in ITEMSIZE for d in dtype.values()):
+                raise ValueError(f"unknown dtype among {sorted(set(map(str, dtype.values())))}")
+            layout = cls.build(
+                int(data["hidden_size"]), int(data["intermediate_size"]), quantization, dtype
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise FormatError(f"{where}: malformed blob layout ({e!r})") from None
+        if json.loads(json.dumps(layout.to_json())) != data:
+            raise FormatError(f"{where}: the blob layout is not the one format version {FORMAT_VERSION} defines")
+        return layout
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """One layer's expert file. ``crc32[e]`` is zlib's crc32 of blob e."""
+
+    layer: int
+    num_experts: int
+    layout: int
+    crc32: tuple[int, ...]
+
+    @property
+    def file(self) -> str:
+        return expert_file(self.layer)
+
+
+@dataclass(frozen=True)
+class DenseEntry:
+    """One safetensors file of the dense part."""
+
+    file: str
+    size: int
+    crc32: int
+
+
+def expert_file(layer: int) -> str:
+    """Path of a layer's expert file, relative to the converted folder."""
+    return f"experts/layer_{layer:03d}.bin"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """flashmoe.json.
+
+    Attributes:
+        model_type: the checkpoint's, a key of ``models.ARCHITECTURES``.
+        source: where it came from ("path", "revision"), for people.
+        dense_quantization: module path -> Quantization, for every quantized dense module.
+        layouts: distinct blob layouts; a layer names one by its index.
+        layers: the expert files, by layer.
+        dense: the dense safetensors files.
+    """
+
+    model_type: str
+    source: dict[str, Any]
+    dense_quantization: dict[str, Quantization]
+    layouts: tuple[BlobLayout, ...]
+    layers: tuple[LayerEntry, ...]
+    dense: tuple[DenseEntry, ...]
+    format_version: int = field(default=FORMAT_VERSION)
+
+    def layout_of(self, entry: LayerEntry) -> BlobLayout:
+        return self.layouts[entry.layout]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all expert files together."""
+        return sum(e.num_experts * self.layout_of(e).blob_size for e in self.layers)
+
+    @property
+    def dense_bytes(self) -> int:
+        return sum(d.size for d in self.dense)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "format_version": self.format_version,
+            "model_type": self.model_type,
+            "source": self.source,
+            "dense_quantization": {k: asdict(q) for k, q in self.dense_quantization.items()},
+            "layouts": [layout.to_json() for layout in self.layouts],
+            "layers": [asdict(entry) for entry in self.layers],
+            "dense": [asdict(entry) for entry in self.dense],
+        }
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the manifest so that it is either whole or not there, even if power fails."""
+        folder = Path(folder)
+        temporary = folder / (MANIFEST + ".part")
+        with open(temporary, "w", encoding="utf-8") as f:
+            json.dump(self.to_json(), f, separators=(",", ":"))
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, folder / MANIFEST)
+        directory = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Manifest:
+        """Reads the manifest of a converted folder and checks it, and the presence and size of every file.
+
+        Raises:
+            FormatError: not a converted folder, another format version, a file missing or of another size.
+        """
+        folder = Path(folder)
+        path = folder / MANIFEST
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            hint = "no such folder" if not folder.is_dir() else f"no {MANIFEST} in it"
+            raise FormatError(
+                f"{folder} is not a converted model ({hint}); make one with: "
+                f"python -m mlx_flashmoe convert --hf-path SRC --mlx-path {folder}"
+            ) from None
+        except (OSError, UnicodeDecodeError) as e:
+            raise FormatError(f"{path}: cannot be read: {e}") from None
+        try:
+            data = json.loads(text)
+        except ValueError as e:
+            raise FormatError(f"{path}: not valid JSON: {e}") from None
+        manifest = cls.from_json(data, str(path))
+        manifest.check_files(folder)
+        return manifest
+
+    @classmethod
+    def from_json(cls, data: Any, where: str = MANIFEST) -> Manifest:
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise FormatError(f"{where}: not a {FORMAT} manifest")
+        if data.get("format_version") != FORMAT_VERSION:
+            raise FormatError(
+                f"{where}: format version {data.get('format_version')!r}, but this release reads version "
+                f"{FORMAT_VERSION}; convert the checkpoint again"
+            )
+        try:
+            manifest = cls(
+                model_type=str(data["model_type"]),
+                source=dict(data["source"]),
+                dense_quantization={
+                    str(k): Quantization(int(q["bits"]), int(q["group_size"]))
+                    for k, q in data["dense_quantization"].items()
+                },
+                layouts=tuple(
+                    BlobLayout.from_json(layout, f"{where}: layouts[{i}]")
+                    for i, layout in enumerate(data["layouts"])
+                ),
+                layers=tuple(
+                    LayerEntry(
+                        int(e["layer"]), int(e["num_experts"]), int(e["layout"]), tuple(map(int, e["crc32"]))
+                    )
+                    for e in data["layers"]
+                ),
+                dense=tuple(
+                    DenseEntry(str(e["file"]), int(e["size"]), int(e["crc32"])) for e in data["dense"]
+                ),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise FormatError(f"{where}: malformed manifest ({e!r})") from None
+        for entry in manifest.layers:
+            if not 0 <= entry.layout < len(manifest.layouts):
+                raise FormatError(f"{where}: layer {entry.layer} names layout {entry.layout}, which is not there")
+            if entry.layer < 0 or entry.num_experts <= 0 or len(entry.crc32) != entry.num_experts:
+                raise FormatError(
+                    f"{where}: layer {entry.layer} has {entry.num_experts} experts and {len(entry.crc32)} checksums"
+                )
+        if len({entry.layer for entry in manifest.layers}) != len(manifest.layers):
+            raise FormatError(f"{where}: a layer is listed twice")
+        for dense in manifest.dense:
+            if Path(dense.file).name != dense.file or not dense.file.endswith(".safetensors"):
+                raise FormatError(f"{where}: {dense.file!r} is not the name of a safetensors file in this folder")
+        return manifest
+
+    def check_files(self, folder: str | os.PathLike[str]) -> None:
+        """Raises FormatError for the first file that is missing or has another size than the manifest says."""
+        folder = Path(folder)
+        expected = [(d.file, d.size, "") for d in self.dense]
+        for entry in self.layers:
+            blob_size = self.layout_of(entry).blob_size
+            what = f" (layer {entry.layer}, {entry.num_experts} experts of {blob_size} bytes)"
+            expected.append((entry.file, entry.num_experts * blob_size, what))
+        for name, size, what in expected:
+            try:
+                actual = os.stat(folder / name).st_size
+            except OSError:
+                raise FormatError(f"{folder / name}{what} is missing; convert the checkpoint again") from None
+            if actual != size:
+                raise FormatError(
+                    f"{folder / name}{what} has {actual} bytes, but should have {size}; convert the checkpoint again"
+                )
