@@ -163,13 +163,13 @@ class BlobLayout:
             dtype = {n: (data[n]["scales"] or data[n]["weight"])["dtype"] for n in PROJECTIONS}
             if not all(d in ITEMSIZE for d in dtype.values()):
                 raise ValueError(f"unknown dtype among {sorted(set(map(str, dtype.values())))}")
-            layout = cls.build(
-                int(data["hidden_size"]), int(data["intermediate_size"]), quantization, dtype
-            )
+            layout = cls.build(int(data["hidden_size"]), int(data["intermediate_size"]), quantization, dtype)
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise FormatError(f"{where}: malformed blob layout ({e!r})") from None
         if json.loads(json.dumps(layout.to_json())) != data:
-            raise FormatError(f"{where}: the blob layout is not the one format version {FORMAT_VERSION} defines")
+            raise FormatError(
+                f"{where}: the blob layout is not the one format version {FORMAT_VERSION} defines"
+            )
         return layout
 
 
@@ -323,7 +323,9 @@ class Manifest:
             raise FormatError(f"{where}: malformed manifest ({e!r})") from None
         for entry in manifest.layers:
             if not 0 <= entry.layout < len(manifest.layouts):
-                raise FormatError(f"{where}: layer {entry.layer} names layout {entry.layout}, which is not there")
+                raise FormatError(
+                    f"{where}: layer {entry.layer} names layout {entry.layout}, which is not there"
+                )
             if entry.layer < 0 or entry.num_experts <= 0 or len(entry.crc32) != entry.num_experts:
                 raise FormatError(
                     f"{where}: layer {entry.layer} has {entry.num_experts} experts and {len(entry.crc32)} checksums"
@@ -332,7 +334,9 @@ class Manifest:
             raise FormatError(f"{where}: a layer is listed twice")
         for dense in manifest.dense:
             if Path(dense.file).name != dense.file or not dense.file.endswith(".safetensors"):
-                raise FormatError(f"{where}: {dense.file!r} is not the name of a safetensors file in this folder")
+                raise FormatError(
+                    f"{where}: {dense.file!r} is not the name of a safetensors file in this folder"
+                )
         return manifest
 
     def check_files(self, folder: str | os.PathLike[str]) -> None:

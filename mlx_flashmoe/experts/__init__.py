@@ -1,0 +1,7 @@
+"""The experts of a model: on disk, in the arena, and as a layer."""
+
+from mlx_flashmoe.experts.arena import SlotArena
+from mlx_flashmoe.experts.store import ExpertStore
+from mlx_flashmoe.experts.streamed import StreamedExperts
+
+__all__ = ["ExpertStore", "SlotArena", "StreamedExperts"]

@@ -1,0 +1,21 @@
+"""The architectures: one file each, dense layers in mlx.nn, the names of their tensors, nothing about disks."""
+
+from types import ModuleType
+
+from mlx_flashmoe.errors import FormatError
+from mlx_flashmoe.models import qwen3_5_moe
+
+# A checkpoint's model_type -> the module with its Config and Model.
+ARCHITECTURES: dict[str, ModuleType] = {
+    "qwen3_5_moe": qwen3_5_moe,
+    "qwen3_5_moe_text": qwen3_5_moe,
+}
+
+
+def architecture(model_type: str) -> ModuleType:
+    """The module of a model_type; raises FormatError with the supported ones listed."""
+    if model_type not in ARCHITECTURES:
+        raise FormatError(
+            f"model_type {model_type!r} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}"
+        )
+    return ARCHITECTURES[model_type]

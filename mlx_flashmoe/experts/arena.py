@@ -1,0 +1,187 @@
+"""SlotArena: a fixed pool of slots in MLX memory, shared by all layers; which expert is where; what leaves.
+
+The slab is one uint32 array [slots, words]. MLX does not know that its contents change, so one rule keeps
+this exact, and it is kept here, in ``SlotArena._claim``, and nowhere else:
+
+    A slot is written only after every computation that was built on its old contents has been evaluated.
+
+For this, whoever builds a computation on slots tells the arena its output (``used``). Nothing else may write
+to the slab; the slab is never rebound, never captured by mx.compile, never the target of an in-place
+operation. Residency is a matter of speed alone: a slot holds its expert's exact bytes or belongs to nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_flashmoe.errors import MemoryPlanError, ReadError
+from mlx_flashmoe.experts.policy import LRFU, Policy
+from mlx_flashmoe.experts.store import ExpertStore, PendingReads, ReadRequest
+
+# Outputs remembered at most; older ones are evaluated (nearly always long since done) and forgotten.
+MAX_PENDING = 64
+
+
+@dataclass(eq=False)
+class Fetch:
+    """Experts on their way into slots. ``wait`` before building a computation on them."""
+
+    arena: SlotArena
+    row: int
+    experts: np.ndarray
+    slots: np.ndarray
+    reads: PendingReads
+    done: bool = False
+
+    def wait(self) -> None:
+        """Returns when the experts are in place; on a failed read none of them is, and ReadError is raised."""
+        if self.done:
+            return
+        self.done = True
+        self.arena._in_flight.remove(self)
+        try:
+            self.reads.wait()
+        except BaseException:
+            self.arena._free(self.slots)
+            raise
+        # An expert that arrived by another way in the meantime keeps its place.
+        new = self.arena.slot_of[self.row, self.experts] < 0
+        self.arena.slot_of[self.row, self.experts[new]] = self.slots[new]
+        self.arena._free(self.slots[~new])
+
+
+class SlotArena:
+    """``slots`` slots for the experts of every layer of ``store``.
+
+    Attributes:
+        slab: uint32 [slots, words], the memory kernels read.
+        slot_of: int32 [layer rows, experts], -1 where an expert is not resident.
+        resident: every expert of the model is in its slot, for good (``load_all``).
+        hits, misses: routed experts found resident and not, since the start.
+    """
+
+    def __init__(self, store: ExpertStore, slots: int, policy: Policy | None = None):
+        if slots < 1:
+            raise MemoryPlanError(f"[SlotArena] at least one slot is needed but got {slots}")
+        self.store = store
+        self.row_of = {layer: row for row, layer in enumerate(store.layers)}
+        experts = max(store.num_experts(layer) for layer in store.layers)
+        rows = len(store.layers)
+        total = sum(store.num_experts(layer) for layer in store.layers)
+        self.capacity = min(slots, total)
+        self.resident = False
+        self.policy = policy or LRFU(rows, experts)
+        self.slot_bytes = max(store.layout(layer).blob_size for layer in store.layers)
+        self.slab = mx.zeros((self.capacity, self.slot_bytes // 4), dtype=mx.uint32)
+        mx.eval(self.slab)
+        # An alias of the slab's memory, for the reading threads.
+        self._memory = memoryview(cast(Any, self.slab)).cast("B")
+        self.slot_of = np.full((rows, experts), -1, dtype=np.int32)
+        self._owner_row = np.full(self.capacity, -1, dtype=np.int32)
+        self._owner_expert = np.full(self.capacity, -1, dtype=np.int32)
+        self._free_slots = list(range(self.capacity - 1, -1, -1))
+        self._used_by = np.full(self.capacity, -1, dtype=np.int64)
+        self._pending: dict[int, mx.array] = {}
+        self._next_use = 0
+        self._in_flight: list[Fetch] = []
+        self.hits = 0
+        self.misses = 0
+
+    def fetch(self, layer: int, experts: np.ndarray, keep: np.ndarray | None = None) -> Fetch:
+        """Starts reading those of ``experts`` (distinct) that are not resident.
+
+        Args:
+            layer: the layer number.
+            experts: int [n], distinct; at most as many as there are slots.
+            keep: slots that must not be given up besides those of ``experts`` themselves.
+        """
+        row = self.row_of[layer]
+        slots = self.slot_of[row, experts]
+        missing = experts[slots < 0]
+        if not len(missing):
+            return Fetch(self, row, missing, missing, PendingReads(()), done=True)
+        claimed = self._claim(len(missing), slots[slots >= 0], keep)
+        self._owner_row[claimed] = row
+        self._owner_expert[claimed] = missing
+        size = self.slot_bytes
+        requests = [
+            ReadRequest(layer, expert, self._memory[slot * size : (slot + 1) * size])
+            for expert, slot in zip(missing.tolist(), claimed.tolist())
+        ]
+        fetch = Fetch(self, row, missing, claimed, self.store.start(requests))
+        self._in_flight.append(fetch)
+        return fetch
+
+    def touch(self, layer: int, experts: np.ndarray) -> None:
+        """Counts a routing decision (distinct experts): for the policy and the hit rate. Before ``fetch``."""
+        row = self.row_of[layer]
+        hits = int(np.count_nonzero(self.slot_of[row, experts] >= 0))
+        self.hits += hits
+        self.misses += len(experts) - hits
+        self.policy.touch(row, experts)
+
+    def used(self, slots: np.ndarray, output: mx.array) -> None:
+        """``output`` is a lazy array computed from the contents of ``slots``."""
+        use = self._next_use
+        self._next_use += 1
+        self._pending[use] = output
+        self._used_by[slots] = use
+        while len(self._pending) > MAX_PENDING:
+            oldest = next(iter(self._pending))
+            mx.eval(self._pending.pop(oldest))
+
+    def settle(self) -> None:
+        """Waits for reads that nobody is waiting for any more: those of a call that was interrupted."""
+        for fetch in list(self._in_flight):
+            with contextlib.suppress(ReadError):
+                fetch.wait()
+
+    def load_all(self) -> None:
+        """Reads every expert of the model in file order; afterwards nothing is ever missing.
+
+        There must be a slot for each.
+        """
+        for layer in self.store.layers:
+            experts = np.arange(self.store.num_experts(layer))
+            self.fetch(layer, experts).wait()
+        self.resident = True
+
+    def _claim(self, n: int, in_use: np.ndarray, keep: np.ndarray | None) -> np.ndarray:
+        """Takes ``n`` slots for writing: free ones first, then the least worth keeping. THE RULE is here."""
+        taken = [self._free_slots.pop() for _ in range(min(n, len(self._free_slots)))]
+        if len(taken) < n:
+            worth = self.policy.priority[self._owner_row, self._owner_expert]
+            # Slots being filled have an owner that does not yet point back at them: not to be taken.
+            settled = self.slot_of[self._owner_row, self._owner_expert] == np.arange(self.capacity)
+            worth = np.where(settled, worth, np.inf)
+            worth[in_use] = np.inf
+            if keep is not None:
+                worth[keep] = np.inf
+            worth[taken] = np.inf
+            need = n - len(taken)
+            victims = np.argpartition(worth, need - 1)[:need] if need < self.capacity else np.arange(need)
+            if np.isposinf(worth[victims]).any():
+                self._free_slots.extend(taken)
+                raise MemoryPlanError(
+                    f"[SlotArena] {n} experts are needed at once beside {len(in_use)} in use, "
+                    f"but there are only {self.capacity} slots; give more --expert-memory"
+                )
+            self.slot_of[self._owner_row[victims], self._owner_expert[victims]] = -1
+            taken.extend(victims.tolist())
+        claimed = np.array(taken, dtype=np.int32)
+        for use in np.unique(self._used_by[claimed]).tolist():
+            output = self._pending.pop(use, None)
+            if output is not None:
+                mx.eval(output)
+        self._used_by[claimed] = -1
+        return claimed
+
+    def _free(self, slots: np.ndarray) -> None:
+        self._owner_row[slots] = -1
+        self._owner_expert[slots] = -1
+        self._free_slots.extend(slots.tolist())

@@ -1,0 +1,166 @@
+"""ExpertStore: experts on disk, read by parallel positional reads straight into memory that is given.
+
+Knows files, offsets and threads; nothing of slots, arrays or models. One blob is one contiguous read.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_flashmoe.errors import FormatError, ReadError
+from mlx_flashmoe.layout import BlobLayout, Manifest
+
+# Enough to keep an NVMe queue busy with reads of several MB; more threads only contend for memory bandwidth.
+READ_THREADS = max(4, min(16, os.cpu_count() or 4))
+
+_pool: ThreadPoolExecutor | None = None
+_pool_lock = threading.Lock()
+
+
+def read_pool() -> ThreadPoolExecutor:
+    """The process's one pool of reading threads. They move bytes only and never touch a lazy array."""
+    global _pool
+    with _pool_lock:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="expert-read")
+        return _pool
+
+
+@dataclass(frozen=True)
+class ReadRequest:
+    """One expert to read: its layer, its number, and the memory (one blob long) it goes to."""
+
+    layer: int
+    expert: int
+    into: memoryview
+
+
+@dataclass(frozen=True)
+class _LayerFile:
+    fd: int
+    path: Path
+    blob_size: int
+    num_experts: int
+
+
+class PendingReads:
+    """Reads under way. ``wait`` returns when all are over, or raises the first failure once none is running."""
+
+    def __init__(self, futures: Sequence[Future[None]]):
+        self._futures = futures
+
+    def wait(self) -> None:
+        # Memory must not be written to after this returns or raises, so not even Ctrl-C cuts the waiting short.
+        interrupt: BaseException | None = None
+        while True:
+            try:
+                wait(self._futures)
+                break
+            except KeyboardInterrupt as e:
+                interrupt = e
+        if interrupt is not None:
+            raise interrupt
+        for future in self._futures:
+            future.result()
+
+
+class ExpertStore:
+    """The expert files of a converted folder, open for reading.
+
+    Args:
+        folder: a converted model.
+        manifest: its manifest, already loaded.
+
+    Attributes:
+        bytes_read, reads: what has been read so far, successfully.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], manifest: Manifest):
+        self._files: dict[int, _LayerFile] = {}
+        self._layouts: dict[int, BlobLayout] = {}
+        self._lock = threading.Lock()
+        self.bytes_read = 0
+        self.reads = 0
+        try:
+            for entry in manifest.layers:
+                path = Path(folder) / entry.file
+                layout = manifest.layout_of(entry)
+                try:
+                    fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                except OSError as e:
+                    raise FormatError(
+                        f"{path} (layer {entry.layer}) cannot be opened: {e.strerror}"
+                    ) from None
+                self._files[entry.layer] = _LayerFile(fd, path, layout.blob_size, entry.num_experts)
+                self._layouts[entry.layer] = layout
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that have experts, ascending."""
+        return sorted(self._files)
+
+    def layout(self, layer: int) -> BlobLayout:
+        return self._layouts[layer]
+
+    def num_experts(self, layer: int) -> int:
+        return self._files[layer].num_experts
+
+    def start(self, requests: Sequence[ReadRequest]) -> PendingReads:
+        """Begins reading. The memory of every request is the store's until ``wait`` returns.
+
+        Requests are handed out one by one, so that a slow read does not hold others back.
+
+        Raises (from ``wait``):
+            ReadError: a read failed or came back short; names the file, the layer and the expert. The other
+                reads are finished or given up, and the store can be used again.
+        """
+        if not requests:
+            return PendingReads(())
+        queue = iter(requests)
+        pool = read_pool()
+        return PendingReads(
+            [pool.submit(self._drain, queue) for _ in range(min(READ_THREADS, len(requests)))]
+        )
+
+    def _drain(self, queue: Iterator[ReadRequest]) -> None:
+        for request in queue:
+            self._read(request)
+
+    def _read(self, request: ReadRequest) -> None:
+        file = self._files[request.layer]
+        what = f"{file.path}: layer {request.layer}, expert {request.expert}"
+        if not 0 <= request.expert < file.num_experts:
+            raise ReadError(f"{what}: the layer has only {file.num_experts} experts")
+        if request.into.nbytes < file.blob_size:
+            raise ReadError(f"{what}: {request.into.nbytes} bytes given for a blob of {file.blob_size}")
+        offset, done = request.expert * file.blob_size, 0
+        while done < file.blob_size:
+            try:
+                n = os.preadv(file.fd, [request.into[done : file.blob_size]], offset + done)
+            except OSError as e:
+                raise ReadError(f"{what}: reading failed: {e.strerror or e}") from e
+            if n <= 0:
+                raise ReadError(
+                    f"{what}: the file ends after {done} of the blob's {file.blob_size} bytes; "
+                    "it was truncated or replaced: convert the checkpoint again"
+                )
+            done += n
+        with self._lock:
+            self.bytes_read += done
+            self.reads += 1
+
+    def close(self) -> None:
+        for file in self._files.values():
+            os.close(file.fd)
+        self._files = {}
+
+    def __del__(self) -> None:
+        self.close()

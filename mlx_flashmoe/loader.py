@@ -1,0 +1,206 @@
+"""load: a converted folder -> a model ready to call, and its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_flashmoe import memory
+from mlx_flashmoe.errors import FormatError, MemoryPlanError
+from mlx_flashmoe.experts import ExpertStore, SlotArena, StreamedExperts
+from mlx_flashmoe.layout import Manifest
+from mlx_flashmoe.models import architecture
+from mlx_flashmoe.models.cache import Cache
+from mlx_flashmoe.tokenizer import Tokenizer
+
+# Tokens the memory plan counts the KV cache for; a longer context is possible, and takes more.
+PLANNED_CONTEXT = 8192
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Since loading: bytes and blobs read from disk; routed experts found resident, and not."""
+
+    bytes_read: int
+    reads: int
+    hits: int
+    misses: int
+
+
+class StreamingModel:
+    """A model whose routed experts are read from disk as they are needed.
+
+    Attributes:
+        model: the architecture's own module (``mlx_flashmoe.models``).
+        arena: where its experts are.
+        plan: the memory it takes.
+    """
+
+    def __init__(self, model: nn.Module, arena: SlotArena, plan: memory.Plan):
+        self.model = model
+        self.arena = arena
+        self.plan = plan
+
+    def __call__(self, tokens: mx.array, cache: list[Cache] | None = None) -> mx.array:
+        """tokens: integer [B, T] -> logits [B, T, vocab]. ``cache`` (of ``make_cache``) is updated.
+
+        Raises:
+            ReadError: an expert could not be read. ``cache`` is then half updated: make a new one.
+        """
+        return self.model(tokens, cache)
+
+    def make_cache(self) -> list[Cache]:
+        """An empty cache for one sequence, or for a batch of one length."""
+        return self.model.make_cache()
+
+    def stats(self) -> Stats:
+        store = self.arena.store
+        return Stats(store.bytes_read, store.reads, self.arena.hits, self.arena.misses)
+
+
+def load(
+    path: str | os.PathLike[str],
+    expert_memory: str | int = "auto",
+    active_experts: int | None = None,
+    dtype: mx.Dtype | None = None,
+    announce: Callable[[str], None] | None = None,
+) -> tuple[StreamingModel, Tokenizer]:
+    """Loads a converted folder.
+
+    Args:
+        path: what ``convert`` made.
+        expert_memory: memory for experts: "8GB" or a number of bytes; "auto" picks from the machine's memory;
+            "os" keeps slots only for the layer at work and leaves caching to the operating system.
+        active_experts: routed experts a token uses; the checkpoint's own number if None.
+        dtype: of the activations; the checkpoint's own on a GPU and float32 on a CPU if None.
+        announce: is given the memory plan, a line, before memory is taken.
+
+    Raises:
+        FormatError: not a complete converted folder, or its parts contradict each other.
+        MemoryPlanError: it does not fit in memory as asked.
+    """
+    folder = Path(path)
+    manifest = Manifest.load(folder)
+    config = _read_config(folder)
+    arch = architecture(manifest.model_type)
+    settings = arch.Config.from_dict(config)
+    _check_experts(manifest, settings, folder)
+    if active_experts is not None and not 1 <= active_experts <= settings.num_experts:
+        raise MemoryPlanError(
+            f"--active-experts {active_experts}: the model has {settings.num_experts} experts in a layer"
+        )
+    active = active_experts or settings.num_experts_per_tok
+    if dtype is None:
+        on_gpu = mx.default_device() == mx.gpu
+        dtype = getattr(mx, settings.dtype, None) if on_gpu else mx.float32
+        if dtype not in (mx.float32, mx.bfloat16, mx.float16):
+            raise FormatError(f"{folder / 'config.json'}: dtype {settings.dtype!r} is not supported")
+
+    store = ExpertStore(folder, manifest)
+    weights = _open_dense(folder, manifest)
+    cast = {
+        name: mx.float32 if arch.Model.keep_float32(name) else dtype
+        for name, w in weights.items()
+        if mx.issubdtype(w.dtype, mx.floating)
+    }
+    plan = memory.plan(
+        expert_memory,
+        dense=sum(w.size * cast.get(name, w.dtype).size for name, w in weights.items()),
+        expert_bytes=manifest.expert_bytes,
+        slot_bytes=max(manifest.layout_of(entry).blob_size for entry in manifest.layers),
+        experts=sum(entry.num_experts for entry in manifest.layers),
+        active=active,
+        kv=arch.kv_bytes(settings, PLANNED_CONTEXT, dtype),
+    )
+    if announce is not None:
+        announce(str(plan))
+    _limit_memory(plan)
+
+    arena = SlotArena(store, plan.slots)
+    model = arch.Model(settings, lambda layer: StreamedExperts(arena, layer), active)
+    _load_dense(model, manifest, weights, cast, folder)
+    tokenizer = Tokenizer.load(folder)
+    if plan.slots == plan.expert_bytes // plan.slot_bytes and len(manifest.layouts) == 1:
+        arena.load_all()
+    return StreamingModel(model, arena, plan), tokenizer
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise FormatError(f"{path}: cannot be read: {e}") from None
+    if not isinstance(config, dict):
+        raise FormatError(f"{path}: is not a JSON object")
+    return config
+
+
+def _check_experts(manifest: Manifest, settings: Any, folder: Path) -> None:
+    layers = sorted(entry.layer for entry in manifest.layers)
+    if layers != list(range(settings.num_hidden_layers)):
+        raise FormatError(
+            f"{folder}: experts for layers {layers}, but config.json has {settings.num_hidden_layers} layers"
+        )
+    for entry in manifest.layers:
+        layout = manifest.layout_of(entry)
+        if entry.num_experts != settings.num_experts or layout.hidden_size != settings.hidden_size:
+            raise FormatError(
+                f"{folder}: layer {entry.layer} has {entry.num_experts} experts of width {layout.hidden_size}, "
+                f"but config.json says {settings.num_experts} of {settings.hidden_size}"
+            )
+
+
+def _open_dense(folder: Path, manifest: Manifest) -> dict[str, mx.array]:
+    """The dense tensors, lazily: nothing is read yet."""
+    weights: dict[str, mx.array] = {}
+    for entry in manifest.dense:
+        try:
+            loaded = mx.load(str(folder / entry.file))
+        except (RuntimeError, ValueError) as e:
+            raise FormatError(f"{folder / entry.file}: cannot be read: {e}") from None
+        assert isinstance(loaded, dict)
+        weights.update(loaded)
+    return weights
+
+
+def _load_dense(
+    model: nn.Module,
+    manifest: Manifest,
+    weights: dict[str, mx.array],
+    cast: dict[str, mx.Dtype],
+    folder: Path,
+) -> None:
+    """Fills the module tree. Tensor by tensor, so that no second copy of the dense part ever exists."""
+
+    def quantized(path: str, module: nn.Module) -> bool | dict[str, int]:
+        q = manifest.dense_quantization.get(path)
+        return {"bits": q.bits, "group_size": q.group_size} if q else False
+
+    nn.quantize(model, class_predicate=quantized)
+    try:
+        model.load_weights(list(weights.items()), strict=True)
+    except ValueError as e:
+        raise FormatError(f"{folder}: the dense part does not match config.json: {e}") from None
+    for name in list(weights):
+        w = weights.pop(name)
+        if name in cast and w.dtype != cast[name]:
+            w = w.astype(cast[name])
+            model.load_weights([(name, w)], strict=False)
+        mx.eval(w)
+    model.eval()
+
+
+def _limit_memory(plan: memory.Plan) -> None:
+    """Leaves memory nobody needs to the page cache, and keeps what is needed wired on Metal."""
+    mx.set_cache_limit(memory.CACHE_LIMIT)
+    if mx.metal.is_available():
+        most = int(mx.device_info()["max_recommended_working_set_size"])
+        mx.set_wired_limit(min(plan.total + 2**30, most))

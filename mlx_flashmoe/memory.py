@@ -1,0 +1,161 @@
+"""Arithmetic before allocation: what the machine has, what a model takes, how many slots the experts get."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_flashmoe.errors import MemoryPlanError
+
+# Activations, buffers MLX keeps for reuse, the interpreter: what a generation takes besides the named parts.
+WORKING_BYTES = 512 * 2**20
+# Freed buffers MLX may keep for reuse; more would only take memory from the page cache.
+CACHE_LIMIT = 256 * 2**20
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of "8GB" (10^9), "8GiB" (2^30), "800MB" or a plain number."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?I?)B?\s*", str(text).upper())
+    if not match or match[2] not in _UNITS:
+        raise MemoryPlanError(f"--expert-memory {text!r} is not a size; give one like 8GB, or auto, or os")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def show_size(n: float) -> str:
+    """A size for people: "6.75 MB", "209 GB" (powers of ten)."""
+    unit = "bytes"
+    for larger in ("kB", "MB", "GB"):
+        if n < 1000:
+            break
+        n, unit = n / 1000, larger
+    return f"{n:.0f} {unit}" if n >= 100 or unit == "bytes" else f"{n:.3g} {unit}"
+
+
+def memory_limit() -> int:
+    """Bytes this process may take: physical memory, or a control group's limit, or the GPU's working set."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limits += _cgroup_limits()
+    if mx.default_device() == mx.gpu:
+        info = mx.device_info()
+        size = info.get("max_recommended_working_set_size") or info.get("memory_size")
+        if size:
+            limits.append(int(size))
+    return min(limits)
+
+
+def _cgroup_limits() -> list[int]:
+    """Memory limits of the control groups this process is in (version 1 and 2), and of their parents."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    limits = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "memory":
+            root, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+        elif controllers == "":
+            root, name = Path("/sys/fs/cgroup"), "memory.max"
+        else:
+            continue
+        folder = root / path.lstrip("/")
+        while True:
+            try:
+                text = (folder / name).read_text().strip()
+                if text.isdigit():
+                    limits.append(int(text))
+            except OSError:
+                pass
+            if folder == root or folder == folder.parent:
+                break
+            folder = folder.parent
+    return limits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a loaded model takes, in bytes, and why the arena has the size it has."""
+
+    dense: int
+    slots: int
+    slot_bytes: int
+    expert_bytes: int
+    kv: int
+    limit: int
+    reason: str
+
+    @property
+    def arena(self) -> int:
+        return self.slots * self.slot_bytes
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.arena + self.kv + WORKING_BYTES
+
+    def __str__(self) -> str:
+        return (
+            f"memory: dense {show_size(self.dense)} + experts {show_size(self.arena)} ({self.reason}) + "
+            f"KV cache {show_size(self.kv)} + working {show_size(WORKING_BYTES)} = {show_size(self.total)} "
+            f"of {show_size(self.limit)}"
+        )
+
+
+def plan(
+    expert_memory: str | int,
+    *,
+    dense: int,
+    expert_bytes: int,
+    slot_bytes: int,
+    experts: int,
+    active: int,
+    kv: int,
+    limit: int | None = None,
+) -> Plan:
+    """Decides how many slots the arena has.
+
+    Args:
+        expert_memory: a size, "os" (slots only for the layer at work; the page cache does the rest), or "auto".
+        dense, expert_bytes, kv: bytes of the dense part in memory, of all experts, of the KV cache.
+        slot_bytes: bytes of one slot.
+        experts: in the whole model.
+        active: experts a token uses in a layer.
+        limit: bytes there are; this machine's if None.
+
+    Raises:
+        MemoryPlanError: it does not fit; says what would.
+    """
+    limit = memory_limit() if limit is None else limit
+    least = min(
+        experts, max(active, 3)
+    )  # three waves in flight in prefill: one computed, one read, one spared
+    room = limit - dense - kv - WORKING_BYTES
+    if expert_memory == "auto":
+        if experts * slot_bytes <= room:
+            slots, reason = experts, "all of them fit"
+        else:
+            # Half for the arena, half left to the page cache.
+            slots = max(least, min(experts, room // 2 // slot_bytes))
+            reason = f"{100 * slots / experts:.0f}% of them; the rest of memory is left to the page cache"
+    elif expert_memory == "os":
+        slots, reason = min(experts, max(least, 32)), "for the layer at work; the page cache keeps the rest"
+    else:
+        slots = min(experts, parse_size(expert_memory) // slot_bytes)
+        reason = "as asked" if slots < experts else "all of them, as asked"
+        if slots < least:
+            raise MemoryPlanError(
+                f"--expert-memory {expert_memory} holds {slots} experts of {show_size(slot_bytes)}, but a layer "
+                f"at work needs {least}: give at least {show_size(least * slot_bytes)}"
+            )
+    result = Plan(dense, int(slots), slot_bytes, expert_bytes, kv, limit, reason)
+    if result.total > limit:
+        raise MemoryPlanError(
+            f"{result}: does not fit; the dense part and {least} experts need "
+            f"{show_size(result.total - result.arena + least * slot_bytes)}"
+        )
+    return result
