@@ -1,0 +1,207 @@
+"""The token loop: a prompt in, text out. Functions have the shapes of mlx-lm's of the same names."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import mlx.core as mx
+
+from mlx_flashmoe.errors import RequestError
+from mlx_flashmoe.sampling import LogitsProcessor, Sampler, make_sampler
+from mlx_flashmoe.tokenizer import Tokenizer
+
+PREFILL_STEP_SIZE = 2048
+
+
+@dataclass
+class GenerationResponse:
+    """One step of :func:`stream_generate`.
+
+    Attributes:
+        text: the next piece of text; may be "".
+        token: the token it came from; the last one may be a token that ends the answer, which has no text.
+        logprobs: [V], the log-probabilities the token was picked from, before the sampler's filters.
+        prompt_tokens: number of tokens in the prompt.
+        prompt_tps: prompt tokens per second.
+        generation_tokens: tokens generated so far, this one included.
+        generation_tps: generated tokens per second so far.
+        peak_memory: of the MLX allocator so far, in GB (1e9 bytes).
+        finish_reason: "stop" at an end token, "length" at ``max_tokens``, None before the last step.
+    """
+
+    text: str
+    token: int
+    logprobs: mx.array
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+def generate_step(
+    prompt: mx.array,
+    model: Any,
+    *,
+    max_tokens: int = 256,
+    sampler: Sampler | None = None,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+    prompt_cache: list[Any] | None = None,
+    prefill_step_size: int = PREFILL_STEP_SIZE,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+) -> Generator[tuple[int, mx.array], None, None]:
+    """Generates token ids.
+
+    Args:
+        prompt: [N] token ids.
+        model: ``model(tokens [1, T], cache) -> logits [1, T, V]``, with ``make_cache()``.
+        max_tokens: stop after this many; -1 never stops.
+        sampler: log-probabilities [1, V] -> token [1]; the most likely token by default.
+        logits_processors: (tokens so far [N], logits [1, V]) -> logits [1, V], in this order.
+        prompt_cache: from ``model.make_cache()``, with what came before the prompt; updated in place.
+        prefill_step_size: prompt tokens in one call of the model. Fewer take less memory and more time.
+        prompt_progress_callback: called with (prompt tokens done, prompt tokens).
+
+    Yields:
+        (token, log-probabilities [V]).
+
+    Raises:
+        RequestError: an empty prompt, or a count out of range.
+    """
+    if prompt.size == 0:
+        raise RequestError("the prompt is empty; give at least one token")
+    if max_tokens < -1 or max_tokens == 0:
+        raise RequestError(
+            f"max_tokens (--max-tokens) should be at least 1, or -1 for no limit, but is {max_tokens}"
+        )
+    if prefill_step_size < 1:
+        raise RequestError(
+            f"prefill_step_size (--prefill-step-size) should be at least 1, but is {prefill_step_size}"
+        )
+    cache = model.make_cache() if prompt_cache is None else prompt_cache
+    sampler = sampler or make_sampler()
+    progress = prompt_progress_callback or (lambda done, total: None)
+    total = prompt.size
+
+    # All but the last prompt token only fill the cache: their logits, [T, V] floats, are never computed.
+    progress(0, total)
+    for start in range(0, total - 1, prefill_step_size):
+        stop = min(start + prefill_step_size, total - 1)
+        model(prompt[None, start:stop], cache)
+        mx.eval([layer.state for layer in cache])
+        mx.clear_cache()
+        progress(stop, total)
+
+    tokens = prompt  # so far; only what logits processors look at
+    inputs = prompt[-1:]
+    count = 0
+    while count != max_tokens:
+        logits = model(inputs[None], cache)[:, -1, :].astype(mx.float32)
+        for processor in logits_processors or ():
+            logits = processor(tokens, logits)
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        inputs = sampler(logprobs)
+        # Here, and not later: the next call of the model may overwrite the experts this graph still refers to.
+        mx.eval(inputs, logprobs)
+        if count == 0:
+            progress(total, total)
+        if logits_processors:
+            tokens = mx.concatenate([tokens, inputs.astype(tokens.dtype)])
+        count += 1
+        if count % 256 == 0:
+            mx.clear_cache()
+        token = inputs.item()
+        assert isinstance(token, int)
+        yield token, logprobs[0]
+
+
+def stream_generate(
+    model: Any,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int] | mx.array,
+    max_tokens: int = 256,
+    **kwargs: Any,
+) -> Generator[GenerationResponse, None, None]:
+    """Generates text, a token at a time. Closing the generator at any point is fine.
+
+    Args:
+        prompt: text, taken as it is (see ``tokenizer.apply_chat_template``), or token ids.
+        max_tokens: stop after this many tokens; -1: only at an end token.
+        kwargs: see :func:`generate_step`.
+
+    Yields:
+        GenerationResponse: one a token; the texts joined are the answer. The last has a ``finish_reason``.
+
+    Raises:
+        RequestError: an empty prompt, or a count out of range.
+    """
+    if isinstance(prompt, str):
+        # A prompt that was rendered from a template may begin with the first token already.
+        whole = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
+        prompt = tokenizer.encode(prompt, add_special_tokens=not whole)
+    ids = prompt if isinstance(prompt, mx.array) else mx.array(list(prompt), mx.int32)
+    detokenizer = tokenizer.detokenizer
+    start = time.perf_counter()
+    prompt_seconds = 0.0
+    steps = generate_step(ids, model, max_tokens=max_tokens, **kwargs)
+    for count, (token, logprobs) in enumerate(steps, 1):
+        now = time.perf_counter()
+        if count == 1:
+            # The prompt's time includes the first token, which comes out of it; later tokens are timed from there.
+            prompt_seconds, start = now - start, now
+        text = ""
+        finish: Literal["stop", "length"] | None = None
+        if token in tokenizer.eos_token_ids:
+            finish = "stop"
+        else:
+            text = detokenizer.add_token(token)
+            finish = "length" if count == max_tokens else None
+        if finish:
+            text += detokenizer.finalize()
+        yield GenerationResponse(
+            text=text,
+            token=token,
+            logprobs=logprobs,
+            prompt_tokens=ids.size,
+            prompt_tps=ids.size / prompt_seconds,
+            generation_tokens=count,
+            generation_tps=(count - 1) / (now - start) if count > 1 else 0.0,
+            peak_memory=mx.get_peak_memory() / 1e9,
+            finish_reason=finish,
+        )
+        if finish:
+            return
+
+
+def generate(
+    model: Any,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int] | mx.array,
+    verbose: bool = False,
+    **kwargs: Any,
+) -> str:
+    """The whole answer to a prompt.
+
+    Args:
+        verbose: print the text as it comes, and the figures after it.
+        kwargs: see :func:`stream_generate` and :func:`generate_step`.
+
+    Raises:
+        RequestError: an empty prompt, or a value out of range.
+    """
+    pieces = []
+    for response in stream_generate(model, tokenizer, prompt, **kwargs):
+        pieces.append(response.text)
+        if verbose:
+            print(response.text, end="", flush=True)
+            if response.finish_reason:
+                print(
+                    f"\nPrompt: {response.prompt_tokens} tokens, {response.prompt_tps:.1f} tokens/s"
+                    f"\nGeneration: {response.generation_tokens} tokens, {response.generation_tps:.2f} tokens/s"
+                    f"\nPeak memory: {response.peak_memory:.2f} GB"
+                )
+    return "".join(pieces)

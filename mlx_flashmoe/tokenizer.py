@@ -1,0 +1,441 @@
+"""Text to token ids and back: a checkpoint's ``tokenizer.json`` and its chat template.
+
+The tokenizer itself is the ``tokenizers`` package's. What is added here: which tokens end an answer, the chat
+template (a Jinja program, run in Jinja's sandbox), and decoding a token at a time.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import tokenizers
+
+from mlx_flashmoe.errors import FormatError, RequestError
+
+if TYPE_CHECKING:
+    import jinja2
+
+Message = dict[str, Any]
+
+THINK_START = "<think>"
+THINK_END = "</think>"
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer. Make one with :meth:`load`.
+
+    Attributes:
+        eos_token_ids: every token that ends an answer.
+        special_tokens: by their names in tokenizer_config.json ("bos_token", "eos_token", "pad_token" …).
+        chat_templates: template source by name; the usual one is called "default".
+    """
+
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        eos_token_ids: Iterable[int] = (),
+        special_tokens: dict[str, str] | None = None,
+        chat_templates: dict[str, str] | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self.special_tokens = special_tokens or {}
+        self.chat_templates = chat_templates or {}
+        self._compiled: dict[str, jinja2.Template] = {}
+        self._pieces: dict[int, bytes] = {}
+        self._hidden = {i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
+        self._byte_level = isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel)
+        self.eos_token_ids: set[int] = set(eos_token_ids)
+        if (eos := self.token_id(self.special_tokens.get("eos_token"))) is not None:
+            self.eos_token_ids.add(eos)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Tokenizer:
+        """Reads the tokenizer of a checkpoint or of a converted folder.
+
+        The tokens that end an answer are the union of ``eos_token_id`` in generation_config.json and config.json
+        and ``eos_token`` in tokenizer_config.json: published checkpoints name different ones in each.
+
+        Raises:
+            FormatError: tokenizer.json is missing, or one of the files is malformed.
+        """
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise FormatError(f"{path} is missing: the folder has no tokenizer")
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as e:  # the package raises bare Exception
+            raise FormatError(f"{path}: not a tokenizer: {e}") from None
+        settings = _read_json(folder / "tokenizer_config.json")
+        config = _read_json(folder / "config.json")
+        text_config = config.get("text_config")
+        eos_token_ids: set[int] = set()
+        for name, holder in (
+            ("generation_config.json", _read_json(folder / "generation_config.json")),
+            ("config.json", config),
+            ("config.json", text_config if isinstance(text_config, dict) else {}),
+        ):
+            eos_token_ids |= _token_ids(holder.get("eos_token_id"), folder / name)
+        special_tokens = {}
+        for key, value in settings.items():
+            content = value.get("content") if isinstance(value, dict) else value
+            if key.endswith("_token") and isinstance(content, str):
+                special_tokens[key] = content
+        return cls(tokenizer, eos_token_ids, special_tokens, _chat_templates(folder, settings))
+
+    # Tokens
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included. A model's own vocabulary may be padded beyond it."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def bos_token(self) -> str | None:
+        return self.special_tokens.get("bos_token")
+
+    @property
+    def eos_token(self) -> str | None:
+        return self.special_tokens.get("eos_token")
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self.token_id(self.bos_token)
+
+    def token_id(self, token: str | None) -> int | None:
+        """The id of a token's exact text, or None."""
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+    @property
+    def think_start_id(self) -> int | None:
+        return self.token_id(THINK_START)
+
+    @property
+    def think_end_id(self) -> int | None:
+        return self.token_id(THINK_END)
+
+    @property
+    def has_thinking(self) -> bool:
+        """Whether the vocabulary sets thinking apart, between ``<think>`` and ``</think>``."""
+        return self.think_start_id is not None and self.think_end_id is not None
+
+    def opens_thinking(self, prompt: Sequence[int]) -> bool:
+        """Whether an answer to this prompt begins inside a thinking part that the prompt itself opened."""
+        if not self.has_thinking:
+            return False
+        for token in reversed(prompt):
+            if token == self.think_start_id:
+                return True
+            if token == self.think_end_id or token in self.eos_token_ids:
+                return False
+        return False
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Text to token ids.
+
+        Args:
+            add_special_tokens: also what the tokenizer puts around a text (often nothing, or one first token).
+
+        Raises:
+            RequestError: the text is not valid Unicode.
+        """
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except (UnicodeEncodeError, TypeError):
+            if not isinstance(text, str):
+                raise
+            raise RequestError("the prompt is not valid Unicode text (it has unpaired surrogates)") from None
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """Token ids to text. Bytes that are not UTF-8 become U+FFFD."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    @property
+    def detokenizer(self) -> Detokenizer:
+        """A new decoder of one answer, a token at a time. Special tokens are left out."""
+        if self._byte_level:
+            return ByteLevelDetokenizer(self._piece)
+        return WindowDetokenizer(lambda ids: self.decode(ids, skip_special_tokens=True))
+
+    def _piece(self, token: int) -> bytes:
+        """The bytes of one token of a byte-level vocabulary; none for special and unknown tokens."""
+        piece = self._pieces.get(token)
+        if piece is None:
+            text = None if token in self._hidden else self._tokenizer.id_to_token(token)
+            piece = _byte_level_bytes(text or "")
+            self._pieces[token] = piece
+        return piece
+
+    # Chat
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.chat_templates)
+
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] | None = ...,
+        add_generation_prompt: bool = ...,
+        tokenize: Literal[True] = ...,
+        **kwargs: Any,
+    ) -> list[int]: ...
+
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] | None = ...,
+        add_generation_prompt: bool = ...,
+        *,
+        tokenize: Literal[False],
+        **kwargs: Any,
+    ) -> str: ...
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        tokenize: bool = True,
+        **kwargs: Any,
+    ) -> list[int] | str:
+        """A conversation as the model was trained to see it.
+
+        Args:
+            messages: dicts with "role" and "content", in order.
+            tools: JSON schemas of the functions the model may call.
+            add_generation_prompt: end with the opening of the model's next message.
+            tokenize: return token ids; otherwise the text.
+            kwargs: further variables of the template, for example ``enable_thinking=False``.
+
+        Raises:
+            RequestError: there is no template, or it refuses or fails on these messages.
+        """
+        template = self._template("tool_use" if tools and "tool_use" in self.chat_templates else "default")
+        variables = {
+            **self.special_tokens,
+            "documents": None,
+            **kwargs,
+            "messages": messages,
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            # Templates come with downloads: let them see plain data, never objects with methods of their own.
+            text = template.render(json.loads(json.dumps(variables)))
+        except Exception as e:  # a template is a program of another party, and can raise anything
+            raise RequestError(f"the chat template cannot render these messages: {e}") from None
+        return self.encode(text, add_special_tokens=False) if tokenize else text
+
+    def _template(self, name: str) -> jinja2.Template:
+        if name not in self.chat_templates:
+            there = ", ".join(sorted(self.chat_templates))
+            raise RequestError(
+                "the checkpoint has no chat template; pass the prompt as it is (--ignore-chat-template)"
+                if not there
+                else f"the checkpoint has no chat template named {name!r}, only {there}"
+            )
+        if name not in self._compiled:
+            try:
+                self._compiled[name] = _template_environment().from_string(self.chat_templates[name])
+            except Exception as e:
+                raise RequestError(f"the checkpoint's chat template is not valid Jinja: {e}") from None
+        return self._compiled[name]
+
+
+class Detokenizer:
+    """Decodes one answer as its tokens come. The pieces joined are the text of all tokens decoded at once."""
+
+    def add_token(self, token: int) -> str:
+        """The text that is settled by one more token: whole characters only, often one word, sometimes ""."""
+        raise NotImplementedError
+
+    def finalize(self) -> str:
+        """What was held back: an unfinished character, as U+FFFD."""
+        raise NotImplementedError
+
+
+class ByteLevelDetokenizer(Detokenizer):
+    """For byte-level vocabularies, where every token is a run of bytes: an incremental UTF-8 decoder."""
+
+    def __init__(self, piece: Callable[[int], bytes]) -> None:
+        self._piece = piece
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add_token(self, token: int) -> str:
+        return self._decoder.decode(self._piece(token))
+
+    def finalize(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class WindowDetokenizer(Detokenizer):
+    """For any other vocabulary: decodes a short window of tokens again with each new one.
+
+    A few tokens already shown stay in the window, because many decoders treat the first token of a text apart.
+    """
+
+    CONTEXT = 4  # tokens kept in the window
+    WINDOW = 16
+    PATIENCE = 4  # tokens to wait for the rest of a character: UTF-8 has at most 4 bytes
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._ids: list[int] = []
+        self._shown = ""
+        self._held = 0
+
+    def add_token(self, token: int) -> str:
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        if text.endswith("\ufffd") and self._held < self.PATIENCE:
+            self._held += 1
+            return ""
+        return self._show(text)
+
+    def finalize(self) -> str:
+        return self._show(self._decode(self._ids)) if self._held else ""
+
+    def _show(self, text: str) -> str:
+        new = text[len(self._shown) :]
+        self._shown, self._held = text, 0
+        if len(self._ids) > self.WINDOW:
+            self._ids = self._ids[-self.CONTEXT :]
+            self._shown = self._decode(self._ids)
+        return new
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """Character -> byte of the byte-level alphabet: printable Latin-1 stands for itself, the rest is moved to
+    U+0100 onwards, in order (the GPT-2 encoder's table)."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    moved = (b for b in range(256) if b not in printable)
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(moved)}
+
+
+_ALPHABET = _byte_level_alphabet()
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    """A token's bytes. Added tokens are plain text and need not be spelled in the alphabet."""
+    try:
+        return bytes(_ALPHABET[c] for c in token)
+    except KeyError:
+        return token.encode("utf-8")
+
+
+def _template_environment() -> jinja2.Environment:
+    """Jinja as chat templates are written for it: sandboxed, with the globals transformers gives them."""
+    from jinja2 import TemplateError, ext, nodes
+    from jinja2.exceptions import SecurityError
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
+
+    class Generation(ext.Extension):
+        """``{% generation %}…{% endgeneration %}`` marks training targets; here it is only its body."""
+
+        tags = {"generation"}  # noqa: RUF012 - Jinja reads it from the class
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    class PlainNamespace(Namespace):
+        """A namespace that stores no underscored names, which the sandbox would not let a template read."""
+
+        def __init__(*args: Any, **kwargs: Any) -> None:
+            for name in dict(*args[1:], **kwargs):
+                _check(name)
+            Namespace.__init__(*args, **kwargs)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            _check(name)
+            super().__setitem__(name, value)
+
+    def _check(name: str) -> None:
+        if name.startswith("_"):
+            raise SecurityError(f"a namespace may not store {name!r}")
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        """Jinja's own filter escapes HTML and sorts keys; models were trained on neither."""
+        return json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+
+    def strftime_now(form: str) -> str:
+        return datetime.now().strftime(form)
+
+    def make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals.update(
+        raise_exception=raise_exception,
+        strftime_now=strftime_now,
+        namespace=PlainNamespace,
+        dict=make_dict,
+    )
+    return environment
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """An optional JSON file that holds an object; {} where there is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as e:
+        raise FormatError(f"{path}: cannot be read: {e}") from None
+    if not isinstance(data, dict):
+        raise FormatError(f"{path}: a JSON object is expected, but it holds a {type(data).__name__}")
+    return data
+
+
+def _token_ids(value: Any, path: Path) -> set[int]:
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(i) is int for i in ids):
+        raise FormatError(f"{path}: eos_token_id should be a token id or a list of them, but is {value!r}")
+    return set(ids)
+
+
+def _chat_templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """Template source by name. chat_template.jinja wins over the field of tokenizer_config.json."""
+    path = folder / "chat_template.jinja"
+    try:
+        return {"default": path.read_text(encoding="utf-8")}
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as e:
+        raise FormatError(f"{path}: cannot be read: {e}") from None
+    field = settings.get("chat_template")
+    if field is None:
+        return {}
+    if isinstance(field, str):
+        return {"default": field}
+    try:
+        return {str(t["name"]): str(t["template"]) for t in field}
+    except (TypeError, KeyError):
+        raise FormatError(
+            f"{folder / 'tokenizer_config.json'}: chat_template should be a string or a list of named templates"
+        ) from None
