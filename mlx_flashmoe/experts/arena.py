@@ -153,24 +153,20 @@ class SlotArena:
 
     def _claim(self, n: int, in_use: np.ndarray, keep: np.ndarray | None) -> np.ndarray:
         """Takes ``n`` slots for writing: free ones first, then the least worth keeping. THE RULE is here."""
+        if self._in_flight and n > len(self._free_slots) + self._settled(in_use, keep).size:
+            self.settle()
         taken = [self._free_slots.pop() for _ in range(min(n, len(self._free_slots)))]
-        if len(taken) < n:
-            worth = self.policy.priority[self._owner_row, self._owner_expert]
-            # Slots being filled have an owner that does not yet point back at them: not to be taken.
-            settled = self.slot_of[self._owner_row, self._owner_expert] == np.arange(self.capacity)
-            worth = np.where(settled, worth, np.inf)
-            worth[in_use] = np.inf
-            if keep is not None:
-                worth[keep] = np.inf
-            worth[taken] = np.inf
-            need = n - len(taken)
-            victims = np.argpartition(worth, need - 1)[:need] if need < self.capacity else np.arange(need)
-            if np.isposinf(worth[victims]).any():
+        need = n - len(taken)
+        if need:
+            candidates = self._settled(in_use, keep)
+            if candidates.size < need:
                 self._free_slots.extend(taken)
                 raise MemoryPlanError(
                     f"[SlotArena] {n} experts are needed at once beside {len(in_use)} in use, "
                     f"but there are only {self.capacity} slots; give more --expert-memory"
                 )
+            worth = self.policy.priority[self._owner_row[candidates], self._owner_expert[candidates]]
+            victims = candidates[np.argpartition(worth, need - 1)[:need]]
             self.slot_of[self._owner_row[victims], self._owner_expert[victims]] = -1
             taken.extend(victims.tolist())
         claimed = np.array(taken, dtype=np.int32)
@@ -180,6 +176,16 @@ class SlotArena:
                 mx.eval(output)
         self._used_by[claimed] = -1
         return claimed
+
+    def _settled(self, in_use: np.ndarray, keep: np.ndarray | None) -> np.ndarray:
+        """The slots that hold an expert and may be given up: neither being filled, nor in use, nor to keep."""
+        # A slot being filled has an owner that does not point back at it yet.
+        held = self.slot_of[self._owner_row, self._owner_expert] == np.arange(self.capacity)
+        held &= self._owner_row >= 0
+        held[in_use] = False
+        if keep is not None:
+            held[keep] = False
+        return np.flatnonzero(held)
 
     def _free(self, slots: np.ndarray) -> None:
         self._owner_row[slots] = -1

@@ -1,0 +1,266 @@
+"""The engine: reads, slots, and the promise that residency never changes a bit."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from blobs import write_experts
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mlx_flashmoe import kernels
+from mlx_flashmoe.errors import MemoryPlanError, ReadError
+from mlx_flashmoe.experts import ExpertStore, SlotArena, StreamedExperts
+from mlx_flashmoe.experts import store as store_module
+from mlx_flashmoe.experts.policy import LRFU, LRU, POLICIES
+from mlx_flashmoe.experts.streamed import waves
+from mlx_flashmoe.kernels import reference
+from mlx_flashmoe.layout import expert_file
+
+LAYERS, EXPERTS, HIDDEN, TOP_K = 3, 12, 64, 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("experts")
+    write_experts(path, layers=LAYERS, experts=EXPERTS)
+    return path
+
+
+def open_store(folder: Path) -> ExpertStore:
+    return write_experts(folder, layers=LAYERS, experts=EXPERTS)[0]
+
+
+def route(rng: np.random.Generator, tokens: int) -> tuple[mx.array, mx.array, mx.array]:
+    x = mx.array(rng.standard_normal((tokens, HIDDEN)).astype(np.float32))
+    ids = np.stack([rng.permutation(EXPERTS)[:TOP_K] for _ in range(tokens)]).astype(np.int32)
+    return x, mx.array(ids), mx.array(rng.random((tokens, TOP_K)).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def truth(folder: Path) -> list[StreamedExperts]:
+    """Layers over an arena that holds everything."""
+    arena = SlotArena(open_store(folder), LAYERS * EXPERTS)
+    arena.load_all()
+    return [StreamedExperts(arena, layer) for layer in range(LAYERS)]
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("slots", [TOP_K, TOP_K + 1, 9, EXPERTS, 2 * EXPERTS, LAYERS * EXPERTS])
+def test_residency_never_changes_a_bit(
+    folder: Path, truth: list[StreamedExperts], policy: str, slots: int
+) -> None:
+    arena = SlotArena(open_store(folder), slots, POLICIES[policy](LAYERS, EXPERTS))
+    layers = [StreamedExperts(arena, layer) for layer in range(LAYERS)]
+    rng = np.random.default_rng(slots)
+    for tokens in (1, 1, 7, 1, 40, 2, 1, 1):
+        for layer in range(LAYERS):
+            x, ids, weights = route(rng, tokens)
+            got, want = layers[layer](x, ids, weights), truth[layer](x, ids, weights)
+            assert np.array_equal(np.asarray(got), np.asarray(want))
+    if slots < LAYERS * EXPERTS:
+        assert arena.misses > slots
+
+
+def test_matches_the_definition(folder: Path, truth: list[StreamedExperts]) -> None:
+    """Against a float64 computation from the blobs' own bytes."""
+    _, blobs = write_experts(folder, layers=LAYERS, experts=EXPERTS)
+    layout = truth[1]._layout
+    x, ids, weights = route(np.random.default_rng(5), 6)
+
+    def matrix(blob: bytes, projection) -> np.ndarray:  # noqa: ANN001
+        parts = {}
+        for name, c in projection.components.items():
+            raw = blob[c.offset : c.offset + c.nbytes]
+            parts[name] = np.frombuffer(raw, np.uint32 if name == "weight" else np.float32).reshape(c.shape)
+        shifts = np.arange(0, 32, 4, dtype=np.uint32)
+        q = ((parts["weight"][..., None] >> shifts) & 15).reshape(projection.out_dims, -1, 32)
+        dequantized = q * parts["scales"][..., None].astype(np.float64) + parts["biases"][..., None]
+        return dequantized.reshape(projection.out_dims, projection.in_dims)
+
+    want = np.zeros((6, HIDDEN))
+    for t in range(6):
+        for k in range(TOP_K):
+            blob = blobs[1][int(ids[t, k])]
+            v = np.asarray(x[t]).astype(np.float64)
+            gate, up = matrix(blob, layout.gate) @ v, matrix(blob, layout.up) @ v
+            h = gate / (1 + np.exp(-gate)) * up
+            want[t] += float(weights[t, k]) * (matrix(blob, layout.down) @ h)
+    got = np.asarray(truth[1](x, ids, weights))
+    assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+
+
+def test_prefill_reads_each_expert_of_the_union_once_and_in_file_order(folder: Path) -> None:
+    for slots in (TOP_K, 7, EXPERTS):
+        store = open_store(folder)
+        layer = StreamedExperts(SlotArena(store, slots), 0)
+        x, ids, weights = route(np.random.default_rng(1), 5)
+        union = np.unique(np.asarray(ids))
+        order: list[int] = []
+        start = store.start
+        store.start = lambda requests: order.extend(r.expert for r in requests) or start(requests)  # type: ignore[method-assign]
+        mx.eval(layer(x, ids, weights))
+        assert order == union.tolist()
+        assert store.bytes_read == len(union) * store.layout(0).blob_size
+
+
+def test_waves_spare_residents_of_later_waves(folder: Path) -> None:
+    store = open_store(folder)
+    arena = SlotArena(store, 12)
+    arena.touch(0, np.arange(9, 12))
+    arena.fetch(0, np.arange(9, 12)).wait()
+    for first, last, _ in waves(arena, 0, np.arange(12)):
+        assert last - first <= 4
+    assert store.reads == 12  # 3 before, 9 now
+
+
+# --- The rule of SlotArena: a slot is written only after what was built on its contents has been evaluated.
+
+
+def overwrite_while_unevaluated(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[np.ndarray, np.ndarray]:
+    """Builds outputs lazily (with the lazy reference kernel), lets other experts take their slots, evaluates."""
+    monkeypatch.setattr(kernels, "expert_ffn", reference.expert_ffn)
+    arena = SlotArena(open_store(folder), TOP_K)
+    layers = [StreamedExperts(arena, layer) for layer in range(LAYERS)]
+    whole = SlotArena(open_store(folder), LAYERS * EXPERTS)
+    whole.load_all()
+    calls = [(layer % LAYERS, *route(np.random.default_rng(layer), 1)) for layer in range(12)]
+    lazy = [layers[layer](*call) for layer, *call in calls]
+    want = [StreamedExperts(whole, layer)(*call) for layer, *call in calls]
+    return np.asarray(mx.stack(lazy)), np.asarray(mx.stack(want))
+
+
+def test_slots_are_overwritten_only_after_their_consumers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    got, want = overwrite_while_unevaluated(folder, monkeypatch)
+    assert np.array_equal(got, want)
+
+
+def test_the_test_above_notices_when_the_rule_is_broken(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SlotArena, "used", lambda self, slots, output: None)
+    got, want = overwrite_while_unevaluated(folder, monkeypatch)
+    assert not np.array_equal(got, want)
+
+
+# --- Faults
+
+
+def test_a_truncated_file_is_named_with_layer_and_expert(tmp_path: Path) -> None:
+    store, blobs = write_experts(tmp_path, layers=2, experts=EXPERTS)
+    arena = SlotArena(store, 6)
+    path = tmp_path / expert_file(1)
+    whole = path.read_bytes()
+    size = store.layout(1).blob_size
+    os.truncate(path, 5 * size + 100)
+    with pytest.raises(
+        ReadError, match=rf"{path}: layer 1, expert 5.*ends after 100 of the blob's {size} bytes"
+    ):
+        arena.fetch(1, np.array([4, 5])).wait()
+    assert (arena.slot_of == -1).all()
+    with open(path, "r+b") as f:
+        f.write(whole)
+    arena.fetch(1, np.array([4, 5])).wait()
+    slot = arena.slot_of[1, 5]
+    assert np.asarray(arena.slab)[slot].tobytes() == blobs[1][5]
+
+
+def test_reads_may_come_in_pieces(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, blobs = write_experts(folder, layers=LAYERS, experts=EXPERTS)
+    preadv = os.preadv
+    monkeypatch.setattr(
+        store_module.os, "preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][:1000]], offset)
+    )
+    arena = SlotArena(store, 3)
+    arena.fetch(2, np.array([7])).wait()
+    assert np.asarray(arena.slab)[arena.slot_of[2, 7]].tobytes() == blobs[2][7]
+
+
+def test_too_few_slots_is_an_error_and_leaves_the_arena_usable(folder: Path) -> None:
+    arena = SlotArena(open_store(folder), 3)
+    with pytest.raises(MemoryPlanError, match="only 3 slots"):
+        arena.fetch(0, np.arange(4))
+    arena.fetch(0, np.arange(3)).wait()
+    assert (arena.slot_of[0, :3] >= 0).all()
+
+
+def test_reads_of_an_abandoned_call_give_their_slots_back(folder: Path) -> None:
+    arena = SlotArena(open_store(folder), 3)
+    arena.fetch(0, np.arange(3))  # nobody waits
+    arena.fetch(1, np.arange(3)).wait()
+    assert (arena.slot_of[1, :3] >= 0).all() and (arena.slot_of[0] == -1).all()
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(seed=st.integers(0, 2**32), slots=st.integers(TOP_K, 20), fault=st.floats(0, 0.2))
+def test_stress_with_read_faults(
+    folder: Path, truth: list[StreamedExperts], seed: int, slots: int, fault: float
+) -> None:
+    """Random routing, tiny arenas, reads that fail or come back short: a right answer or a named error."""
+    preadv = os.preadv
+    chance = random.Random(seed)
+
+    def faulty(fd: int, buffers: list[memoryview], offset: int) -> int:
+        kind = chance.random()
+        if kind < fault / 3:
+            raise OSError(5, "Input/output error")
+        if kind < 2 * fault / 3:
+            return 0
+        if kind < fault:
+            return preadv(fd, [buffers[0][: len(buffers[0]) // 2 + 1]], offset)
+        return preadv(fd, buffers, offset)
+
+    store = open_store(folder)
+    arena = SlotArena(store, slots, chance.choice([LRU, LRFU])(LAYERS, EXPERTS))
+    layers = [StreamedExperts(arena, layer) for layer in range(LAYERS)]
+    rng = np.random.default_rng(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store_module.os, "preadv", faulty)
+        for step in range(60):
+            layer = step % LAYERS
+            call = route(rng, 1 if chance.random() < 0.7 else chance.randint(2, 9))
+            try:
+                got = np.asarray(layers[layer](*call))
+            except ReadError as e:
+                assert f"layer {layer}, expert" in str(e) and expert_file(layer) in str(e)
+                continue
+            assert np.array_equal(got, np.asarray(truth[layer](*call)))
+    resident = np.argwhere(arena.slot_of >= 0)
+    slots_held = arena.slot_of[arena.slot_of >= 0]
+    assert len(set(slots_held.tolist())) == len(slots_held)
+    _, blobs = write_experts(folder, layers=LAYERS, experts=EXPERTS)
+    for (layer, expert), slot in zip(resident.tolist(), slots_held.tolist()):
+        assert np.asarray(arena.slab)[slot].tobytes() == blobs[layer][expert]
+
+
+# --- Policies
+
+
+def test_lru_evicts_the_least_recently_used() -> None:
+    policy = LRU(1, 4)
+    for expert in (0, 1, 2, 3, 0):
+        policy.touch(0, np.array([expert]))
+    assert np.argsort(policy.priority[0]).tolist() == [1, 2, 3, 0]
+
+
+@given(st.lists(st.integers(0, 5), max_size=60), st.floats(0.5, 500))
+def test_lrfu_priorities_order_as_the_decayed_sums(uses: list[int], half_life: float) -> None:
+    policy = LRFU(1, 6, half_life)
+    for expert in uses:
+        policy.touch(0, np.array([expert]))
+    worth = np.zeros(6)
+    for age, expert in enumerate(reversed(uses)):
+        worth[expert] += 2.0 ** (-age / half_life)
+    used = worth > 0
+    assert np.isneginf(policy.priority[0][~used]).all()
+    got = policy.priority[0][used] - len(uses) / half_life
+    assert np.allclose(got, np.log2(worth[used]), atol=1e-6)
