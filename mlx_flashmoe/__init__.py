@@ -1,10 +1,12 @@
 """Mixture-of-Experts models several times larger than memory, on MLX: experts are read from disk as routed to.
 
-from mlx_flashmoe import convert, load, generate, stream_generate
+Example::
 
-convert("Qwen/Qwen3.5-397B-A17B", "qwen-4bit", q_bits=4)
-model, tokenizer = load("qwen-4bit")
-print(generate(model, tokenizer, prompt="The capital of France is", max_tokens=20))
+    from mlx_flashmoe import convert, load, generate, stream_generate
+
+    convert("Qwen/Qwen3.5-397B-A17B", "qwen-4bit", q_bits=4)
+    model, tokenizer = load("qwen-4bit")
+    print(generate(model, tokenizer, prompt="The capital of France is", max_tokens=20))
 """
 
 import sys
@@ -13,6 +15,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    # Type checkers cannot see that kernels/ is a subpackage of this one.
+    import mlx_flashmoe.kernels as kernels  # noqa: F401
     from mlx_flashmoe.convert import convert as convert
     from mlx_flashmoe.generate import generate as generate
     from mlx_flashmoe.generate import stream_generate as stream_generate

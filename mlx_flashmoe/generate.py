@@ -43,6 +43,18 @@ class GenerationResponse:
     finish_reason: Literal["stop", "length"] | None = None
 
 
+def check_counts(max_tokens: int, prefill_step_size: int) -> None:
+    """Raises RequestError for a count out of range."""
+    if max_tokens < -1 or max_tokens == 0:
+        raise RequestError(
+            f"max_tokens (--max-tokens) should be at least 1, or -1 for no limit, but is {max_tokens}"
+        )
+    if prefill_step_size < 1:
+        raise RequestError(
+            f"prefill_step_size (--prefill-step-size) should be at least 1, but is {prefill_step_size}"
+        )
+
+
 def generate_step(
     prompt: mx.array,
     model: Any,
@@ -74,14 +86,7 @@ def generate_step(
     """
     if prompt.size == 0:
         raise RequestError("the prompt is empty; give at least one token")
-    if max_tokens < -1 or max_tokens == 0:
-        raise RequestError(
-            f"max_tokens (--max-tokens) should be at least 1, or -1 for no limit, but is {max_tokens}"
-        )
-    if prefill_step_size < 1:
-        raise RequestError(
-            f"prefill_step_size (--prefill-step-size) should be at least 1, but is {prefill_step_size}"
-        )
+    check_counts(max_tokens, prefill_step_size)
     cache = model.make_cache() if prompt_cache is None else prompt_cache
     sampler = sampler or make_sampler()
     progress = prompt_progress_callback or (lambda done, total: None)

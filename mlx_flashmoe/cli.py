@@ -1,0 +1,300 @@
+"""The command line: what the flags are called, and which command they go to.
+
+Modules that take time to import are imported by the command that needs them, so that ``--help`` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mlx_flashmoe.errors import FlashMoEError, RequestError
+
+if TYPE_CHECKING:
+    from mlx_flashmoe.tokenizer import Tokenizer
+
+INTERRUPTED = 130  # as shells report a command ended by Ctrl-C …
+PIPE_CLOSED = 141  # … and one whose reader went away
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "mlx_flashmoe") -> int:
+    """Runs a command and returns its exit status: 0, 2 for an error of the user's, 130 for Ctrl-C.
+
+    Args:
+        argv: the arguments, without the program's name; the process's own by default.
+        prog: the program's name in help texts.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # Generated text may hold what the terminal's encoding has not.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    arguments = _parser(prog).parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except FlashMoEError as e:
+        from mlx_flashmoe.console import print_error
+
+        print_error(str(e))
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit; give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        allow_abbrev=False,
+        description="Run Mixture-of-Experts models several times larger than memory: "
+        "the experts stay on disk, and only those a token is routed to are read.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_convert(commands)
+    _add_generate(commands)
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"mlx-flashmoe {version('mlx-flashmoe')}")
+        parser.exit()
+
+
+# convert
+
+
+def _add_convert(commands: Any) -> None:
+    parser = commands.add_parser(
+        "convert",
+        allow_abbrev=False,
+        help="repack a checkpoint so that it can be streamed from disk",
+        description="Repack a checkpoint into a folder that generate can stream from: the part every token "
+        "needs, and one block on disk for every expert.",
+    )
+    parser.add_argument(
+        "--hf-path",
+        required=True,
+        metavar="ID_OR_DIR",
+        help="the checkpoint: a folder, or the name of a repository on the Hugging Face hub",
+    )
+    parser.add_argument("--mlx-path", required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument(
+        "--q-bits",
+        type=int,
+        choices=(2, 3, 4, 6, 8, 16),
+        help="bits per weight; 16 leaves the weights as published (default: as published)",
+    )
+    parser.add_argument(
+        "--q-group-size",
+        type=int,
+        choices=(32, 64, 128),
+        help="weights that share a scale and a bias (default: 64)",
+    )
+    parser.set_defaults(run=_convert)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from mlx_flashmoe import convert
+    from mlx_flashmoe.console import ConversionProgress, show_bytes
+    from mlx_flashmoe.layout import Manifest
+
+    with ConversionProgress() as display:
+        convert(
+            arguments.hf_path,
+            arguments.mlx_path,
+            q_bits=arguments.q_bits,
+            q_group_size=arguments.q_group_size,
+            progress=display.progress,
+            note=display.note,
+        )
+    made = Manifest.load(arguments.mlx_path)
+    print(
+        f"{arguments.mlx_path}: {show_bytes(made.expert_bytes)} of experts in {len(made.layers)} layers, "
+        f"{show_bytes(made.dense_bytes)} for everything else"
+    )
+    return 0
+
+
+# generate
+
+
+def _add_generate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "generate",
+        allow_abbrev=False,
+        help="answer one prompt with a converted model",
+        description="Answer one prompt with a converted model. On a terminal the answer is drawn as it comes; "
+        "in a pipe it is the plain text, and the figures go to stderr.",
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="a folder that convert has written")
+    parser.add_argument(
+        "--prompt", "-p", required=True, metavar="TEXT", help="the prompt; - reads it from stdin"
+    )
+    parser.add_argument("--system-prompt", metavar="TEXT", help="a system message before the prompt")
+    parser.add_argument(
+        "--max-tokens",
+        "-m",
+        type=int,
+        default=256,
+        metavar="N",
+        help="stop after N tokens; -1 goes on until the model ends its answer (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--temp",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="sampling temperature; 0 always takes the most likely token (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="sample from the smallest set of tokens whose probabilities reach P (default: %(default)s, all)",
+    )
+    parser.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="leave out tokens less likely than P times the most likely one (default: %(default)s, none)",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="sample from the K most likely tokens (default: %(default)s, all)",
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        metavar="R",
+        help="make the last 20 tokens less likely to come again; 1 changes nothing (default: off)",
+    )
+    parser.add_argument("--seed", type=int, metavar="S", help="makes sampling reproducible")
+    parser.add_argument(
+        "--expert-memory",
+        default="auto",
+        metavar="SIZE",
+        help="memory that holds experts between tokens: a size such as 8GB; auto picks one for this machine; "
+        "os takes the least and leaves caching to the operating system (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--active-experts",
+        type=int,
+        metavar="N",
+        help="experts per token and layer; fewer are faster and change the answer (default: the model's own)",
+    )
+    parser.add_argument(
+        "--prefill-step-size",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="prompt tokens to work on at a time; fewer take less memory and more time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ignore-chat-template",
+        action="store_true",
+        help="continue the prompt as it is, instead of answering it as a message",
+    )
+    parser.add_argument(
+        "--chat-template-config",
+        type=_json_object,
+        default={},
+        metavar="JSON",
+        help="variables for the chat template, for example '{\"enable_thinking\": false}'",
+    )
+    parser.set_defaults(run=_generate)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"not valid JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"not a JSON object: {text}")
+    return value
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from mlx_flashmoe.generate import check_counts
+    from mlx_flashmoe.sampling import make_logits_processors, make_sampler
+
+    # What can be wrong with a request is found before a model is loaded for it.
+    sampler = make_sampler(
+        arguments.temp, arguments.top_p, arguments.min_p, top_k=arguments.top_k, seed=arguments.seed
+    )
+    processors = make_logits_processors(arguments.repetition_penalty)
+    check_counts(arguments.max_tokens, arguments.prefill_step_size)
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    if not prompt.strip():
+        raise RequestError("the prompt is empty")
+
+    from mlx_flashmoe import load, stream_generate
+    from mlx_flashmoe.console import PromptProgress, answer_view, print_note
+
+    model, tokenizer = load(
+        arguments.model, arguments.expert_memory, arguments.active_experts, announce=print_note
+    )
+    tokens = _prompt_tokens(arguments, tokenizer, prompt)
+
+    before = model.stats()
+    response = None
+    status = 0
+    progress = PromptProgress()
+    view = answer_view(thinking=tokenizer.opens_thinking(tokens))
+    try:
+        for response in stream_generate(
+            model,
+            tokenizer,
+            tokens,
+            max_tokens=arguments.max_tokens,
+            sampler=sampler,
+            logits_processors=processors,
+            prefill_step_size=arguments.prefill_step_size,
+            prompt_progress_callback=progress,
+        ):
+            view.feed(response.text)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    finally:
+        progress.close()
+        view.close()
+    if response is not None:
+        after = model.stats()
+        view.show_figures(
+            response,
+            after.bytes_read - before.bytes_read,
+            after.hits - before.hits,
+            after.misses - before.misses,
+        )
+    return status
+
+
+def _prompt_tokens(arguments: argparse.Namespace, tokenizer: Tokenizer, prompt: str) -> list[int]:
+    if arguments.ignore_chat_template:
+        return tokenizer.encode(prompt)
+    if not tokenizer.has_chat_template:
+        from mlx_flashmoe.console import print_note
+
+        print_note("the checkpoint has no chat template: the prompt is continued as it is")
+        return tokenizer.encode(prompt)
+    messages = [{"role": "user", "content": prompt}]
+    if arguments.system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": arguments.system_prompt})
+    return tokenizer.apply_chat_template(messages, **arguments.chat_template_config)
