@@ -1,0 +1,257 @@
+"""What a conversion will write: the quantization of every module, the blob layouts, the dense files.
+
+Decided completely, and refused if it cannot be done, before a single byte is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from mlx_flashmoe.convert.families import Bound, Dense, Experts, Matrix
+from mlx_flashmoe.convert.safetensors import build_header
+from mlx_flashmoe.errors import ConversionError, SourceError
+from mlx_flashmoe.layout import BITS, GROUP_SIZES, PROJECTIONS, UNQUANTIZED, BlobLayout, Quantization
+
+DEFAULT = Quantization(4, 64)
+ROUTER = Quantization(8, 64)  # what mlx-lm gives routers and shared-expert gates, whatever was asked
+DENSE_FILE_BYTES = 4 << 30
+LAYOUT_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The user's choice, made complete by what the checkpoint is.
+
+    Attributes:
+        target: of experts and dense linears; None keeps everything as published.
+        group_given: the user named the group size, rather than leaving it to the checkpoint or the default.
+    """
+
+    target: Quantization | None
+    group_given: bool
+
+    @classmethod
+    def resolve(cls, q_bits: int | None, q_group_size: int | None, published: Quantization | None) -> Asked:
+        """Raises ConversionError for values outside the known ones, or that the checkpoint cannot give."""
+        if q_bits is not None and q_bits not in (*BITS, UNQUANTIZED):
+            raise ConversionError(f"q_bits must be one of {_listed((*BITS, UNQUANTIZED))}, not {q_bits}")
+        if q_group_size is not None and q_group_size not in GROUP_SIZES:
+            raise ConversionError(f"q_group_size must be one of {_listed(GROUP_SIZES)}, not {q_group_size}")
+        if q_bits == UNQUANTIZED:
+            return cls(None, False)
+        if published is None:
+            return cls(Quantization(q_bits or DEFAULT.bits, q_group_size or DEFAULT.group_size), True)
+        if q_bits is not None and q_bits > published.bits:
+            raise ConversionError(
+                f"the checkpoint is quantized at {published.bits} bits already: {q_bits} bits cannot bring back what "
+                "is lost; ask for no more, or leave q_bits out to repack it as it is"
+            )
+        if q_bits is None or q_bits == published.bits:
+            if q_group_size not in (None, published.group_size):
+                raise ConversionError(
+                    f"the checkpoint is quantized at {published.bits} bits in groups of {published.group_size} "
+                    f"already, and is never quantized again at the same bits: leave q_group_size {q_group_size} out"
+                )
+            return cls(None, False)
+        return cls(Quantization(q_bits, q_group_size or published.group_size), q_group_size is not None)
+
+    def choose(self, matrix: Matrix, router: bool) -> Quantization:
+        """What becomes of a matrix; the answer may be a group size that does not divide its inputs."""
+        has = matrix.quantization
+        if self.target is None:
+            return has
+        want = ROUTER if router else self.target
+        if not has.quantized:
+            return want
+        if has.bits <= want.bits:
+            return has
+        return want if self.group_given else Quantization(want.bits, has.group_size)
+
+
+@dataclass(frozen=True)
+class DensePlan:
+    """One dense module, and the quantization it will have."""
+
+    dense: Dense
+    quantization: Quantization
+    outputs: tuple[tuple[str, str, tuple[int, ...]], ...]  # (name, safetensors dtype, shape), as written
+    nbytes: int
+
+    @property
+    def path(self) -> str:
+        return self.dense.name.removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class DenseFile:
+    """One safetensors file of the dense part."""
+
+    name: str
+    modules: list[DensePlan]
+    header: bytes
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(m.nbytes for m in self.modules)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer's experts, and the layout of its blobs. ``layout`` is an index into ``Plan.layouts``."""
+
+    experts: Experts
+    layout: int
+    quantization: dict[str, Quantization]
+    source_bytes: int  # of one expert
+
+
+@dataclass
+class Plan:
+    """Everything that will be written, and the lines a user should read about it."""
+
+    dense: list[DenseFile]
+    layers: list[LayerPlan]
+    layouts: list[BlobLayout]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def dense_bytes(self) -> int:
+        return sum(f.nbytes for f in self.dense)
+
+    @property
+    def expert_bytes(self) -> int:
+        return sum(p.experts.num_experts * self.layouts[p.layout].blob_size for p in self.layers)
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the checkpoint that will be read."""
+        dense = sum(m.dense.matrix.nbytes for f in self.dense for m in f.modules)
+        return dense + sum(p.experts.num_experts * p.source_bytes for p in self.layers)
+
+    def modules(self) -> Iterator[DensePlan]:
+        for file in self.dense:
+            yield from file.modules
+
+
+def make_plan(bound: Bound, q_bits: int | None, q_group_size: int | None) -> Plan:
+    """Decides what will be written.
+
+    Raises:
+        ConversionError: what was asked does not fit the checkpoint.
+        SourceError: the checkpoint has a quantization that the runtime does not know.
+    """
+    asked = Asked.resolve(q_bits, q_group_size, bound.published)
+    notes = []
+    if bound.left_out:
+        listed = ", ".join(f"{n} of {name}" for name, n in bound.left_out.items())
+        notes.append(f"left out, not used for text: {sum(bound.left_out.values())} tensors ({listed})")
+
+    uneven: list[str] = []
+    modules = [_dense(d, asked, uneven) for d in bound.dense]
+    if uneven:
+        named = ", ".join(uneven[:3]) + (", …" if len(uneven) > 3 else "")
+        notes.append(
+            f"kept as published, the group size does not divide their inputs: {len(uneven)} ({named})"
+        )
+
+    layouts: list[BlobLayout] = []
+    layers = [_layer(e, asked, bound, layouts) for e in bound.layers]
+    plan = Plan(_dense_files(modules), layers, layouts, notes)
+    kinds = sorted(
+        {(q.bits, q.group_size) for p in layers for q in p.quantization.values()}, key=lambda k: (k[0], k[1])
+    )
+    described = " and ".join(
+        f"{b} bits in groups of {g}" if g else "as published, unquantized" for b, g in kinds
+    )
+    blobs = " and ".join(f"{layout.blob_size:,}" for layout in layouts)
+    notes.append(
+        f"{len(layers)} layers of {bound.architecture.num_experts} experts, {described}, {blobs} bytes each: "
+        f"{plan.expert_bytes / 1e9:.2f} GB of experts, {plan.dense_bytes / 1e9:.2f} GB of everything else"
+    )
+    return plan
+
+
+def _listed(values: tuple[int, ...]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _known(matrix: Matrix, quantization: Quantization) -> Quantization:
+    if quantization.quantized and quantization.bits not in BITS:
+        raise SourceError(
+            f"{matrix.weight} is quantized at {quantization.bits} bits; {_listed(BITS)} are supported (fewer bits can "
+            "be asked for with q_bits)"
+        )
+    return quantization
+
+
+def _dense(dense: Dense, asked: Asked, uneven: list[str]) -> DensePlan:
+    name, matrix = dense.name, dense.matrix
+    chosen = matrix.quantization
+    if dense.kind in ("linear", "router"):
+        chosen = asked.choose(matrix, dense.kind == "router")
+        if chosen.quantized and dense.shape[-1] % chosen.group_size:
+            uneven.append(name.removesuffix(".weight"))
+            chosen = matrix.quantization
+    if _known(matrix, chosen).quantized:
+        rows, columns = dense.shape
+        groups = (rows, columns // chosen.group_size)
+        path = name.removesuffix(".weight")
+        outputs: tuple[tuple[str, str, tuple[int, ...]], ...] = (
+            (name, "U32", (rows, columns * chosen.bits // 32)),
+            (f"{path}.scales", matrix.dtype, groups),
+            (f"{path}.biases", matrix.dtype, groups),
+        )
+    elif dense.kind == "norm":
+        outputs = ((name, "F32", dense.shape),)
+    else:
+        outputs = ((name, matrix.dtype, dense.shape),)
+
+    return DensePlan(dense, chosen, outputs, sum(_nbytes(dtype, shape) for _, dtype, shape in outputs))
+
+
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    n = {"BF16": 2, "F16": 2, "F32": 4, "U32": 4}[dtype]
+    for s in shape:
+        n *= s
+    return n
+
+
+def _layer(experts: Experts, asked: Asked, bound: Bound, layouts: list[BlobLayout]) -> LayerPlan:
+    first = experts.expert(0)
+    chosen = {}
+    for p, matrix in first.items():
+        q = chosen[p] = _known(matrix, asked.choose(matrix, router=False))
+        if q.quantized and matrix.in_dims % q.group_size:
+            fitting = [g for g in GROUP_SIZES if not any(m.in_dims % g for m in first.values())]
+            hint = f"q_group_size {_listed(tuple(fitting))} would" if fitting else "only q_bits 16 would"
+            raise ConversionError(
+                f"group size {q.group_size} does not divide the {matrix.in_dims} inputs of the experts' {p}_proj "
+                f"(layer {experts.layer}); {hint}"
+            )
+    a = bound.architecture
+    dtypes = {p: LAYOUT_DTYPES[first[p].dtype] for p in PROJECTIONS}
+    layout = BlobLayout.build(a.hidden_size, a.intermediate_size, chosen, dtypes)
+    if layout not in layouts:
+        layouts.append(layout)
+    return LayerPlan(experts, layouts.index(layout), chosen, sum(m.nbytes for m in first.values()))
+
+
+def _dense_files(modules: list[DensePlan]) -> list[DenseFile]:
+    """Fills files of about DENSE_FILE_BYTES, a module's tensors always together."""
+    shards: list[list[DensePlan]] = [[]]
+    size = 0
+    for module in modules:
+        if shards[-1] and size + module.nbytes > DENSE_FILE_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(module)
+        size += module.nbytes
+    n = len(shards)
+    names = (
+        [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)] if n > 1 else ["model.safetensors"]
+    )
+    return [
+        DenseFile(name, shard, build_header([t for m in shard for t in m.outputs]))
+        for name, shard in zip(names, shards)
+    ]

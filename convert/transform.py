@@ -1,0 +1,67 @@
+"""The arithmetic of a conversion: bytes of one matrix (or some of its rows) in, bytes of the result out.
+
+Everything works on whole rows: groups never cross a row, so that a matrix converted in pieces is bit for bit
+the matrix converted at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_flashmoe.convert.families import Matrix
+from mlx_flashmoe.convert.safetensors import Tensor
+from mlx_flashmoe.layout import Quantization
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+# (numpy type that carries the bits, MLX type): numpy has no bfloat16.
+_TYPES = {
+    "BF16": (np.uint16, mx.bfloat16),
+    "F16": (np.uint16, mx.float16),
+    "F32": (np.uint32, mx.float32),
+    "U32": (np.uint32, mx.uint32),
+}
+# On a CPU every thread has a stream of its own and they run side by side; a GPU is one resource.
+_gpu = threading.Lock()
+
+
+def one_plus(weight: Tensor) -> Bytes:
+    """1 + weight, added in float32: a norm as Hugging Face's layouts publish it, as the model uses it."""
+    raw = weight.read()
+    if weight.dtype == "F32":
+        values = raw.view(np.float32)
+    elif weight.dtype == "F16":
+        values = raw.view(np.float16).astype(np.float32)
+    else:
+        values = (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return (values + np.float32(1)).view(np.uint8)
+
+
+def quantize(matrix: Matrix, quantization: Quantization, device: mx.Device) -> tuple[Bytes, Bytes, Bytes]:
+    """Weight, scales and biases of a matrix quantized anew; from dequantized values if it was quantized before."""
+    with _gpu if device.type == mx.DeviceType.gpu else contextlib.nullcontext():
+        if matrix.scales is not None and matrix.biases is not None:
+            q = matrix.quantization
+            weight, scales, biases = _array(matrix.weight), _array(matrix.scales), _array(matrix.biases)
+            values = mx.dequantize(weight, scales, biases, q.group_size, q.bits, stream=device)
+        else:
+            values = _array(matrix.weight)
+        weight, scales, biases = mx.quantize(
+            values, quantization.group_size, quantization.bits, stream=device
+        )
+        mx.eval(weight, scales, biases)
+        return _bytes(weight), _bytes(scales), _bytes(biases)
+
+
+def _array(tensor: Tensor) -> mx.array:
+    carrier, dtype = _TYPES[tensor.dtype]
+    return mx.array(tensor.read().view(carrier).reshape(tensor.shape)).view(dtype)
+
+
+def _bytes(array: mx.array) -> Bytes:
+    carrier = mx.uint16 if array.dtype.size == 2 else mx.uint32
+    return np.array(array.view(carrier)).reshape(-1).view(np.uint8)
