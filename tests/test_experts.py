@@ -18,6 +18,8 @@ from mlx_flashmoe.errors import MemoryPlanError, ReadError
 from mlx_flashmoe.experts import ExpertStore, SlotArena, StreamedExperts
 from mlx_flashmoe.experts import store as store_module
 from mlx_flashmoe.experts.policy import LRFU, LRU, POLICIES
+from mlx_flashmoe.experts.slab import Slab
+from mlx_flashmoe.experts.store import PendingReads, ReadRequest
 from mlx_flashmoe.experts.streamed import waves
 from mlx_flashmoe.kernels import reference
 from mlx_flashmoe.layout import expert_file
@@ -73,7 +75,7 @@ def test_matches_the_definition(folder: Path, truth: list[StreamedExperts]) -> N
     layout = truth[1]._layout
     x, ids, weights = route(np.random.default_rng(5), 6)
 
-    def matrix(blob: bytes, projection) -> np.ndarray:  # noqa: ANN001
+    def matrix(blob: bytes, projection) -> np.ndarray:
         parts = {}
         for name, c in projection.components.items():
             raw = blob[c.offset : c.offset + c.nbytes]
@@ -95,16 +97,28 @@ def test_matches_the_definition(folder: Path, truth: list[StreamedExperts]) -> N
     assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
 
 
+def spy_on_reads(store: ExpertStore, patch: pytest.MonkeyPatch) -> list[int]:
+    """The experts asked of ``store`` from now on, in order."""
+    order: list[int] = []
+    start = store.start
+
+    def spy(requests: list[ReadRequest], slab: Slab) -> PendingReads:
+        order.extend(r.expert for r in requests)
+        return start(requests, slab)
+
+    patch.setattr(store, "start", spy)
+    return order
+
+
 def test_prefill_reads_each_expert_of_the_union_once_and_in_file_order(folder: Path) -> None:
     for slots in (TOP_K, 7, EXPERTS):
         store = open_store(folder)
         layer = StreamedExperts(SlotArena(store, slots), 0)
         x, ids, weights = route(np.random.default_rng(1), 5)
         union = np.unique(np.asarray(ids))
-        order: list[int] = []
-        start = store.start
-        store.start = lambda requests: order.extend(r.expert for r in requests) or start(requests)  # type: ignore[method-assign]
-        mx.eval(layer(x, ids, weights))
+        with pytest.MonkeyPatch.context() as patch:
+            order = spy_on_reads(store, patch)
+            mx.eval(layer(x, ids, weights))
         assert order == union.tolist()
         assert store.bytes_read == len(union) * store.layout(0).blob_size
 

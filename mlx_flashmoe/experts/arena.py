@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_flashmoe.errors import MemoryPlanError, ReadError
 from mlx_flashmoe.experts.policy import LRFU, Policy
+from mlx_flashmoe.experts.slab import make_slab
 from mlx_flashmoe.experts.store import ExpertStore, PendingReads, ReadRequest
 
 # Outputs remembered at most; older ones are evaluated (nearly always long since done) and forgotten.
@@ -59,7 +59,6 @@ class SlotArena:
     """``slots`` slots for the experts of every layer of ``store``.
 
     Attributes:
-        slab: uint32 [slots, words], the memory kernels read.
         slot_of: int32 [layer rows, experts], -1 where an expert is not resident.
         resident: every expert of the model is in its slot, for good (``load_all``).
         hits, misses: routed experts found resident and not, since the start.
@@ -77,10 +76,7 @@ class SlotArena:
         self.resident = False
         self.policy = policy or LRFU(rows, experts)
         self.slot_bytes = max(store.layout(layer).blob_size for layer in store.layers)
-        self.slab = mx.zeros((self.capacity, self.slot_bytes // 4), dtype=mx.uint32)
-        mx.eval(self.slab)
-        # An alias of the slab's memory, for the reading threads.
-        self._memory = memoryview(cast(Any, self.slab)).cast("B")
+        self._slab = make_slab(self.capacity, self.slot_bytes)
         self.slot_of = np.full((rows, experts), -1, dtype=np.int32)
         self._owner_row = np.full(self.capacity, -1, dtype=np.int32)
         self._owner_expert = np.full(self.capacity, -1, dtype=np.int32)
@@ -91,6 +87,11 @@ class SlotArena:
         self._in_flight: list[Fetch] = []
         self.hits = 0
         self.misses = 0
+
+    @property
+    def slab(self) -> mx.array:
+        """uint32 [slots, words], the memory kernels read."""
+        return self._slab.array
 
     def fetch(self, layer: int, experts: np.ndarray, keep: np.ndarray | None = None) -> Fetch:
         """Starts reading those of ``experts`` (distinct) that are not resident.
@@ -108,12 +109,10 @@ class SlotArena:
         claimed = self._claim(len(missing), slots[slots >= 0], keep)
         self._owner_row[claimed] = row
         self._owner_expert[claimed] = missing
-        size = self.slot_bytes
         requests = [
-            ReadRequest(layer, expert, self._memory[slot * size : (slot + 1) * size])
-            for expert, slot in zip(missing.tolist(), claimed.tolist())
+            ReadRequest(layer, expert, slot) for expert, slot in zip(missing.tolist(), claimed.tolist())
         ]
-        fetch = Fetch(self, row, missing, claimed, self.store.start(requests))
+        fetch = Fetch(self, row, missing, claimed, self.store.start(requests, self._slab))
         self._in_flight.append(fetch)
         return fetch
 

@@ -1,10 +1,11 @@
-"""ExpertStore: experts on disk, read by parallel positional reads straight into memory that is given.
+"""ExpertStore: experts on disk, read by parallel positional reads straight into the slots of a slab.
 
-Knows files, offsets and threads; nothing of slots, arrays or models. One blob is one contiguous read.
+Knows files, offsets and threads; nothing of which expert is where, or of models.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_flashmoe.errors import FormatError, ReadError
-from mlx_flashmoe.layout import BlobLayout, Manifest
+from mlx_flashmoe.experts.slab import Slab
+from mlx_flashmoe.layout import PAGE, BlobLayout, Manifest
 
 # Enough to keep an NVMe queue busy with reads of several MB; more threads only contend for memory bandwidth.
 READ_THREADS = max(4, min(16, os.cpu_count() or 4))
@@ -31,13 +33,18 @@ def read_pool() -> ThreadPoolExecutor:
         return _pool
 
 
+# A blob is read in one piece while there are blobs enough for all threads; otherwise in even parts, not
+# smaller than this: a warm page cache gives one thread only a fraction of the memory's bandwidth.
+LEAST_PART = 1 << 20
+
+
 @dataclass(frozen=True)
 class ReadRequest:
-    """One expert to read: its layer, its number, and the memory (one blob long) it goes to."""
+    """One expert to read: its layer, its number, and the slot it goes to."""
 
     layer: int
     expert: int
-    into: memoryview
+    slot: int
 
 
 @dataclass(frozen=True)
@@ -113,10 +120,10 @@ class ExpertStore:
     def num_experts(self, layer: int) -> int:
         return self._files[layer].num_experts
 
-    def start(self, requests: Sequence[ReadRequest]) -> PendingReads:
-        """Begins reading. The memory of every request is the store's until ``wait`` returns.
+    def start(self, requests: Sequence[ReadRequest], slab: Slab) -> PendingReads:
+        """Begins reading into ``slab``. The slots of the requests are the store's until ``wait`` returns.
 
-        Requests are handed out one by one, so that a slow read does not hold others back.
+        Parts are handed out one by one, in order, so that a slow read does not hold others back.
 
         Raises (from ``wait``):
             ReadError: a read failed or came back short; names the file, the layer and the expert. The other
@@ -124,38 +131,47 @@ class ExpertStore:
         """
         if not requests:
             return PendingReads(())
-        queue = iter(requests)
+        parts = [(r, *span) for r in requests for span in self._spans(r.layer, len(requests))]
+        queue = iter(parts)
         pool = read_pool()
         return PendingReads(
-            [pool.submit(self._drain, queue) for _ in range(min(READ_THREADS, len(requests)))]
+            [pool.submit(self._drain, queue, slab) for _ in range(min(READ_THREADS, len(parts)))]
         )
 
-    def _drain(self, queue: Iterator[ReadRequest]) -> None:
-        for request in queue:
-            self._read(request)
+    def _spans(self, layer: int, requests: int) -> list[tuple[int, int]]:
+        """The byte ranges a blob of ``layer`` is read in when there are so many ``requests``."""
+        size = self._layouts[layer].blob_size
+        parts = max(1, min(READ_THREADS // requests, size // LEAST_PART))
+        pages = size // PAGE
+        bounds = [pages * i // parts * PAGE for i in range(parts + 1)]
+        return list(itertools.pairwise(bounds))
 
-    def _read(self, request: ReadRequest) -> None:
+    def _drain(self, queue: Iterator[tuple[ReadRequest, int, int]], slab: Slab) -> None:
+        for request, start, stop in queue:
+            self._read(request, start, stop, slab)
+
+    def _read(self, request: ReadRequest, start: int, stop: int, slab: Slab) -> None:
         file = self._files[request.layer]
         what = f"{file.path}: layer {request.layer}, expert {request.expert}"
         if not 0 <= request.expert < file.num_experts:
             raise ReadError(f"{what}: the layer has only {file.num_experts} experts")
-        if request.into.nbytes < file.blob_size:
-            raise ReadError(f"{what}: {request.into.nbytes} bytes given for a blob of {file.blob_size}")
-        offset, done = request.expert * file.blob_size, 0
-        while done < file.blob_size:
+        into = slab.begin(request.slot, start, stop)
+        offset, done = request.expert * file.blob_size + start, 0
+        while start + done < stop:
             try:
-                n = os.preadv(file.fd, [request.into[done : file.blob_size]], offset + done)
+                n = os.preadv(file.fd, [into[done:]], offset + done)
             except OSError as e:
                 raise ReadError(f"{what}: reading failed: {e.strerror or e}") from e
             if n <= 0:
                 raise ReadError(
-                    f"{what}: the file ends after {done} of the blob's {file.blob_size} bytes; "
+                    f"{what}: the file ends after {start + done} of the blob's {file.blob_size} bytes; "
                     "it was truncated or replaced: convert the checkpoint again"
                 )
             done += n
+        slab.finish(request.slot, start, stop)
         with self._lock:
             self.bytes_read += done
-            self.reads += 1
+            self.reads += start == 0
 
     def close(self) -> None:
         for file in self._files.values():

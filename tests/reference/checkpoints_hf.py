@@ -1,0 +1,178 @@
+"""Small random Qwen3.5-MoE models made by transformers, saved in each layout that is in the wild."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+
+from mlx_flashmoe.layout import PROJECTIONS, Manifest
+
+ROPE = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [4, 2, 2]}
+BASE: dict[str, Any] = dict(
+    vocab_size=320,
+    hidden_size=128,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=32,
+    linear_value_head_dim=32,
+    linear_conv_kernel_dim=4,
+    moe_intermediate_size=64,
+    shared_expert_intermediate_size=64,
+    num_experts=16,
+    num_experts_per_tok=4,
+    rope_parameters=ROPE,
+    eos_token_id=None,
+    attn_implementation="eager",
+)
+
+# Heads, groups, layer patterns, expert counts, tied embeddings: what differs from BASE.
+SHAPES: dict[str, dict[str, Any]] = {
+    "base": {},
+    "tied, one kv head, many experts": dict(
+        tie_word_embeddings=True, num_key_value_heads=1, num_experts=40, num_experts_per_tok=10
+    ),
+    "odd pattern, wide values": dict(
+        num_hidden_layers=5,
+        layer_types=[
+            "full_attention",
+            "linear_attention",
+            "linear_attention",
+            "full_attention",
+            "linear_attention",
+        ],
+        linear_num_key_heads=2,
+        linear_num_value_heads=8,
+        linear_value_head_dim=64,
+        linear_key_head_dim=64,
+        shared_expert_intermediate_size=32,
+    ),
+    "equal heads, bias, top-1, kernel 3": dict(
+        linear_num_key_heads=4,
+        attention_bias=True,
+        num_experts_per_tok=1,
+        num_experts=6,
+        linear_conv_kernel_dim=3,
+        num_attention_heads=6,
+        head_dim=32,
+        rope_parameters={**ROPE, "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    ),
+}
+
+
+def random_model(shape: str, seed: int = 0) -> Qwen3_5MoeForCausalLM:
+    """A float32 model whose logits have a standard deviation near 1 and whose norms are not all one."""
+    torch.manual_seed(seed)
+    # transformers' own generate must not stop early: no end token.
+    model = Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**{**BASE, **SHAPES[shape]})).eval().float()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim > 1:
+                p.normal_(0, 0.08)
+            elif "norm" in name or "dt_bias" in name or name.endswith(".bias"):
+                p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def save(model: Qwen3_5MoeForCausalLM, folder: Path, layout: str, dtype: torch.dtype = torch.float32) -> Path:
+    """Writes ``model`` as a checkpoint: "fused" as released, "per expert" by transformers itself, or "mlx"."""
+    folder.mkdir(parents=True)
+    if layout == "per expert":
+        model.to(dtype).save_pretrained(folder, max_shard_size="2MB")
+    else:
+        config = {"model_type": "qwen3_5_moe", "text_config": model.config.to_dict()}
+        config["tie_word_embeddings"] = model.config.tie_word_embeddings
+        config["text_config"]["dtype"] = str(dtype).removeprefix("torch.")
+        tensors = {
+            k.replace("model.", "model.language_model.", 1) if k.startswith("model.") else k: v.to(dtype)
+            for k, v in model.state_dict().items()
+            if not (k == "lm_head.weight" and model.config.tie_word_embeddings)
+        }
+        # What a release carries besides the language model.
+        tensors["mtp.fc.weight"] = torch.zeros(4, 4)
+        tensors["model.visual.patch_embed.proj.weight"] = torch.zeros(4, 4)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config))
+    words = {f"w{i}": i for i in range(model.config.vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def dequantized_state(folder: Path) -> dict[str, torch.Tensor]:
+    """A converted folder's weights under transformers' names: what the reference must compute with.
+
+    Read independently of the runtime: blobs by the manifest's offsets, values by ``mx.dequantize``.
+    """
+    manifest = Manifest.load(folder)
+    raw: dict[str, mx.array] = {}
+    for entry in manifest.dense:
+        raw.update(mx.load(str(folder / entry.file)))  # type: ignore[arg-type]
+    state: dict[str, torch.Tensor] = {}
+    for name, w in raw.items():
+        path, _, part = name.rpartition(".")
+        if part in ("scales", "biases"):
+            continue
+        if path in manifest.dense_quantization:
+            q = manifest.dense_quantization[path]
+            w = mx.dequantize(w, raw[f"{path}.scales"], raw[f"{path}.biases"], q.group_size, q.bits)
+        if name.endswith("conv1d.weight"):
+            w = w.moveaxis(1, 2)
+        if name.endswith("norm.weight") and "linear_attn" not in name:
+            w = w.astype(mx.float32) - 1
+        state[name] = to_torch(w)
+    for entry in manifest.layers:
+        layout = manifest.layout_of(entry)
+        blobs = np.fromfile(folder / entry.file, np.uint8).reshape(entry.num_experts, layout.blob_size)
+        stacks: dict[str, mx.array] = {}
+        for name in PROJECTIONS:
+            projection = layout.projections[name]
+            parts = {}
+            for part, c in projection.components.items():
+                cut = np.ascontiguousarray(blobs[:, c.offset : c.offset + c.nbytes])
+                dtype = getattr(mx, c.dtype)
+                parts[part] = mx.array(cut).view(dtype).reshape(-1, *c.shape)
+            stacks[name] = (
+                mx.dequantize(
+                    parts["weight"], parts["scales"], parts["biases"], projection.group_size, projection.bits
+                )
+                if "scales" in parts
+                else parts["weight"]
+            )
+        at = f"model.layers.{entry.layer}.mlp.experts"
+        state[f"{at}.gate_up_proj"] = to_torch(mx.concatenate([stacks["gate"], stacks["up"]], axis=1))
+        state[f"{at}.down_proj"] = to_torch(stacks["down"])
+    return state
+
+
+def to_torch(w: mx.array) -> torch.Tensor:
+    return torch.from_numpy(np.array(w.astype(mx.float32)))
+
+
+def with_weights(model: Qwen3_5MoeForCausalLM, state: Mapping[str, torch.Tensor]) -> Qwen3_5MoeForCausalLM:
+    """A float32 copy of ``model`` that computes with ``state``."""
+    copy = Qwen3_5MoeForCausalLM(model.config).eval().float()
+    missing, unexpected = copy.load_state_dict(dict(state), strict=False)
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    assert set(missing) <= tied and not unexpected
+    if tied:
+        copy.tie_weights()
+    return copy
+
+
+def reference_logits(model: Qwen3_5MoeForCausalLM, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens)).logits.numpy()

@@ -1,0 +1,37 @@
+"""A checkpoint as the MLX community publishes it (stacked, quantized by mlx-lm) gives mlx-lm's logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="torch makes the checkpoint; pip install .[reference]")
+pytest.importorskip("mlx_lm", reason="mlx-lm is the reference; pip install .[reference]")
+
+import mlx.core as mx
+import numpy as np
+from checkpoints_hf import random_model, save
+from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+
+from mlx_flashmoe import convert, load
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 64), (8, 32), (3, 32), (None, None)])
+def test_mlx_community_checkpoint(tmp_path: Path, bits: int | None, group: int | None) -> None:
+    source = save(random_model("base"), tmp_path / "src", "fused")
+    theirs, config = load_model(source, lazy=True)
+    if bits is not None:
+        theirs, config = quantize_model(theirs, config, group, bits)
+    published = tmp_path / "published"
+    save_model(published, theirs)
+    save_config(config, published / "config.json")
+    (published / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+
+    convert(published, tmp_path / "dst", q_bits=bits or 16)
+    ours, _ = load(tmp_path / "dst")
+    theirs, _ = load_model(published)
+    tokens = mx.array(np.random.default_rng(1).integers(0, 320, (1, 80)))
+    want, got = np.asarray(theirs(tokens)), np.asarray(ours(tokens))
+    assert np.abs(got - want).max() <= 2e-3
+    assert (got.argmax(-1) == want.argmax(-1)).all()
