@@ -6,12 +6,32 @@ Kernels read experts where they lie in it; nothing is unpacked, copied or gather
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
 import mlx.core as mx
 
 from mlx_flashmoe.kernels import reference
 from mlx_flashmoe.layout import BlobLayout
 
 __all__ = ["expert_ffn", "expert_rows"]
+
+
+@cache
+def _cpu() -> ModuleType:
+    """The SIMD kernels, or the reference where numba is absent or does not go with the installed numpy."""
+    try:
+        return import_module("mlx_flashmoe.kernels.cpu")
+    except ImportError:
+        return reference
+
+
+def _backend() -> ModuleType:
+    """The module whose functions run on the current device."""
+    if mx.default_device().type == mx.DeviceType.cpu:
+        return _cpu()
+    return reference
 
 
 def expert_ffn(
@@ -29,7 +49,7 @@ def expert_ffn(
     Returns:
         [T, D] in x's dtype. Accumulated in float32.
     """
-    return reference.expert_ffn(x, slab, slots, weights, layout)
+    return _backend().expert_ffn(x, slab, slots, weights, layout)
 
 
 def expert_rows(x: mx.array, slab: mx.array, slots: mx.array, layout: BlobLayout) -> mx.array:
@@ -47,4 +67,4 @@ def expert_rows(x: mx.array, slab: mx.array, slots: mx.array, layout: BlobLayout
     Returns:
         [P, D] in x's dtype: down(silu(gate(x)) * up(x)) of each row's expert.
     """
-    return reference.expert_rows(x, slab, slots, layout)
+    return _backend().expert_rows(x, slab, slots, layout)
