@@ -94,7 +94,9 @@ def test_released_in_bfloat16(tmp_path: Path) -> None:
     original = random_model("base").to(torch.bfloat16)
     convert(save(original, tmp_path / "src", "fused", torch.bfloat16), tmp_path / "dst", q_bits=16)
     model, _ = load(tmp_path / "dst")
-    reference = original.float()
+    # Not original.float(): .to(bfloat16) has rounded the rotary frequencies too, which are no weights.
+    # That alone is 4e-3 on these logits.
+    reference = with_weights(original, original.float().state_dict())
     tokens = tokens_for(reference.config.vocab_size)
     assert_same(np.asarray(model(mx.array(tokens))), reference_logits(reference, tokens), tolerance=2e-4)
 
