@@ -1,0 +1,34 @@
+"""The kernels on NVIDIA GPUs, through ``mx.fast.cuda_kernel``. Contracts: :mod:`mlx_flashmoe.kernels`.
+
+Kernels are made at first use: without CUDA, MLX refuses to make them, and this module must still import.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_flashmoe.kernels import gpu
+
+
+def _make(name: str, inputs: list[str], outputs: list[str], source: str, header: str) -> Any:
+    return mx.fast.cuda_kernel(
+        name=name, input_names=inputs, output_names=outputs, source=source, header=header
+    )
+
+
+LANGUAGE = gpu.Language(
+    prelude="prelude.cuh",
+    positions="""
+const uint3 group = blockIdx;
+const unsigned simdgroup = threadIdx.x / 32, lane = threadIdx.x % 32;
+""",
+    make_kernel=_make,
+    # 40 KiB of shared memory hold the inputs of ten experts of the 397B at once.
+    tiling=gpu.Tiling(simdgroups=8, gate_rows=2, gate_spans=4, down_rows=2, down_spans=10, tile=8, pair=2),
+)
+
+expert_ffn = partial(gpu.expert_ffn, LANGUAGE)
+expert_rows = partial(gpu.expert_rows, LANGUAGE)

@@ -1,0 +1,277 @@
+"""The GPU kernels, whatever the GPU: their text, their launches, their scratch.
+
+``expert_ffn.h`` holds the algorithm, ``prelude.metal`` and ``prelude.cuh`` the words of each language. This
+module writes the constants of one blob layout in front of them, and launches what MLX compiles. Two launches
+either way: gate, up and SwiGLU into a float32 scratch; then down, for expert_ffn with the weighted sum over
+the experts. Every sum has a fixed order and there are no atomics: same inputs, same bits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_flashmoe.layout import ITEMSIZE, BlobLayout, Projection
+
+FORMULATIONS = ("naive", "fma", "grouped")
+DEFAULT_FORMULATION = "grouped"
+CHUNK = 32
+SPAN = 1024  # floats: one chunk for each of 32 lanes
+DTYPES = (mx.float32, mx.bfloat16, mx.float16)
+MOST_TILES = 65535  # CUDA's limit on a grid's second dimension
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How work is cut. Never changes what is computed, only how fast.
+
+    Attributes:
+        simdgroups: a threadgroup has 32 times as many threads.
+        gate_rows, down_rows: weight rows a SIMD group takes in the two launches of expert_ffn.
+        gate_spans, down_spans: spans of 4 KiB of inputs held in threadgroup memory at once.
+        tile: rows of x that share one reading of the weights in expert_rows; 4 KiB of threadgroup memory each.
+        pair: weight rows of each of two matrices that a SIMD group takes in expert_rows.
+    """
+
+    simdgroups: int
+    gate_rows: int
+    gate_spans: int
+    down_rows: int
+    down_spans: int
+    tile: int
+    pair: int
+
+
+@dataclass(frozen=True)
+class Language:
+    """What tells Metal from CUDA on this side."""
+
+    prelude: str
+    positions: str
+    make_kernel: Callable[..., Any]
+    tiling: Tiling
+
+
+def supports(layout: BlobLayout) -> bool:
+    """Unquantized matrices whose inputs are no multiple of 32 are left to the reference."""
+    return all(p.in_dims % CHUNK == 0 for p in layout.projections.values())
+
+
+def _struct(name: str, p: Projection) -> str:
+    words = p.weight.shape[1] * ITEMSIZE[p.weight.dtype] * CHUNK // (4 * p.in_dims)
+    constants = {
+        "quantized": int(p.scales is not None),
+        "bits": p.bits,
+        "group_size": p.group_size or CHUNK,
+        "groups": p.in_dims // (p.group_size or CHUNK),
+        "is_float32": int(p.weight.dtype == "float32"),
+        "is_bfloat16": int(p.weight.dtype == "bfloat16"),
+        "words": words,
+        "row_words": p.in_dims // CHUNK * words,
+        "weight": p.weight.offset,
+        "scales": p.scales.offset if p.scales else 0,
+        "biases": p.biases.offset if p.biases else 0,
+    }
+    text = ", ".join(f"{k} = {v}" for k, v in constants.items())
+    scale = p.scales.dtype if p.scales else "float32"
+    return f"struct {name} {{ typedef fm_{scale} Scale; enum : unsigned {{ {text} }}; }};"
+
+
+def _read(name: str) -> str:
+    """A source file without its comments: MLX hashes the text at every launch."""
+    text = resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return "".join(line + "\n" for line in re.sub(r"\s*//.*", "", text).splitlines() if line)
+
+
+def _header(language: Language, layout: BlobLayout, formulation: str, top_k: int) -> str:
+    t = language.tiling
+    constants = {
+        **{f.upper(): i for i, f in enumerate(FORMULATIONS)},
+        "FORMULATION": FORMULATIONS.index(formulation),
+        "HIDDEN": layout.hidden_size,
+        "INTERMEDIATE": layout.intermediate_size,
+        "TOP_K": top_k,
+        "H_ROW": _spans(top_k * layout.intermediate_size),
+        "SIMDGROUPS": t.simdgroups,
+        "GATE_ROWS": t.gate_rows,
+        "GATE_SPANS": min(t.gate_spans, _spans(layout.hidden_size) // SPAN),
+        "DOWN_ROWS": t.down_rows,
+        "DOWN_SPANS": min(t.down_spans, _spans(top_k * layout.intermediate_size) // SPAN),
+        "TILE": t.tile,
+        "PAIR": t.pair,
+    }
+    lines = [
+        _read(language.prelude),
+        *(_struct(n.capitalize(), p) for n, p in layout.projections.items()),
+        "enum : unsigned { " + ", ".join(f"{k} = {v}" for k, v in constants.items()) + " };",
+        f"enum : size_t {{ BLOB_SIZE = {layout.blob_size} }};",
+        _read("expert_ffn.h"),
+    ]
+    return "\n".join(lines)
+
+
+def _spans(count: int) -> int:
+    """count, rounded up to whole spans."""
+    return -(-count // SPAN) * SPAN
+
+
+# The bodies. `group` is the threadgroup's position in the grid.
+_GATE_UP = """
+FM_ARRAY float4 staged[GATE_SPANS * SPAN / 4];
+const unsigned token = group.y / TOP_K, k = group.y % TOP_K;
+gate_up(
+    x + token * HIDDEN,
+    (const FM_DEVICE unsigned char*)slab + size_t(slots[group.y]) * BLOB_SIZE,
+    k, h + token * H_ROW, (FM_SHARED float*)staged, group.x, simdgroup, lane);
+"""
+_DOWN_COMBINE = """
+FM_ARRAY float4 staged[DOWN_SPANS * SPAN / 4];
+FM_ARRAY int my_slots[TOP_K];
+FM_ARRAY float my_weights[TOP_K];
+for (unsigned k = simdgroup * LANES + lane; k < TOP_K; k += SIMDGROUPS * LANES) {
+  my_slots[k] = slots[group.y * TOP_K + k];
+  my_weights[k] = weights[group.y * TOP_K + k];
+}
+fm_barrier();
+down_combine(
+    h + group.y * H_ROW, (const FM_DEVICE unsigned char*)slab, my_slots, my_weights,
+    y + group.y * HIDDEN, (FM_SHARED float*)staged, group.x, simdgroup, lane);
+"""
+_ROWS_GATE_UP = """
+FM_ARRAY float4 staged[TILE * SPAN / 4];
+const size_t first = tiles[3 * group.y];
+rows_gate_up(
+    x + first * HIDDEN,
+    (const FM_DEVICE unsigned char*)slab + size_t(tiles[3 * group.y + 2]) * BLOB_SIZE,
+    unsigned(tiles[3 * group.y + 1]), h + first * H_ROW, (FM_SHARED float*)staged, group.x, simdgroup, lane);
+"""
+_ROWS_DOWN = """
+FM_ARRAY float4 staged[TILE * SPAN / 4];
+const size_t first = tiles[3 * group.y];
+rows_down(
+    h + first * H_ROW,
+    (const FM_DEVICE unsigned char*)slab + size_t(tiles[3 * group.y + 2]) * BLOB_SIZE,
+    unsigned(tiles[3 * group.y + 1]), y + first * HIDDEN, (FM_SHARED float*)staged, group.x, simdgroup, lane);
+"""
+
+
+@cache
+def _ffn_kernels(language: Language, layout: BlobLayout, formulation: str, top_k: int) -> tuple[Any, Any]:
+    header = _header(language, layout, formulation, top_k)
+    make = language.make_kernel
+    return (
+        make("flashmoe_gate_up", ["x", "slab", "slots"], ["h"], language.positions + _GATE_UP, header),
+        make(
+            "flashmoe_down_combine",
+            ["h", "slab", "slots", "weights"],
+            ["y"],
+            language.positions + _DOWN_COMBINE,
+            header,
+        ),
+    )
+
+
+@cache
+def _rows_kernels(language: Language, layout: BlobLayout) -> tuple[Any, Any]:
+    header = _header(language, layout, DEFAULT_FORMULATION, 1)
+    make = language.make_kernel
+    return (
+        make("flashmoe_rows_gate_up", ["x", "slab", "tiles"], ["h"], language.positions + _ROWS_GATE_UP, header),
+        make("flashmoe_rows_down", ["h", "slab", "tiles"], ["y"], language.positions + _ROWS_DOWN, header),
+    )
+
+
+def expert_ffn(
+    language: Language,
+    x: mx.array,
+    slab: mx.array,
+    slots: mx.array,
+    weights: mx.array,
+    layout: BlobLayout,
+    formulation: str = DEFAULT_FORMULATION,
+    **launch: Any,
+) -> mx.array:
+    """See :func:`mlx_flashmoe.kernels.expert_ffn`.
+
+    Args:
+        formulation: one of FORMULATIONS.
+        launch: passed on to MLX's kernels (``verbose``, ``stream``).
+    """
+    tokens, top_k = slots.shape
+    gate_up, down_combine = _ffn_kernels(language, layout, formulation, top_k)
+    t = language.tiling
+    threads = 32 * t.simdgroups
+    slots = slots.astype(mx.int32)
+    (h,) = gate_up(
+        inputs=[x, slab, slots],
+        grid=(_blocks(layout.intermediate_size, t.simdgroups * t.gate_rows) * threads, tokens * top_k, 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[(tokens, _spans(top_k * layout.intermediate_size))],
+        output_dtypes=[mx.float32],
+        **launch,
+    )
+    (y,) = down_combine(
+        inputs=[h, slab, slots, weights.astype(mx.float32)],
+        grid=(_blocks(layout.hidden_size, t.simdgroups * t.down_rows) * threads, tokens, 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[(tokens, layout.hidden_size)],
+        output_dtypes=[x.dtype],
+        **launch,
+    )
+    return y
+
+
+def expert_rows(
+    language: Language, x: mx.array, slab: mx.array, slots: mx.array, layout: BlobLayout, **launch: Any
+) -> mx.array:
+    """See :func:`mlx_flashmoe.kernels.expert_rows`. A row's arithmetic is the same whatever rows are beside it."""
+    t = language.tiling
+    tiles = cut_into_tiles(np.asarray(slots), t.tile)
+    if not len(tiles):
+        return mx.zeros((0, layout.hidden_size), dtype=x.dtype)
+    if len(tiles) > MOST_TILES:
+        cut = int(tiles[MOST_TILES, 0])
+        parts = [(x[:cut], slots[:cut]), (x[cut:], slots[cut:])]
+        return mx.concatenate([expert_rows(language, a, slab, b, layout, **launch) for a, b in parts])
+    gate_up, down = _rows_kernels(language, layout)
+    threads = 32 * t.simdgroups
+    listed = mx.array(tiles)
+    (h,) = gate_up(
+        inputs=[x, slab, listed],
+        grid=(_blocks(layout.intermediate_size, t.simdgroups * t.pair) * threads, len(tiles), 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[(x.shape[0], _spans(layout.intermediate_size))],
+        output_dtypes=[mx.float32],
+        **launch,
+    )
+    (y,) = down(
+        inputs=[h, slab, listed],
+        grid=(_blocks(layout.hidden_size, t.simdgroups * 2 * t.pair) * threads, len(tiles), 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[(x.shape[0], layout.hidden_size)],
+        output_dtypes=[x.dtype],
+        **launch,
+    )
+    return y
+
+
+def cut_into_tiles(slots: np.ndarray, tile: int) -> np.ndarray:
+    """Runs of equal slots, cut into pieces of at most `tile` rows: int32 [tiles, 3] of (first row, rows, slot)."""
+    edges = np.concatenate([[0], np.flatnonzero(np.diff(slots)) + 1, [len(slots)]]) if len(slots) else [0]
+    pieces = [
+        (first, min(tile, stop - first), slots[start])
+        for start, stop in zip(edges[:-1], edges[1:])
+        for first in range(start, stop, tile)
+    ]
+    return np.array(pieces, dtype=np.int32).reshape(-1, 3)
+
+
+def _blocks(rows: int, each: int) -> int:
+    return -(-rows // each)

@@ -1,0 +1,110 @@
+"""Random experts for the kernels' tests, and what they compute in float64.
+
+Nothing here uses MLX's quantization: values are packed and unpacked by this file alone (one test compares
+that with MLX's own), so that kernels and reference cannot share a mistake.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mlx_flashmoe.layout import BlobLayout, Quantization
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 1e-2}
+
+
+def to_bfloat16(a: np.ndarray) -> np.ndarray:
+    """float32 -> the bits of the nearest bfloat16, ties to even."""
+    bits = np.ascontiguousarray(a, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def encode(a: np.ndarray, dtype: str) -> np.ndarray:
+    """float array -> the array stored for it; bfloat16 as uint16."""
+    if dtype == "bfloat16":
+        return to_bfloat16(a)
+    return np.asarray(a, np.float32 if dtype == "float32" else np.float16)
+
+
+def decode(a: np.ndarray) -> np.ndarray:
+    """The inverse of encode, in float64."""
+    return (from_bfloat16(a) if a.dtype == np.uint16 else a).astype(np.float64)
+
+
+def pack(q: np.ndarray, bits: int) -> np.ndarray:
+    """Integers [rows, n] -> uint32 [rows, n * bits / 32]: a stream of bits, the lowest first."""
+    stream = (q[..., None] >> np.arange(bits) & 1).astype(np.uint8).reshape(q.shape[0], -1)
+    return np.packbits(stream, axis=1, bitorder="little").view(np.uint32)
+
+
+class Experts:
+    """Random experts of one layout: their blobs, and their matrices in float64."""
+
+    def __init__(self, layout: BlobLayout, count: int, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.layout = layout
+        self.blobs = np.zeros((count, layout.blob_size), np.uint8)
+        self.matrices: list[dict[str, np.ndarray]] = []
+        for blob in self.blobs:
+            matrices = {}
+            for name, p in layout.projections.items():
+                shape = (p.out_dims, p.in_dims)
+
+                def put(component, data, blob=blob):
+                    at = component.offset
+                    blob[at : at + component.nbytes] = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+
+                if p.scales is None:
+                    w = encode(rng.standard_normal(shape) / np.sqrt(p.in_dims), p.weight.dtype)
+                    put(p.weight, w)
+                    matrices[name] = decode(w)
+                    continue
+                q = rng.integers(0, 2**p.bits, shape)
+                # Signs vary, and the bias does not centre the values: a mistake in it would show.
+                s = rng.uniform(0.5, 1.5, p.scales.shape) * rng.choice([-1, 1], p.scales.shape)
+                s = encode(2 * s / 2**p.bits / np.sqrt(p.in_dims), p.scales.dtype)
+                b = encode(rng.standard_normal(p.scales.shape) / np.sqrt(p.in_dims), p.scales.dtype)
+                put(p.weight, pack(q, p.bits))
+                put(p.scales, s)
+                put(p.biases, b)
+                wide = [np.repeat(decode(a), p.group_size, axis=1) for a in (s, b)]
+                matrices[name] = q * wide[0] + wide[1]
+            self.matrices.append(matrices)
+
+    def one(self, expert: int, x: np.ndarray) -> np.ndarray:
+        """down(silu(gate(x)) * up(x)): x float64 [..., D] -> float64 [..., D]."""
+        m = self.matrices[expert]
+        g, u = x @ m["gate"].T, x @ m["up"].T
+        return (g / (1 + np.exp(-g)) * u) @ m["down"].T
+
+    def ffn(self, x: np.ndarray, experts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """x [T, D], experts and weights [T, K] -> [T, D], all float64."""
+        return np.stack(
+            [
+                sum(w * self.one(e, row) for e, w in zip(picked, share))
+                for row, picked, share in zip(x, experts, weights.astype(np.float64))
+            ]
+        )
+
+
+def layout_of(
+    hidden: int, intermediate: int, bits, group_size, dtype: str | dict[str, str] = "bfloat16"
+) -> BlobLayout:
+    """bits and group_size: one for all, or one for each of gate, up and down."""
+    bits = bits if isinstance(bits, tuple) else (bits,) * 3
+    group_size = group_size if isinstance(group_size, tuple) else (group_size,) * 3
+    quantization = {
+        n: Quantization(b, 0 if b == 16 else g) for n, b, g in zip(("gate", "up", "down"), bits, group_size)
+    }
+    return BlobLayout.build(hidden, intermediate, quantization, dtype)
+
+
+def error(out: np.ndarray, expected: np.ndarray) -> float:
+    """|out - expected| / |expected|, the larger of the whole array's and the worst row's. NaN is infinite."""
+    difference = np.linalg.norm(out - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    worst = max(float(difference.max()), float(np.abs(out - expected).max() / np.abs(expected).max()))
+    return worst if np.isfinite(worst) else float("inf")
