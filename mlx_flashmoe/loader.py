@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from mlx_flashmoe import memory
 from mlx_flashmoe.errors import FormatError, MemoryPlanError
-from mlx_flashmoe.experts import ExpertStore, SlotArena, StreamedExperts
+from mlx_flashmoe.experts import ExpertStore, ReadAhead, SlotArena, StreamedExperts
 from mlx_flashmoe.layout import Manifest
 from mlx_flashmoe.models import architecture
 from mlx_flashmoe.models.cache import Cache
@@ -71,6 +71,7 @@ def load(
     active_experts: int | None = None,
     dtype: mx.Dtype | None = None,
     announce: Callable[[str], None] | None = None,
+    read_ahead: bool = True,
 ) -> tuple[StreamingModel, Tokenizer]:
     """Loads a converted folder.
 
@@ -81,6 +82,7 @@ def load(
         active_experts: routed experts a token uses; the checkpoint's own number if None.
         dtype: of the activations; the checkpoint's own on a GPU and float32 on a CPU if None.
         announce: is given the memory plan, a line, before memory is taken.
+        read_ahead: read the next layer's likely experts while this one computes, as long as that pays.
 
     Raises:
         FormatError: not a complete converted folder, or its parts contradict each other.
@@ -124,7 +126,8 @@ def load(
     _limit_memory(plan)
 
     arena = SlotArena(store, plan.slots)
-    model = arch.Model(settings, lambda layer: StreamedExperts(arena, layer), active)
+    ahead = ReadAhead(arena) if read_ahead else None
+    model = arch.Model(settings, lambda layer: StreamedExperts(arena, layer, ahead), active)
     _load_dense(model, manifest, weights, cast, folder)
     tokenizer = Tokenizer.load(folder)
     if plan.slots == plan.expert_bytes // plan.slot_bytes and len(manifest.layouts) == 1:

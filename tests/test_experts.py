@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from mlx_flashmoe import kernels
 from mlx_flashmoe.errors import MemoryPlanError, ReadError
-from mlx_flashmoe.experts import ExpertStore, SlotArena, StreamedExperts
+from mlx_flashmoe.experts import ExpertStore, ReadAhead, SlotArena, StreamedExperts
 from mlx_flashmoe.experts import store as store_module
+from mlx_flashmoe.experts.ahead import KEEP, TRIAL, PaysOff
 from mlx_flashmoe.experts.policy import LRFU, LRU, POLICIES
 from mlx_flashmoe.experts.slab import Slab
 from mlx_flashmoe.experts.store import PendingReads, ReadRequest
@@ -52,18 +53,35 @@ def truth(folder: Path) -> list[StreamedExperts]:
     return [StreamedExperts(arena, layer) for layer in range(LAYERS)]
 
 
+class Always(PaysOff):
+    """Reads ahead whatever it costs."""
+
+    def token_took(self, seconds: float) -> None:
+        pass
+
+
+def guess(rng: np.random.Generator, layer: int, tokens: int) -> mx.array | None:
+    """Any guess at the next layer's experts will do: right or wrong, it must not matter."""
+    if tokens > 1 or layer == LAYERS - 1:
+        return None
+    return mx.array(rng.permutation(EXPERTS)[:TOP_K].astype(np.int32))
+
+
+@pytest.mark.parametrize("read_ahead", [False, True])
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @pytest.mark.parametrize("slots", [TOP_K, TOP_K + 1, 9, EXPERTS, 2 * EXPERTS, LAYERS * EXPERTS])
 def test_residency_never_changes_a_bit(
-    folder: Path, truth: list[StreamedExperts], policy: str, slots: int
+    folder: Path, truth: list[StreamedExperts], policy: str, slots: int, read_ahead: bool
 ) -> None:
     arena = SlotArena(open_store(folder), slots, POLICIES[policy](LAYERS, EXPERTS))
-    layers = [StreamedExperts(arena, layer) for layer in range(LAYERS)]
+    ahead = ReadAhead(arena, Always()) if read_ahead else None
+    layers = [StreamedExperts(arena, layer, ahead) for layer in range(LAYERS)]
     rng = np.random.default_rng(slots)
     for tokens in (1, 1, 7, 1, 40, 2, 1, 1):
         for layer in range(LAYERS):
             x, ids, weights = route(rng, tokens)
-            got, want = layers[layer](x, ids, weights), truth[layer](x, ids, weights)
+            likely = guess(rng, layer, tokens) if read_ahead else None
+            got, want = layers[layer](x, ids, weights, likely), truth[layer](x, ids, weights)
             assert np.array_equal(np.asarray(got), np.asarray(want))
     if slots < LAYERS * EXPERTS:
         assert arena.misses > slots
@@ -235,25 +253,57 @@ def test_stress_with_read_faults(
 
     store = open_store(folder)
     arena = SlotArena(store, slots, chance.choice([LRU, LRFU])(LAYERS, EXPERTS))
-    layers = [StreamedExperts(arena, layer) for layer in range(LAYERS)]
+    ahead = ReadAhead(arena, Always()) if chance.random() < 0.5 else None
+    layers = [StreamedExperts(arena, layer, ahead) for layer in range(LAYERS)]
     rng = np.random.default_rng(seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store_module.os, "preadv", faulty)
         for step in range(60):
             layer = step % LAYERS
-            call = route(rng, 1 if chance.random() < 0.7 else chance.randint(2, 9))
+            tokens = 1 if chance.random() < 0.7 else chance.randint(2, 9)
+            call = route(rng, tokens)
             try:
-                got = np.asarray(layers[layer](*call))
+                got = np.asarray(layers[layer](*call, guess(rng, layer, tokens)))
             except ReadError as e:
                 assert f"layer {layer}, expert" in str(e) and expert_file(layer) in str(e)
                 continue
             assert np.array_equal(got, np.asarray(truth[layer](*call)))
+    arena.settle()
     resident = np.argwhere(arena.slot_of >= 0)
     slots_held = arena.slot_of[arena.slot_of >= 0]
     assert len(set(slots_held.tolist())) == len(slots_held)
     _, blobs = write_experts(folder, layers=LAYERS, experts=EXPERTS)
     for (layer, expert), slot in zip(resident.tolist(), slots_held.tolist()):
         assert np.asarray(arena.slab)[slot].tobytes() == blobs[layer][expert]
+
+
+# --- Reading ahead
+
+
+def test_a_right_guess_is_a_hit_and_a_wrong_one_costs_no_correctness(folder: Path) -> None:
+    arena = SlotArena(open_store(folder), 3 * TOP_K)
+    ahead = ReadAhead(arena, Always())
+    layers = [StreamedExperts(arena, layer, ahead) for layer in range(2)]
+    x, ids, weights = route(np.random.default_rng(3), 1)
+    _, following, _ = route(np.random.default_rng(4), 1)
+    layers[0](x, ids, weights, following)
+    assert ahead._fetch is not None
+    ahead._fetch.wait()  # the computation took long enough
+    layers[1](x, following, weights)
+    assert (arena.hits, arena.misses) == (TOP_K, TOP_K)
+
+
+@pytest.mark.parametrize(("with_it", "without"), [(1.0, 2.0), (2.0, 1.0)])
+def test_reading_ahead_stays_on_only_while_it_pays(with_it: float, without: float) -> None:
+    decision = PaysOff()
+    for _ in range(2 * TRIAL):
+        decision.token_took(with_it if decision.on else without)
+    assert decision.on == (with_it < without)
+    # The machine changes: the next trial notices.
+    with_it, without = without, with_it
+    for _ in range(KEEP + 2 * TRIAL):
+        decision.token_took(with_it if decision.on else without)
+    assert decision.on == (with_it < without)
 
 
 # --- Policies

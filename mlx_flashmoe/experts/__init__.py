@@ -1,7 +1,8 @@
 """The experts of a model: on disk, in the arena, and as a layer."""
 
+from mlx_flashmoe.experts.ahead import ReadAhead
 from mlx_flashmoe.experts.arena import SlotArena
 from mlx_flashmoe.experts.store import ExpertStore
 from mlx_flashmoe.experts.streamed import StreamedExperts
 
-__all__ = ["ExpertStore", "SlotArena", "StreamedExperts"]
+__all__ = ["ExpertStore", "ReadAhead", "SlotArena", "StreamedExperts"]

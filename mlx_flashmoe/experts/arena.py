@@ -35,24 +35,30 @@ class Fetch:
     row: int
     experts: np.ndarray
     slots: np.ndarray
-    reads: PendingReads
-    done: bool = False
+    reads: PendingReads | None
 
     def wait(self) -> None:
-        """Returns when the experts are in place; on a failed read none of them is, and ReadError is raised."""
-        if self.done:
+        """Returns when the experts are in place; if a read fails none of them is, and ReadError is raised."""
+        if self.reads is None:
             return
-        self.done = True
+        reads, self.reads = self.reads, None
         self.arena._in_flight.remove(self)
         try:
-            self.reads.wait()
+            whole = np.array(reads.wait())
         except BaseException:
             self.arena._free(self.slots)
             raise
         # An expert that arrived by another way in the meantime keeps its place.
-        new = self.arena.slot_of[self.row, self.experts] < 0
+        new = whole & (self.arena.slot_of[self.row, self.experts] < 0)
         self.arena.slot_of[self.row, self.experts[new]] = self.slots[new]
         self.arena._free(self.slots[~new])
+
+    def cut_short(self) -> None:
+        """Like ``wait``, but reads that have not begun are given up; and a failed one is no error."""
+        if self.reads is not None:
+            self.reads.cancel()
+            with contextlib.suppress(ReadError):
+                self.wait()
 
 
 class SlotArena:
@@ -105,7 +111,7 @@ class SlotArena:
         slots = self.slot_of[row, experts]
         missing = experts[slots < 0]
         if not len(missing):
-            return Fetch(self, row, missing, missing, PendingReads(()), done=True)
+            return Fetch(self, row, missing, missing, None)
         claimed = self._claim(len(missing), slots[slots >= 0], keep)
         self._owner_row[claimed] = row
         self._owner_expert[claimed] = missing
@@ -135,10 +141,9 @@ class SlotArena:
             mx.eval(self._pending.pop(oldest))
 
     def settle(self) -> None:
-        """Waits for reads that nobody is waiting for any more: those of a call that was interrupted."""
+        """Ends reads that nobody waits for any more: those of a call that was interrupted, or read-ahead."""
         for fetch in list(self._in_flight):
-            with contextlib.suppress(ReadError):
-                fetch.wait()
+            fetch.cut_short()
 
     def load_all(self) -> None:
         """Reads every expert of the model in file order; afterwards nothing is ever missing.

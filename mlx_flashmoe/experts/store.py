@@ -8,8 +8,8 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,12 +56,38 @@ class _LayerFile:
 
 
 class PendingReads:
-    """Reads under way. ``wait`` returns when all are over, or raises the first failure once none is running."""
+    """Reads under way. Made by :meth:`ExpertStore.start`.
 
-    def __init__(self, futures: Sequence[Future[None]]):
-        self._futures = futures
+    Parts are handed out to the threads one by one, in order, so that a slow read does not hold others back.
+    """
 
-    def wait(self) -> None:
+    def __init__(self, store: ExpertStore, requests: Sequence[ReadRequest], slab: Slab):
+        self._store = store
+        self._slab = slab
+        parts = [
+            (i, request, span)
+            for i, request in enumerate(requests)
+            for span in store.spans(request.layer, len(requests))
+        ]
+        self._queue = iter(parts)
+        self._left = [0] * len(requests)
+        for i, _, _ in parts:
+            self._left[i] += 1
+        self._cancelled = False
+        self._lock = threading.Lock()
+        pool = read_pool()
+        self._futures = [pool.submit(self._drain) for _ in range(min(READ_THREADS, len(parts)))]
+
+    def cancel(self) -> None:
+        """Reads that have not begun will not be done."""
+        self._cancelled = True
+
+    def wait(self) -> list[bool]:
+        """Returns when nothing is being read any more: which requests were read whole.
+
+        Raises:
+            ReadError: the first failure.
+        """
         # Memory must not be written to after this returns or raises, so not even Ctrl-C cuts the waiting short.
         interrupt: BaseException | None = None
         while True:
@@ -74,6 +100,19 @@ class PendingReads:
             raise interrupt
         for future in self._futures:
             future.result()
+        return [left == 0 for left in self._left]
+
+    def _drain(self) -> None:
+        for i, request, (start, stop) in self._queue:
+            if self._cancelled:
+                return
+            try:
+                self._store.read(request, start, stop, self._slab)
+            except BaseException:
+                self.cancel()
+                raise
+            with self._lock:
+                self._left[i] -= 1
 
 
 class ExpertStore:
@@ -123,22 +162,13 @@ class ExpertStore:
     def start(self, requests: Sequence[ReadRequest], slab: Slab) -> PendingReads:
         """Begins reading into ``slab``. The slots of the requests are the store's until ``wait`` returns.
 
-        Parts are handed out one by one, in order, so that a slow read does not hold others back.
-
         Raises (from ``wait``):
             ReadError: a read failed or came back short; names the file, the layer and the expert. The other
                 reads are finished or given up, and the store can be used again.
         """
-        if not requests:
-            return PendingReads(())
-        parts = [(r, *span) for r in requests for span in self._spans(r.layer, len(requests))]
-        queue = iter(parts)
-        pool = read_pool()
-        return PendingReads(
-            [pool.submit(self._drain, queue, slab) for _ in range(min(READ_THREADS, len(parts)))]
-        )
+        return PendingReads(self, requests, slab)
 
-    def _spans(self, layer: int, requests: int) -> list[tuple[int, int]]:
+    def spans(self, layer: int, requests: int) -> list[tuple[int, int]]:
         """The byte ranges a blob of ``layer`` is read in when there are so many ``requests``."""
         size = self._layouts[layer].blob_size
         parts = max(1, min(READ_THREADS // requests, size // LEAST_PART))
@@ -146,11 +176,8 @@ class ExpertStore:
         bounds = [pages * i // parts * PAGE for i in range(parts + 1)]
         return list(itertools.pairwise(bounds))
 
-    def _drain(self, queue: Iterator[tuple[ReadRequest, int, int]], slab: Slab) -> None:
-        for request, start, stop in queue:
-            self._read(request, start, stop, slab)
-
-    def _read(self, request: ReadRequest, start: int, stop: int, slab: Slab) -> None:
+    def read(self, request: ReadRequest, start: int, stop: int, slab: Slab) -> None:
+        """Reads bytes [start, stop) of a blob into its slot, in this thread. Raises ReadError."""
         file = self._files[request.layer]
         what = f"{file.path}: layer {request.layer}, expert {request.expert}"
         if not 0 <= request.expert < file.num_experts:

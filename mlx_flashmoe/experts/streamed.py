@@ -16,6 +16,7 @@ import numpy as np
 
 from mlx_flashmoe import kernels
 from mlx_flashmoe.errors import ReadError
+from mlx_flashmoe.experts.ahead import ReadAhead
 from mlx_flashmoe.experts.arena import SlotArena
 
 # Experts a wave has at most: enough to keep the disk busy, few enough that neither the first wave's reading
@@ -58,24 +59,33 @@ class StreamedExperts(nn.Module):
     Args:
         arena: the arena all layers share.
         layer: this layer's number.
+        ahead: reads of the following layer's likely experts, shared by all layers; None for none.
     """
 
-    def __init__(self, arena: SlotArena, layer: int):
+    def __init__(self, arena: SlotArena, layer: int, ahead: ReadAhead | None = None):
         super().__init__()
-        # Not attributes of the module tree: nn.Module would take the arena's arrays for parameters.
         self._arena = arena
         self._layer = layer
+        self._ahead = ahead
+        self._is_first = layer == arena.store.layers[0]
         # In the slab every slot has the same size, whatever the layer's own blobs need.
         self._layout = replace(arena.store.layout(layer), blob_size=arena.slot_bytes)
         self._device_slots: mx.array | None = None
 
-    def __call__(self, x: mx.array, ids: mx.array, weights: mx.array) -> mx.array:
+    def wants_guess(self, tokens: int) -> bool:
+        """Whether a call with so many tokens would make use of ``likely``."""
+        return tokens == 1 and self._ahead is not None and self._ahead.on and not self._arena.resident
+
+    def __call__(
+        self, x: mx.array, ids: mx.array, weights: mx.array, likely: mx.array | None = None
+    ) -> mx.array:
         """The weighted sum of each token's experts.
 
         Args:
             x: [..., D] activations.
             ids: integer [..., K], distinct within a token.
             weights: [..., K] routing weights.
+            likely: integer [..., K], a guess at the next layer's ids; it changes speed and nothing else.
 
         Returns:
             [..., D] in x's dtype.
@@ -90,7 +100,7 @@ class StreamedExperts(nn.Module):
         if one_token and self._arena.resident:
             y = kernels.expert_ffn(x, self._arena.slab, self._resident_slots()[ids], weights, self._layout)
         elif one_token:
-            y = self._decode(x, ids, weights)
+            y = self._decode(x, ids, weights, likely)
         else:
             y = self._prefill(x, np.asarray(ids.astype(mx.int32)), weights)
         return y.reshape(shape)
@@ -101,12 +111,20 @@ class StreamedExperts(nn.Module):
             self._device_slots = mx.array(self._arena.slot_of[self._arena.row_of[self._layer]])
         return self._device_slots
 
-    def _decode(self, x: mx.array, ids: mx.array, weights: mx.array) -> mx.array:
-        arena = self._arena
+    def _decode(self, x: mx.array, ids: mx.array, weights: mx.array, likely: mx.array | None) -> mx.array:
+        arena, ahead = self._arena, self._ahead
+        if ahead is not None and self._is_first:
+            ahead.begin_token()
+        if likely is not None:
+            ids = mx.concatenate([ids, likely.reshape(1, -1)])
         experts = np.asarray(ids.astype(mx.int32))  # the layer's one synchronisation
         arena.touch(self._layer, experts[0])
+        if ahead is not None:
+            ahead.stop()
         arena.fetch(self._layer, experts[0]).wait()
-        slots = arena.slot_of[arena.row_of[self._layer], experts]
+        slots = arena.slot_of[arena.row_of[self._layer], experts[:1]]
+        if ahead is not None and likely is not None:
+            ahead.start(self._layer + 1, experts[1], slots[0])
         y = kernels.expert_ffn(x, arena.slab, mx.array(slots), weights, self._layout)
         arena.used(slots[0], y)
         return y
@@ -118,6 +136,9 @@ class StreamedExperts(nn.Module):
         so a wave is a range of rows; the sum over a token's experts is taken at the end, in the order the
         router gave them, so that it does not depend on where waves begin.
         """
+        if self._ahead is not None:
+            self._ahead.stop()
+            self._ahead.interrupt_timing()
         tokens, top_k = ids.shape
         flat = ids.reshape(-1)
         order = np.argsort(flat, kind="stable")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,7 +17,15 @@ import mlx.nn as nn
 from mlx_flashmoe.errors import FormatError
 from mlx_flashmoe.models.cache import Cache, KVCache, RecurrentCache
 
-Experts = Callable[[mx.array, mx.array, mx.array], mx.array]
+
+class Experts(Protocol):
+    """What this model asks of a layer's routed experts; see ``StreamedExperts``."""
+
+    def __call__(
+        self, x: mx.array, ids: mx.array, weights: mx.array, likely: mx.array | None = None
+    ) -> mx.array: ...
+
+    def wants_guess(self, tokens: int) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -238,10 +246,13 @@ class MoE(nn.Module):
         self._experts = experts
         self._active = active
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, likely: mx.array | None = None) -> mx.array:
         ids, weights = self.route(x)
         shared = mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
-        return self._experts(x, ids, weights) + shared
+        return self._experts(x, ids, weights, likely) + shared
+
+    def wants_guess(self, x: mx.array) -> bool:
+        return self._experts.wants_guess(x.shape[0] * x.shape[1])
 
     def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """The experts of each token, ids and weights [..., K]: the K most probable, their weights summing to 1."""
@@ -263,10 +274,17 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, cache: Cache | None) -> mx.array:
+    def __call__(self, x: mx.array, cache: Cache | None, following: DecoderLayer | None) -> mx.array:
         mix: Any = self.linear_attn if self.is_linear else self.self_attn
         x = x + mix(self.input_layernorm(x), cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        likely = None
+        if following is not None and self.mlp.wants_guess(x):
+            likely = following.guess(x)
+        return x + self.mlp(self.post_attention_layernorm(x), likely)
+
+    def guess(self, x: mx.array) -> mx.array:
+        """The experts this layer will probably want, from an earlier residual x: ids [..., K]."""
+        return self.mlp.route(self.post_attention_layernorm(x))[0]
 
 
 class Decoder(nn.Module):
@@ -281,7 +299,8 @@ class Decoder(nn.Module):
     def __call__(self, tokens: mx.array, cache: list[Cache] | None) -> mx.array:
         x = self.embed_tokens(tokens)
         for i, layer in enumerate(self.layers):
-            x = layer(x, cache[i] if cache is not None else None)
+            following = self.layers[i + 1] if i + 1 < len(self.layers) else None
+            x = layer(x, cache[i] if cache is not None else None, following)
         return self.norm(x)
 
 
