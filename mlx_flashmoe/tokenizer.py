@@ -278,39 +278,31 @@ class ByteLevelDetokenizer(Detokenizer):
 
 
 class WindowDetokenizer(Detokenizer):
-    """For any other vocabulary: decodes a short window of tokens again with each new one.
+    """For any other vocabulary: decodes the last tokens again with each new one, and shows what is added.
 
-    A few tokens already shown stay in the window, because many decoders treat the first token of a text apart.
+    The window begins with the tokens last shown, because many decoders treat the first token of a text apart.
     """
 
-    CONTEXT = 4  # tokens kept in the window
-    WINDOW = 16
     PATIENCE = 4  # tokens to wait for the rest of a character: UTF-8 has at most 4 bytes
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
-        self._ids: list[int] = []
-        self._shown = ""
-        self._held = 0
+        self._shown: list[int] = []
+        self._new: list[int] = []
 
     def add_token(self, token: int) -> str:
-        self._ids.append(token)
-        text = self._decode(self._ids)
-        if text.endswith("\ufffd") and self._held < self.PATIENCE:
-            self._held += 1
-            return ""
-        return self._show(text)
+        self._new.append(token)
+        return self._show(self.PATIENCE)
 
     def finalize(self) -> str:
-        return self._show(self._decode(self._ids)) if self._held else ""
+        return self._show(0)
 
-    def _show(self, text: str) -> str:
-        new = text[len(self._shown) :]
-        self._shown, self._held = text, 0
-        if len(self._ids) > self.WINDOW:
-            self._ids = self._ids[-self.CONTEXT :]
-            self._shown = self._decode(self._ids)
-        return new
+    def _show(self, patience: int) -> str:
+        before, text = self._decode(self._shown), self._decode(self._shown + self._new)
+        if len(text) <= len(before) or (text.endswith("\ufffd") and len(self._new) < patience):
+            return ""
+        self._shown, self._new = self._new, []
+        return text[len(before) :]
 
 
 def _byte_level_alphabet() -> dict[str, int]:

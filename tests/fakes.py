@@ -1,0 +1,87 @@
+"""A tokenizer and models small enough to know every answer of."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_flashmoe.tokenizer import Tokenizer
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import make_checkpoint
+
+
+def tokenizer() -> Tokenizer:
+    """The example checkpoint's tokenizer with its template."""
+    return Tokenizer(
+        make_checkpoint.build_tokenizer(),
+        special_tokens={"eos_token": "<|im_end|>"},
+        chat_templates={"default": make_checkpoint.TEMPLATE},
+    )
+
+
+class FakeCache:
+    """Holds a number, as an array, and counts how often it was looked at."""
+
+    def __init__(self) -> None:
+        self.value = mx.array(0)
+        self.offset = 0
+
+    @property
+    def state(self) -> list[mx.array]:
+        return [self.value]
+
+
+class FakeModel:
+    """Base of the fakes: what ``load`` returns, as far as the token loop is concerned."""
+
+    vocab = 768
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def make_cache(self) -> list[FakeCache]:
+        return [FakeCache()]
+
+    def stats(self) -> Any:
+        return SimpleNamespace(
+            bytes_read=1000 * len(self.calls), hits=3 * len(self.calls), misses=len(self.calls)
+        )
+
+    def __call__(self, tokens: mx.array, cache: list[FakeCache]) -> mx.array:
+        assert tokens.ndim == 2 and tokens.shape[0] == 1
+        self.calls.append(tokens.shape[1])
+        return mx.stack([self.step(t, cache[0]) for t in tokens[0].tolist()])[None]
+
+    def step(self, token: int, cache: FakeCache) -> mx.array:
+        raise NotImplementedError
+
+
+class ScriptedModel(FakeModel):
+    """Says the same thing whatever it is asked."""
+
+    def __init__(self, prompt_tokens: int, script: list[int]) -> None:
+        super().__init__()
+        self.prompt_tokens, self.script = prompt_tokens, script
+
+    def step(self, token: int, cache: FakeCache) -> mx.array:
+        cache.offset += 1
+        place = cache.offset - self.prompt_tokens
+        logits = np.zeros(self.vocab, np.float32)
+        if 0 <= place < len(self.script):
+            logits[self.script[place]] = 20
+        return mx.array(logits)
+
+
+class HashModel(FakeModel):
+    """Its logits depend on every token so far and on their order."""
+
+    def step(self, token: int, cache: FakeCache) -> mx.array:
+        cache.value = (cache.value * 31 + token + 1) % 65521
+        seed = int(cache.value.item())
+        return mx.array(np.random.default_rng(seed).standard_normal(self.vocab).astype(np.float32))

@@ -1,0 +1,174 @@
+"""Filters, penalties and draws."""
+
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_flashmoe.errors import RequestError
+from mlx_flashmoe.sampling import (
+    apply_min_p,
+    apply_top_k,
+    apply_top_p,
+    make_logits_processors,
+    make_sampler,
+)
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def logprobs(seed: int, size: int = 50, ties: bool = False) -> np.ndarray:
+    logits = 3 * np.random.default_rng(seed).standard_normal(size)
+    if ties:
+        logits = np.round(logits)
+    return (logits - np.log(np.exp(logits).sum())).astype(np.float32)
+
+
+def kept(filtered: mx.array, original: np.ndarray) -> np.ndarray:
+    """Indices that survived; checks that what survived is untouched."""
+    values = np.array(filtered)[0]
+    alive = np.flatnonzero(np.isfinite(values))
+    assert np.array_equal(values[alive], original[alive])
+    assert np.all(values[np.isinf(values)] < 0)
+    return alive
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.integers(1, 49), st.booleans())
+def test_top_k_keeps_exactly_the_k_most_likely(seed: int, k: int, ties: bool) -> None:
+    lp = logprobs(seed, ties=ties)
+    alive = kept(apply_top_k(mx.array(lp)[None], k), lp)
+    assert len(alive) == k
+    assert lp[alive].min() >= np.delete(lp, alive).max()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.floats(0.01, 0.99), st.booleans())
+def test_top_p_keeps_the_smallest_set_that_reaches_p(seed: int, p: float, ties: bool) -> None:
+    lp = logprobs(seed, ties=ties)
+    alive = kept(apply_top_p(mx.array(lp)[None], p), lp)
+    probs = np.exp(lp[alive].astype(np.float64))
+    assert probs.sum() >= p - 1e-5
+    assert probs.sum() - probs.min() < p + 1e-5  # without its least likely token it would not reach p
+    if len(alive) < len(lp):
+        assert lp[alive].min() >= np.delete(lp, alive).max()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.floats(0.001, 1.0))
+def test_min_p_is_a_threshold_relative_to_the_most_likely(seed: int, p: float) -> None:
+    lp = logprobs(seed)
+    alive = kept(apply_min_p(mx.array(lp)[None], p), lp)
+    ratio = np.exp(lp.astype(np.float64) - lp.max())
+    assert np.all(ratio[alive] >= p * (1 - 1e-5))
+    assert np.all(np.delete(ratio, alive) < p * (1 + 1e-5))
+    assert lp.argmax() in alive
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.1}, {"top_k": 3, "seed": 1}])
+def test_temperature_zero_is_argmax(options: dict) -> None:
+    sampler = make_sampler(0.0, **options)
+    for seed in range(20):
+        lp = logprobs(seed)
+        assert sampler(mx.array(lp)[None]).tolist() == [lp.argmax()]
+
+
+def draws(sampler, lp: np.ndarray, n: int = 200) -> list[int]:
+    return [sampler(mx.array(lp)[None]).item() for _ in range(n)]
+
+
+def test_a_seed_reproduces_whatever_else_draws() -> None:
+    lp = logprobs(0)
+    first = draws(make_sampler(1.0, seed=7), lp)
+    mx.random.seed(99)
+    mx.random.uniform(shape=(5,))
+    assert draws(make_sampler(1.0, seed=7), lp) == first
+    assert draws(make_sampler(1.0, seed=8), lp) != first
+
+
+def test_without_a_seed_draws_follow_the_global_state() -> None:
+    lp = logprobs(0)
+    mx.random.seed(3)
+    first = draws(make_sampler(1.0), lp)
+    assert draws(make_sampler(1.0), lp) != first
+    mx.random.seed(3)
+    assert draws(make_sampler(1.0), lp) == first
+
+
+def test_draws_have_the_tempered_distribution() -> None:
+    lp = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+    n = 4000
+    for temp in (0.5, 1.0, 2.0):
+        expected = np.exp(lp / temp) / np.exp(lp / temp).sum()
+        sampler = make_sampler(temp, seed=0)
+        counts = np.bincount(sampler(mx.array(np.tile(lp, (n, 1)))).tolist(), minlength=4)
+        assert np.abs(counts / n - expected).max() < 4 * math.sqrt(0.25 / n)
+
+
+def test_filters_combine_in_the_documented_order() -> None:
+    # top-p 0.75 keeps {0.5, 0.3}; then min-p 0.7 drops 0.3. The other way round 0.5 alone would be there for
+    # top-p as well, but with top-k first nothing below would change: what survives is only token 0.
+    lp = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+    assert set(draws(make_sampler(5.0, 0.75, seed=0), lp)) == {0, 1}
+    assert set(draws(make_sampler(5.0, 0.75, 0.7, seed=0), lp)) == {0}
+    # A high temperature comes last: it does not widen what top-p keeps.
+    assert set(draws(make_sampler(100.0, 0.45, seed=0), lp)) == {0}
+    assert set(draws(make_sampler(100.0, top_k=3, seed=0), lp)) == {0, 1, 2}
+
+
+def test_zero_and_one_switch_filters_off() -> None:
+    lp = np.log(np.full(4, 0.25, np.float32))
+    for top_p in (0.0, 1.0):
+        assert set(draws(make_sampler(1.0, top_p, 0.0, top_k=0, seed=0), lp)) == {0, 1, 2, 3}
+    assert set(draws(make_sampler(1.0, top_k=9, seed=0), lp)) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        ({"temp": -0.1}, "--temp"),
+        ({"temp": math.nan}, "--temp"),
+        ({"temp": math.inf}, "--temp"),
+        ({"top_p": 1.5}, "--top-p"),
+        ({"top_p": -0.5}, "--top-p"),
+        ({"top_p": math.nan}, "--top-p"),
+        ({"min_p": 2.0}, "--min-p"),
+        ({"top_k": -1}, "--top-k"),
+        ({"seed": -1}, "--seed"),
+    ],
+)
+def test_values_out_of_range_name_the_flag(options: dict, flag: str) -> None:
+    with pytest.raises(RequestError, match=flag):
+        make_sampler(**options)
+
+
+def test_repetition_penalty_moves_recent_tokens_down() -> None:
+    logits = np.array([[2.0, -2.0, 1.0, 4.0, 0.5]], np.float32)
+    (penalize,) = make_logits_processors(2.0, 3)
+    given = mx.array(logits)
+    changed = penalize(
+        mx.array([4, 0, 1, 0]), given
+    )  # the last three: 0 twice counts once, 4 is too long ago
+    assert changed.tolist() == [[1.0, -4.0, 1.0, 4.0, 0.5]]
+    assert given.tolist() == logits.tolist()
+
+
+@pytest.mark.parametrize("penalty", [None, 0.0, 1.0])
+def test_no_penalty_is_no_processor(penalty: float | None) -> None:
+    assert make_logits_processors(penalty) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        ({"repetition_penalty": -1.0}, "--repetition-penalty"),
+        ({"repetition_penalty": math.nan}, "--repetition-penalty"),
+        ({"repetition_penalty": 1.1, "repetition_context_size": 0}, "--repetition-context-size"),
+    ],
+)
+def test_penalties_out_of_range_name_the_flag(options: dict, flag: str) -> None:
+    with pytest.raises(RequestError, match=flag):
+        make_logits_processors(**options)
