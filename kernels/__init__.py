@@ -31,7 +31,7 @@ def _backend() -> ModuleType:
     """The module whose functions run on the current device."""
     if mx.default_device().type == mx.DeviceType.cpu:
         return _cpu()
-    return reference
+    return import_module("mlx_flashmoe.kernels." + ("metal" if mx.metal.is_available() else "cuda"))
 
 
 def expert_ffn(

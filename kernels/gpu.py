@@ -18,13 +18,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_flashmoe.kernels import reference
 from mlx_flashmoe.layout import ITEMSIZE, BlobLayout, Projection
 
 FORMULATIONS = ("naive", "fma", "grouped")
 DEFAULT_FORMULATION = "grouped"
 CHUNK = 32
 SPAN = 1024  # floats: one chunk for each of 32 lanes
-DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 MOST_TILES = 65535  # CUDA's limit on a grid's second dimension
 
 
@@ -204,6 +204,8 @@ def expert_ffn(
         formulation: one of FORMULATIONS.
         launch: passed on to MLX's kernels (``verbose``, ``stream``).
     """
+    if not supports(layout):
+        return reference.expert_ffn(x, slab, slots, weights, layout)
     tokens, top_k = slots.shape
     gate_up, down_combine = _ffn_kernels(language, layout, formulation, top_k)
     t = language.tiling
@@ -232,6 +234,8 @@ def expert_rows(
     language: Language, x: mx.array, slab: mx.array, slots: mx.array, layout: BlobLayout, **launch: Any
 ) -> mx.array:
     """See :func:`mlx_flashmoe.kernels.expert_rows`. A row's arithmetic is the same whatever rows are beside it."""
+    if not supports(layout):
+        return reference.expert_rows(x, slab, slots, layout)
     t = language.tiling
     tiles = cut_into_tiles(np.asarray(slots), t.tile)
     if not len(tiles):
@@ -264,13 +268,13 @@ def expert_rows(
 
 def cut_into_tiles(slots: np.ndarray, tile: int) -> np.ndarray:
     """Runs of equal slots, cut into pieces of at most `tile` rows: int32 [tiles, 3] of (first row, rows, slot)."""
-    edges = np.concatenate([[0], np.flatnonzero(np.diff(slots)) + 1, [len(slots)]]) if len(slots) else [0]
-    pieces = [
-        (first, min(tile, stop - first), slots[start])
-        for start, stop in zip(edges[:-1], edges[1:])
-        for first in range(start, stop, tile)
-    ]
-    return np.array(pieces, dtype=np.int32).reshape(-1, 3)
+    starts = np.flatnonzero(np.diff(slots, prepend=-1))
+    lengths = np.diff(starts, append=len(slots))
+    pieces = -(-lengths // tile)
+    run = np.repeat(np.arange(len(starts)), pieces)
+    within = (np.arange(len(run)) - (np.cumsum(pieces) - pieces)[run]) * tile
+    columns = [starts[run] + within, np.minimum(lengths[run] - within, tile), slots[starts[run]]]
+    return np.stack(columns, axis=1).astype(np.int32)
 
 
 def _blocks(rows: int, each: int) -> int:
