@@ -44,7 +44,8 @@ class Destination:
         existing = folder.absolute()
         while not existing.exists():
             existing = existing.parent
-        free = shutil.disk_usage(existing).free
+        with writing(folder):
+            free = shutil.disk_usage(existing).free
         if free < needed:
             raise ConversionError(
                 f"{folder}: the converted model needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free"
@@ -63,7 +64,8 @@ class Destination:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for file in self._open:
-            file.close()
+            with contextlib.suppress(OSError):
+                file.close()
         if kind is not None:
             self._remove()
 
@@ -72,10 +74,14 @@ class Destination:
         path = self.folder / name
         with writing(path):
             self._make_folder(path.parent.absolute())
-            file = OutputFile(path)
-        self._made_files.append(path)
-        self._open.append(file)
-        return file
+            # Noted before it is made: an interrupt in between must not leave it behind.
+            self._made_files.append(path)
+            try:
+                self._open.append(OutputFile(path))
+            except OSError:
+                self._made_files.pop()
+                raise
+        return self._open[-1]
 
     def save(self, manifest: Manifest) -> None:
         """Makes the folder a model: until this, it is none."""

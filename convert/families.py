@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from reprlib import repr as short
 from typing import Any, Literal
 
 from mlx_flashmoe.convert.safetensors import Tensor
@@ -29,6 +30,7 @@ from mlx_flashmoe.layout import GROUP_SIZES, PROJECTIONS, UNQUANTIZED, Quantizat
 
 FLOATS = ("BF16", "F16", "F32")
 SOURCE_BITS = (2, 3, 4, 5, 6, 8)  # MLX's affine formats; 5 bits can be read, but not kept
+MANY_MISSING = 10_000  # a config.json may promise millions: no need to name them all
 NONE = Quantization(UNQUANTIZED, 0)
 
 # linear: quantized as asked; router: at 8 bits; norm: 1 is to be added, in float32; conv: to be [C, K, 1];
@@ -145,13 +147,15 @@ class Settings:
             raise SourceError(f"{self.where}: {key} is missing")
         value = self.data[key]
         if type(value) is not int or not 1 <= value <= most:
-            raise SourceError(f"{self.where}: {key} must be a whole number from 1 to {most}, not {value!r}")
+            raise SourceError(
+                f"{self.where}: {key} must be a whole number from 1 to {most}, not {short(value)}"
+            )
         return value
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.data.get(key, default)
         if not isinstance(value, bool):
-            raise SourceError(f"{self.where}: {key} must be true or false, not {value!r}")
+            raise SourceError(f"{self.where}: {key} must be true or false, not {short(value)}")
         return value
 
 
@@ -239,7 +243,7 @@ def _layer_types(c: Settings) -> list[str]:
     for kind in kinds:
         if kind not in ("linear_attention", "full_attention"):
             raise SourceError(
-                f"{c.where}: layer_types has {kind!r}; linear_attention and full_attention are known"
+                f"{c.where}: layer_types has {short(kind)}; linear_attention and full_attention are known"
             )
     return kinds
 
@@ -282,7 +286,7 @@ def bind(checkpoint: Checkpoint) -> Bound:
     family = next((f for f in FAMILIES if model_type in f.model_types), None)
     if family is None:
         supported = ", ".join(t for f in FAMILIES for t in f.model_types)
-        raise SourceError(f"{where}: model_type {model_type!r} is not supported; supported: {supported}")
+        raise SourceError(f"{where}: model_type {short(model_type)} is not supported; supported: {supported}")
     architecture = family.architecture(checkpoint.config, where)
     binder = _Binder(checkpoint, family, architecture, _Declared.read(checkpoint.config, where))
     dense = [d for m in architecture.modules if (d := binder.dense(m)) is not None]
@@ -316,7 +320,7 @@ class _Declared:
             raise SourceError(f"{where}: {key} is not an object")
         if "quant_method" in data:
             raise SourceError(
-                f"{where}: {key} is {data['quant_method']!r}; only unquantized checkpoints and MLX affine "
+                f"{where}: {key} is {short(data['quant_method'])}; only unquantized checkpoints and MLX affine "
                 "quantization are read"
             )
         default = cls._one(data, None, f"{where}: {key}")
@@ -332,7 +336,9 @@ class _Declared:
         if isinstance(value, bool):
             return default if value else NONE
         if value.get("mode", "affine") != "affine":
-            raise SourceError(f"{where}: quantization mode {value['mode']!r} is not supported; affine is")
+            raise SourceError(
+                f"{where}: quantization mode {short(value['mode'])} is not supported; affine is"
+            )
         try:
             return Quantization(int(value["bits"]), int(value["group_size"]))
         except (KeyError, TypeError, ValueError, OverflowError):
@@ -389,11 +395,16 @@ class _Binder:
             return self.root + name.removeprefix("model.")
         return "language_model." + name if self.root.startswith("language_model.") else name
 
+    def lacks(self, name: str) -> None:
+        self.missing.append(self.published_name(name))
+        if len(self.missing) == MANY_MISSING:
+            self.finish()
+
     def take(self, name: str, shape: tuple[int, ...], dtypes: Iterable[str] = FLOATS) -> Tensor | None:
         """The tensor of that name (ours), checked; None, and remembered, if it is missing."""
         tensor = self.tensors.get(name)
         if tensor is None:
-            self.missing.append(self.published_name(name))
+            self.lacks(name)
             return None
         self.used.add(name)
         if tensor.dtype not in dtypes:
@@ -415,7 +426,7 @@ class _Binder:
             return None if plain is None else Matrix(plain)
         scales = self.tensors.get(f"{path}.scales")
         if scales is None:
-            self.missing.append(self.published_name(f"{path}.scales"))
+            self.lacks(f"{path}.scales")
             return None
         inner, leading = shape[-1], shape[:-1]
         words = weight.shape[-1] if weight.shape else 0

@@ -34,10 +34,10 @@ class Asked:
     @classmethod
     def resolve(cls, q_bits: int | None, q_group_size: int | None, published: Quantization | None) -> Asked:
         """Raises ConversionError for values outside the known ones, or that the checkpoint cannot give."""
-        if q_bits is not None and q_bits not in (*BITS, UNQUANTIZED):
-            raise ConversionError(f"q_bits must be one of {_listed((*BITS, UNQUANTIZED))}, not {q_bits}")
-        if q_group_size is not None and q_group_size not in GROUP_SIZES:
-            raise ConversionError(f"q_group_size must be one of {_listed(GROUP_SIZES)}, not {q_group_size}")
+        if q_bits is not None and (type(q_bits) is not int or q_bits not in (*BITS, UNQUANTIZED)):
+            raise ConversionError(f"q_bits must be one of {_listed((*BITS, UNQUANTIZED))}, not {q_bits!r}")
+        if q_group_size is not None and (type(q_group_size) is not int or q_group_size not in GROUP_SIZES):
+            raise ConversionError(f"q_group_size must be one of {_listed(GROUP_SIZES)}, not {q_group_size!r}")
         if q_bits == UNQUANTIZED:
             return cls(None, False)
         if published is None:
@@ -164,7 +164,7 @@ def make_plan(bound: Bound, q_bits: int | None, q_group_size: int | None) -> Pla
     described = " and ".join(
         f"{b} bits in groups of {g}" if g else "as published, unquantized" for b, g in kinds
     )
-    blobs = " and ".join(f"{layout.blob_size:,}" for layout in layouts)
+    blobs = " and ".join(f"{size:,}" for size in sorted({layout.blob_size for layout in layouts}))
     notes.append(
         f"{len(layers)} layers of {bound.architecture.num_experts} experts, {described}, {blobs} bytes each: "
         f"{plan.expert_bytes / 1e9:.2f} GB of experts, {plan.dense_bytes / 1e9:.2f} GB of everything else"

@@ -13,9 +13,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import numpy as np
@@ -81,7 +83,11 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._fd = -1
         try:
+            # Opening a pipe, say, would wait for ever.
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise SourceError(f"{path} is not a file")
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise SourceError(f"{path} is missing; download the checkpoint again") from None
@@ -172,7 +178,7 @@ def parse_header(text: bytes, data_size: int, where: str) -> dict[str, tuple[str
         if len(found) != len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise SourceError(f"{where}: the header lists {twice!r} twice")
+            raise SourceError(f"{where}: the header lists {short(twice)} twice")
         return found
 
     try:
@@ -190,21 +196,21 @@ def parse_header(text: bytes, data_size: int, where: str) -> dict[str, tuple[str
     entries: dict[str, tuple[str, tuple[int, ...], int]] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
-        at = f"{where}: tensor {name!r}"
+        at = f"{where}: tensor {short(name)}"
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise SourceError(f"{at}: the header's entry is not dtype, shape and data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-            raise SourceError(f"{at}: unknown dtype {dtype!r}")
-        if not _sizes(shape):
-            raise SourceError(f"{at}: malformed shape {shape!r}")
+            raise SourceError(f"{at}: unknown dtype {short(dtype)}")
+        if not _sizes(shape) or len(shape) > 32:
+            raise SourceError(f"{at}: malformed shape {short(shape)}")
         if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-            raise SourceError(f"{at}: malformed data_offsets {offsets!r}")
+            raise SourceError(f"{at}: malformed data_offsets {short(offsets)}")
         begin, end = offsets
         bits = math.prod(shape) * DTYPE_BITS[dtype]
         if bits != (end - begin) * 8:
             raise SourceError(
-                f"{at}: {dtype} {shape} is {bits / 8:g} bytes, but data_offsets span {end - begin}"
+                f"{at}: data_offsets span {end - begin} bytes, which is not what {dtype} {short(shape)} takes"
             )
         if end > data_size:
             raise SourceError(
@@ -221,7 +227,7 @@ def parse_header(text: bytes, data_size: int, where: str) -> dict[str, tuple[str
                 if begin < position
                 else f"leaves a hole of {begin - position} bytes"
             )
-            raise SourceError(f"{where}: tensor {name!r}: its data {fault}")
+            raise SourceError(f"{where}: tensor {short(name)}: its data {fault}")
         position = end
     if position != data_size:
         raise SourceError(f"{where}: {data_size - position} bytes of the file belong to no tensor")

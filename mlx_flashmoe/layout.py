@@ -36,6 +36,21 @@ GROUP_SIZES = (32, 64, 128)
 UNQUANTIZED = 16  # --q-bits 16: weights as published
 
 
+# What reading a value of the wrong type or range out of parsed JSON may raise.
+_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equality of parsed JSON that tells 1 from 1.0 and from true."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool(a == b)
+
+
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
@@ -117,6 +132,8 @@ class BlobLayout:
             return component
 
         projections = {}
+        if hidden_size <= 0 or intermediate_size <= 0:
+            raise ValueError(f"[BlobLayout] sizes of {hidden_size} and {intermediate_size} are not positive")
         for name in PROJECTIONS:
             q = quantization[name]
             kind = dtype if isinstance(dtype, str) else dtype[name]
@@ -282,7 +299,7 @@ class Manifest:
             raise FormatError(f"{path}: cannot be read: {e}") from None
         try:
             data = json.loads(text)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise FormatError(f"{path}: not valid JSON: {e}") from None
         manifest = cls.from_json(data, str(path))
         manifest.check_files(folder)
@@ -319,8 +336,14 @@ class Manifest:
                     DenseEntry(str(e["file"]), int(e["size"]), int(e["crc32"])) for e in data["dense"]
                 ),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            # Nothing was rounded, cut or overlooked: a value of another type, an unknown key, a missing one.
+            if not _same(json.loads(json.dumps(manifest.to_json())), data):
+                raise ValueError("unknown keys, or values of the wrong type")
+        except _MALFORMED as e:
             raise FormatError(f"{where}: malformed manifest ({e!r})") from None
+        for path, q in manifest.dense_quantization.items():
+            if q.bits not in BITS or q.group_size not in GROUP_SIZES:
+                raise FormatError(f"{where}: {path} has {q.bits} bits in groups of {q.group_size}")
         for entry in manifest.layers:
             if not 0 <= entry.layout < len(manifest.layouts):
                 raise FormatError(
@@ -330,13 +353,20 @@ class Manifest:
                 raise FormatError(
                     f"{where}: layer {entry.layer} has {entry.num_experts} experts and {len(entry.crc32)} checksums"
                 )
+            if not all(0 <= crc < 1 << 32 for crc in entry.crc32):
+                raise FormatError(f"{where}: layer {entry.layer} has a checksum that is none")
         if len({entry.layer for entry in manifest.layers}) != len(manifest.layers):
             raise FormatError(f"{where}: a layer is listed twice")
         for dense in manifest.dense:
-            if Path(dense.file).name != dense.file or not dense.file.endswith(".safetensors"):
+            plain = dense.file.isprintable() and not set(dense.file) & set("/\\")
+            if not plain or not dense.file.endswith(".safetensors"):
                 raise FormatError(
                     f"{where}: {dense.file!r} is not the name of a safetensors file in this folder"
                 )
+            if dense.size < 0 or not 0 <= dense.crc32 < 1 << 32:
+                raise FormatError(f"{where}: {dense.file} has a size or checksum that is none")
+        if len({dense.file for dense in manifest.dense}) != len(manifest.dense):
+            raise FormatError(f"{where}: a dense file is listed twice")
         return manifest
 
     def check_files(self, folder: str | os.PathLike[str]) -> None:
@@ -350,7 +380,7 @@ class Manifest:
         for name, size, what in expected:
             try:
                 actual = os.stat(folder / name).st_size
-            except OSError:
+            except (OSError, ValueError):
                 raise FormatError(f"{folder / name}{what} is missing; convert the checkpoint again") from None
             if actual != size:
                 raise FormatError(

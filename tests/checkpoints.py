@@ -274,3 +274,57 @@ def write_checkpoint(
         json.dumps({"metadata": {}, "weight_map": weight_map})
     )
     return folder
+
+
+def quantized(
+    tensors: dict[str, Array], bits: int, group_size: int, exceptions: dict[str, tuple[int, int] | None]
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    """A stacked checkpoint quantized as mlx-lm does it, and the ``quantization`` of its config.json.
+
+    Routers and shared-expert gates are at 8 bits in groups of 64. ``exceptions``: module path, or the end of
+    one -> (bits, group size), or None for unquantized.
+    """
+    import mlx.core as mx
+
+    out: dict[str, Array] = {}
+    settings: dict[str, Any] = {"bits": bits, "group_size": group_size, "mode": "affine"}
+    for name, a in tensors.items():
+        path = name.removesuffix(".weight")
+        matrix = len(a.shape) > 1 and not path.endswith("conv1d") and not name.startswith("vision_tower")
+        if not matrix:
+            out[name] = a
+            continue
+        mine: tuple[int, int] | None = (bits, group_size)
+        if path.endswith(("mlp.gate", "shared_expert_gate")):
+            mine = (8, 64)
+        mine = next((q for end, q in exceptions.items() if path.endswith(end)), mine)
+        if mine is None:
+            settings[path] = False
+            out[name] = a
+            continue
+        if mine != (bits, group_size):
+            settings[path] = {"bits": mine[0], "group_size": mine[1]}
+        for part, value in zip(("weight", "scales", "biases"), mx.quantize(to_mlx(a), mine[1], mine[0])):
+            kind = "U32" if part == "weight" else a.dtype
+            out[f"{path}.{part}"] = Array(kind, tuple(value.shape), to_bytes(value))
+    return out, settings
+
+
+def to_mlx(a: Array) -> Any:
+    """The same array as an mx.array, bit for bit."""
+    import mlx.core as mx
+
+    carrier, dtype = {
+        "BF16": (np.uint16, mx.bfloat16),
+        "F16": (np.uint16, mx.float16),
+        "F32": (np.uint32, mx.float32),
+        "U32": (np.uint32, mx.uint32),
+    }[a.dtype]
+    return mx.array(np.frombuffer(a.data, carrier).reshape(a.shape)).view(dtype)
+
+
+def to_bytes(value: Any) -> bytes:
+    """The bytes of an mx.array of 2- or 4-byte elements."""
+    import mlx.core as mx
+
+    return np.array(value.view(mx.uint16 if value.dtype.size == 2 else mx.uint32)).tobytes()
