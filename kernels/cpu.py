@@ -209,7 +209,7 @@ def _tile(  # type: ignore[no-untyped-def]
                     words.append(
                         [e.shuffle(loaded, list(range(i, n * n_words, n_words))) for i in range(n_words)]
                     )
-                partial: dict[tuple[int, int], Any] = {}
+                partial = {}
                 for j, place in enumerate(_places(b)):
                     q = [e.unpack(words[o], b, place) for o in range(o_count)]
                     offset = builder.add(u, builder.mul(n_units, ir.Constant(I64, j)))

@@ -1,0 +1,265 @@
+"""The CPU kernel and the reference against float64, and what a row's bits may depend on: itself alone."""
+
+import threading
+from itertools import product
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from expert_cases import TOLERANCE, Experts, error, from_bfloat16, layout_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_flashmoe import kernels
+from mlx_flashmoe.kernels import reference
+from mlx_flashmoe.layout import BITS, GROUP_SIZES
+
+try:
+    from mlx_flashmoe.kernels import cpu
+except ImportError:
+    cpu = None
+MODULES = [reference] if cpu is None else [reference, cpu]
+needs_numba = pytest.mark.skipif(cpu is None, reason="numba is absent")
+
+DTYPES = ("bfloat16", "float16", "float32")
+# Every width with every group size and with every dtype, every group size with every dtype.
+FORMATS = [
+    (bits, group, DTYPES[(i + j) % 3])
+    for (i, bits), (j, group) in product(enumerate(BITS), enumerate(GROUP_SIZES))
+] + [(16, 0, dtype) for dtype in DTYPES]
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu():
+    with mx.stream(mx.cpu):
+        yield
+
+
+def slab_of(experts: Experts) -> mx.array:
+    return mx.array(experts.blobs.view(np.uint32))
+
+
+def inputs(rng, tokens, hidden, count, top_k):
+    x = rng.standard_normal((tokens, hidden)).astype(np.float32)
+    picked = np.stack([rng.permutation(count)[:top_k] for _ in range(tokens)]).astype(np.int32)
+    weights = rng.uniform(0.1, 1, (tokens, top_k)).astype(np.float32)
+    return x, picked, weights
+
+
+def bits_of(a: mx.array) -> np.ndarray:
+    return np.array(a.astype(mx.float32)).view(np.uint32)
+
+
+@pytest.mark.parametrize("bits, group, dtype", FORMATS)
+def test_every_format_against_float64(bits, group, dtype):
+    # 640 inputs: vectors of every format end inside a row's last full step, and some are shorter.
+    layout = layout_of(640, 384, bits, group, dtype)
+    experts = Experts(layout, 6, seed=bits * 1000 + group)
+    x, picked, weights = inputs(np.random.default_rng(1), 5, 640, 6, 3)
+    expected = experts.ffn(x.astype(np.float64), picked, weights)
+    for module in MODULES:
+        y = module.expert_ffn(mx.array(x), slab_of(experts), mx.array(picked), mx.array(weights), layout)
+        assert y.dtype == mx.float32 and y.shape == x.shape
+        assert error(np.array(y), expected) < 5e-6, module.__name__
+
+
+@pytest.mark.parametrize("kind", [mx.bfloat16, mx.float16, mx.float32])
+def test_x_of_every_dtype(kind):
+    layout = layout_of(256, 128, 4, 64)
+    experts = Experts(layout, 4)
+    x, picked, weights = inputs(np.random.default_rng(2), 3, 256, 4, 2)
+    x = mx.array(x).astype(kind)
+    expected = experts.ffn(np.array(x.astype(mx.float32)).astype(np.float64), picked, weights)
+    name = str(kind).rpartition(".")[2]
+    for module in MODULES:
+        y = module.expert_ffn(x, slab_of(experts), mx.array(picked), mx.array(weights), layout)
+        assert y.dtype == kind
+        assert error(np.array(y.astype(mx.float32)), expected) < TOLERANCE[name]
+        rows = module.expert_rows(x, slab_of(experts), mx.array(picked[:, 0]), layout)
+        assert rows.dtype == kind and rows.shape == x.shape
+
+
+@needs_numba
+def test_projections_of_different_formats_in_one_blob():
+    layout = layout_of(
+        256, 384, (4, 8, 3), (64, 32, 128), {"gate": "bfloat16", "up": "float16", "down": "float32"}
+    )
+    experts = Experts(layout, 3)
+    x, picked, weights = inputs(np.random.default_rng(3), 2, 256, 3, 3)
+    y = cpu.expert_ffn(mx.array(x), slab_of(experts), mx.array(picked), mx.array(weights), layout)
+    assert error(np.array(y), experts.ffn(x.astype(np.float64), picked, weights)) < 5e-6
+
+
+@needs_numba
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_shape_against_float64(data):
+    """Few formats, since each is compiled; any number of groups, outputs, tokens and experts."""
+    bits, group, dtype = data.draw(
+        st.sampled_from([(4, 64, "bfloat16"), (3, 32, "float16"), (16, 0, "bfloat16")])
+    )
+    unit = group or 1
+    hidden, intermediate = (unit * data.draw(st.integers(1, 7 if group else 70)) for _ in range(2))
+    count = data.draw(st.integers(1, 5))
+    layout = layout_of(hidden, intermediate, bits, group, dtype)
+    experts = Experts(layout, count, seed=data.draw(st.integers(0, 99)))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    tokens = data.draw(st.integers(1, 16))
+    x, picked, weights = inputs(rng, tokens, hidden, count, data.draw(st.integers(1, count)))
+    y = cpu.expert_ffn(mx.array(x), slab_of(experts), mx.array(picked), mx.array(weights), layout)
+    assert error(np.array(y), experts.ffn(x.astype(np.float64), picked, weights)) < 2e-5
+
+
+@needs_numba
+@settings(max_examples=40, deadline=None)
+@given(
+    runs=st.lists(st.integers(1, 70), min_size=1, max_size=5),
+    seed=st.integers(0, 99),
+    threads=st.integers(1, 5),
+)
+def test_the_bits_of_a_row_depend_on_nothing_else(runs, seed, threads):
+    """Runs in one call, row by row, through expert_ffn, on another number of threads: the same bits."""
+    layout = layout_of(256, 128, 4, 64)
+    experts = Experts(layout, 5)
+    slab = slab_of(experts)
+    slots = np.repeat(np.random.default_rng(seed).permutation(5)[: len(runs)], runs).astype(np.int32)
+    x = np.random.default_rng(seed).standard_normal((len(slots), 256)).astype(np.float32)
+    whole = bits_of(cpu.expert_rows(mx.array(x), slab, mx.array(slots), layout))
+    expected = np.stack([experts.one(s, row) for s, row in zip(slots, x.astype(np.float64))])
+    assert error(whole.view(np.float32), expected) < 5e-6
+    for row in {0, len(slots) // 2, len(slots) - 1}:
+        one = slice(row, row + 1)
+        alone = cpu.expert_rows(mx.array(x[one]), slab, mx.array(slots[one]), layout)
+        assert (bits_of(alone) == whole[one]).all()
+        ones = mx.ones((1, 1))
+        assert (
+            bits_of(cpu.expert_ffn(mx.array(x[one]), slab, mx.array(slots[one, None]), ones, layout))
+            == whole[one]
+        ).all()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "THREADS", threads)
+        patch.setattr(cpu, "SMALL", 0)
+        assert (bits_of(cpu.expert_rows(mx.array(x), slab, mx.array(slots), layout)) == whole).all()
+
+
+@needs_numba
+def test_tokens_of_expert_ffn_do_not_see_each_other():
+    layout = layout_of(256, 128, 4, 64)
+    slab = slab_of(Experts(layout, 6))
+    x, picked, weights = map(mx.array, inputs(np.random.default_rng(5), 16, 256, 6, 4))
+    whole = bits_of(cpu.expert_ffn(x, slab, picked, weights, layout))
+    for t in range(16):
+        one = slice(t, t + 1)
+        assert (bits_of(cpu.expert_ffn(x[one], slab, picked[one], weights[one], layout)) == whole[one]).all()
+
+
+@needs_numba
+@pytest.mark.parametrize("bits, group, dtype", [(4, 64, "bfloat16"), (6, 32, "float16"), (16, 0, "float16")])
+def test_slots_that_are_not_named_do_not_matter(bits, group, dtype):
+    """Every other slot is full of NaN, and so is the padding of the named ones."""
+    layout = layout_of(256, 128, bits, group, dtype)
+    experts = Experts(layout, 5)
+    x, picked, weights = inputs(np.random.default_rng(6), 4, 256, 2, 2)
+    picked = picked * 2 + 1  # slots 1 and 3
+    poisoned = np.full_like(experts.blobs, 0xFF)
+    for slot in (1, 3):
+        for _, _, c in layout.components():
+            part = slice(c.offset, c.offset + c.nbytes)
+            poisoned[slot, part] = experts.blobs[slot, part]
+    assert np.isnan(from_bfloat16(poisoned[0].view(np.uint16))).all()
+    outputs = [
+        bits_of(
+            cpu.expert_ffn(
+                mx.array(x), mx.array(b.view(np.uint32)), mx.array(picked), mx.array(weights), layout
+            )
+        )
+        for b in (experts.blobs, poisoned)
+    ]
+    assert np.isfinite(outputs[0].view(np.float32)).all()
+    assert (outputs[0] == outputs[1]).all()
+
+
+@needs_numba
+def test_float16_weights_of_every_kind():
+    """Subnormals, signed zero and the largest number are exact; NaN and infinity stay what they are."""
+    every = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
+    layout = layout_of(256, 256, 16, 0, "float16")
+    m = cpu._Matrix(layout.gate)
+    blob = np.array([every.ctypes.data])
+    out = np.empty((256, 256), np.float32)
+    arranged, sums = m.arrange(np.eye(256, dtype=np.float32))
+    starts, order = np.array([0, 256]), np.arange(256)
+    m.project(blob, blob, blob, starts, order, arranged, sums, 256, out, 0, 64)
+    expected = every.view(np.float16).astype(np.float32).T
+    rows = np.isfinite(expected).all(axis=0)  # 0 * infinity spoils the rest of such a row
+    assert rows.sum() == 248 and (out[:, rows] == expected[:, rows]).all()
+    assert np.isnan(out[:, ~rows]).any(axis=0).all()
+
+
+@needs_numba
+def test_the_slab_is_read_in_place():
+    """A byte written through the slab's memory is seen: no copy of it is kept or made."""
+    layout = layout_of(64, 64, 4, 64)
+    slab = slab_of(Experts(layout, 2))
+    x, slots, weights = mx.ones((1, 64)), mx.array([[0]]), mx.ones((1, 1))
+    before = bits_of(cpu.expert_ffn(x, slab, slots, weights, layout))
+    memory = np.asarray(slab)
+    memory[0] = memory[1]
+    after = bits_of(cpu.expert_ffn(x, slab, slots, weights, layout))
+    other = bits_of(cpu.expert_ffn(x, slab, mx.array([[1]]), weights, layout))
+    assert (after == other).all() and (after != before).any()
+
+
+@needs_numba
+def test_calls_from_several_threads_at_once(monkeypatch):
+    monkeypatch.setattr(cpu, "SMALL", 0)
+    layout = layout_of(256, 128, 4, 64)
+    slab = slab_of(Experts(layout, 6))
+    mx.eval(slab)
+    x, picked, weights = inputs(np.random.default_rng(7), 8, 256, 6, 4)
+    expected = bits_of(
+        cpu.expert_ffn(*map(mx.array, (x,)), slab, mx.array(picked), mx.array(weights), layout)
+    )
+    wrong = []
+
+    def call():
+        with mx.stream(mx.cpu):
+            for _ in range(20):
+                y = cpu.expert_ffn(mx.array(x), slab, mx.array(picked), mx.array(weights), layout)
+                if not (bits_of(y) == expected).all():
+                    wrong.append(y)
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+@needs_numba
+@pytest.mark.parametrize("slot", [-1, 2])
+def test_a_slot_outside_the_slab_is_refused(slot):
+    layout = layout_of(64, 64, 4, 64)
+    slab = slab_of(Experts(layout, 2))
+    with pytest.raises(ValueError, match="slab of 2"):
+        cpu.expert_ffn(mx.ones((1, 64)), slab, mx.array([[slot]]), mx.ones((1, 1)), layout)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_rows(module):
+    layout = layout_of(64, 64, 4, 64)
+    slab = slab_of(Experts(layout, 1))
+    y = module.expert_rows(mx.zeros((0, 64), mx.bfloat16), slab, mx.zeros((0,), mx.int32), layout)
+    assert y.shape == (0, 64) and y.dtype == mx.bfloat16
+
+
+@needs_numba
+def test_the_cpu_gets_the_fast_kernel_and_the_reference_without_numba(monkeypatch):
+    assert kernels._backend() is cpu
+    monkeypatch.setattr(kernels, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
+    kernels._cpu.cache_clear()
+    try:
+        assert kernels._backend() is reference
+    finally:
+        kernels._cpu.cache_clear()
