@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_flashmoe.errors import FormatError
+from mlx_flashmoe.kernels.gated_delta import gated_delta_update
 from mlx_flashmoe.models.cache import Cache, KVCache, RecurrentCache
 
 
@@ -156,7 +157,7 @@ class GatedDeltaNet(nn.Module):
         state = cache.recurrent if cache is not None else None
         if state is None:
             state = mx.zeros((B, self.value_heads, self.value_dim, self.key_dim))
-        y, state = mx.fast.gated_delta_update(q, k, v, decay, beta, state)
+        y, state = gated_delta_update(q, k, v, decay, beta, state)
         if cache is not None:
             cache.recurrent = state
             cache.offset += T

@@ -1,0 +1,118 @@
+"""The gated delta rule (Yang et al., "Gated Delta Networks", arXiv:2412.06464), token by token, everywhere.
+
+MLX has kernels for it on Metal. Elsewhere its fallback is a graph with every token's state in it, 4 MB a token
+and layer at the 397B's shape: on CUDA a kernel of our own takes its place, on the CPU it is cut into segments.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+
+SEGMENT = 16  # tokens of the fallback evaluated at once
+ROWS = 4  # rows of the state a CUDA block takes, one a warp
+
+
+def gated_delta_update(
+    q: mx.array, k: mx.array, v: mx.array, decay: mx.array, beta: mx.array, state: mx.array
+) -> tuple[mx.array, mx.array]:
+    """For each token: S = decay * S; S += beta * (v - S k) k^T; y = S q.
+
+    Args:
+        q, k: float32 [B, T, Hk, Dk]; each serves Hv / Hk adjacent value heads.
+        v: float32 [B, T, Hv, Dv].
+        decay, beta: float32 [B, T, Hv].
+        state: float32 [B, Hv, Dv, Dk], S before the first token.
+
+    Returns:
+        y float32 [B, T, Hv, Dv], and S after the last token.
+    """
+    if mx.default_device() == mx.gpu:
+        if mx.metal.is_available():
+            # The one shape MLX is known to have kernels for; at others it may fall back without saying so.
+            if (*k.shape[2:], *v.shape[2:]) == (16, 128, 64, 128):
+                y, state = mx.fast.gated_delta_update(q, k, v, decay, beta, state)
+                return y, state
+        if k.shape[-1] % 32 == 0 and v.shape[-1] % ROWS == 0:
+            return _cuda(q, k, v, decay, beta, state)
+    return _in_segments(q, k, v, decay, beta, state)
+
+
+def _in_segments(
+    q: mx.array, k: mx.array, v: mx.array, decay: mx.array, beta: mx.array, state: mx.array
+) -> tuple[mx.array, mx.array]:
+    tokens = q.shape[1]
+    outputs = []
+    for start in range(0, tokens, SEGMENT):
+        cut = slice(start, start + SEGMENT)
+        y, state = mx.fast.gated_delta_update(
+            q[:, cut], k[:, cut], v[:, cut], decay[:, cut], beta[:, cut], state
+        )
+        if tokens > SEGMENT:
+            mx.eval(y, state)  # or every token's state would be held at once
+        outputs.append(y)
+    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=1), state
+
+
+# One warp holds one row of S, Dk / 32 of its elements a lane, over all tokens.
+_CUDA = """
+constexpr int PER_LANE = Dk / 32;
+const int lane = threadIdx.x;
+const int row = blockIdx.y * blockDim.y + threadIdx.y;
+const int head = blockIdx.z % Hv;
+const long long batch = blockIdx.z / Hv;
+const int tokens = q_shape[1];
+const long long at = ((batch * Hv + head) * Dv + row) * Dk + lane * PER_LANE;
+float s[PER_LANE];
+for (int i = 0; i < PER_LANE; ++i) s[i] = state[at + i];
+for (int t = 0; t < tokens; ++t) {
+  const long long here = batch * tokens + t;
+  const long long keys = (here * Hk + head / (Hv / Hk)) * Dk + lane * PER_LANE;
+  const float g = decay[here * Hv + head];
+  float memory = 0;
+  float key[PER_LANE];
+  for (int i = 0; i < PER_LANE; ++i) {
+    key[i] = k[keys + i];
+    s[i] *= g;
+    memory += s[i] * key[i];
+  }
+  for (int step = 16; step > 0; step /= 2) memory += __shfl_xor_sync(0xffffffffu, memory, step);
+  const long long value = (here * Hv + head) * Dv + row;
+  const float delta = (v[value] - memory) * beta[here * Hv + head];
+  float sum = 0;
+  for (int i = 0; i < PER_LANE; ++i) {
+    s[i] += key[i] * delta;
+    sum += s[i] * q[keys + i];
+  }
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  if (lane == 0) y[value] = sum;
+}
+for (int i = 0; i < PER_LANE; ++i) new_state[at + i] = s[i];
+"""
+
+
+@cache
+def _cuda_kernel() -> Any:
+    return mx.fast.cuda_kernel(
+        name="flashmoe_gated_delta",
+        input_names=["q", "k", "v", "decay", "beta", "state"],
+        output_names=["y", "new_state"],
+        source=_CUDA,
+    )
+
+
+def _cuda(
+    q: mx.array, k: mx.array, v: mx.array, decay: mx.array, beta: mx.array, state: mx.array
+) -> tuple[mx.array, mx.array]:
+    batch, heads, rows, dims = state.shape
+    y, state = _cuda_kernel()(
+        inputs=[q, k, v, decay, beta, state],
+        template=[("Dk", dims), ("Dv", rows), ("Hk", k.shape[2]), ("Hv", heads)],
+        grid=(32, rows, batch * heads),
+        threadgroup=(32, ROWS, 1),
+        output_shapes=[v.shape, state.shape],
+        output_dtypes=[mx.float32, mx.float32],
+    )
+    return y, state
