@@ -116,7 +116,7 @@ def test_a_file_missing_or_of_another_size(tmp_path: Path, name: str, fault: str
 def test_not_a_converted_folder(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="no such folder"):
         Manifest.load(tmp_path / "x")
-    with pytest.raises(FormatError, match="no flashmoe.json in it"):
+    with pytest.raises(FormatError, match=r"no flashmoe\.json in it"):
         Manifest.load(tmp_path)
     for text, says in (
         ("{", "not valid JSON"),

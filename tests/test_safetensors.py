@@ -107,7 +107,7 @@ def test_bad_file(tmp_path: Path, content: bytes, says: str) -> None:
 
 
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="x.safetensors is missing"):
+    with pytest.raises(SourceError, match=r"x\.safetensors is missing"):
         SafetensorsFile(tmp_path / "x.safetensors")
     with pytest.raises(SourceError, match="is not a file"):
         SafetensorsFile(tmp_path)
