@@ -61,6 +61,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_convert(commands)
     _add_generate(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -107,8 +108,9 @@ def _add_convert(commands: Any) -> None:
 
 def _convert(arguments: argparse.Namespace) -> int:
     from mlx_flashmoe import convert
-    from mlx_flashmoe.console import ConversionProgress, show_bytes
+    from mlx_flashmoe.console import ConversionProgress
     from mlx_flashmoe.layout import Manifest
+    from mlx_flashmoe.memory import show_size
 
     with ConversionProgress() as display:
         convert(
@@ -121,8 +123,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         )
     made = Manifest.load(arguments.mlx_path)
     print(
-        f"{arguments.mlx_path}: {show_bytes(made.expert_bytes)} of experts in {len(made.layers)} layers, "
-        f"{show_bytes(made.dense_bytes)} for everything else"
+        f"{arguments.mlx_path}: {show_size(made.expert_bytes)} of experts in {len(made.layers)} layers, "
+        f"{show_size(made.dense_bytes)} for everything else"
     )
     return 0
 
@@ -228,6 +230,8 @@ def _json_object(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError(f"not valid JSON: {e}") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"not a JSON object: {text}")
+    if taken := {"messages", "tools", "add_generation_prompt", "tokenize"} & value.keys():
+        raise argparse.ArgumentTypeError(f"{min(taken)} cannot be set")
     return value
 
 
@@ -298,3 +302,56 @@ def _prompt_tokens(arguments: argparse.Namespace, tokenizer: Tokenizer, prompt: 
     if arguments.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": arguments.system_prompt})
     return tokenizer.apply_chat_template(messages, **arguments.chat_template_config)
+
+
+# bench
+
+
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser("bench", allow_abbrev=False, help="measure this machine")
+    benches = parser.add_subparsers(title="benchmarks", metavar="WHAT", required=True)
+    parser = benches.add_parser(
+        "kernels",
+        allow_abbrev=False,
+        help="the expert kernels, against MLX's own operations and the memory's bandwidth",
+        description="Time the expert kernels of this machine on random experts, side by side with MLX's own "
+        "operations and the memory's bandwidth. The default shape is an expert of Qwen3.5-397B.",
+    )
+    for flag, default, text in (
+        ("--hidden", 4096, "inputs and outputs of an expert"),
+        ("--intermediate", 1024, "width of its middle"),
+        ("--slots", 192, "experts in memory to rotate over, so that none is left in a cache"),
+    ):
+        parser.add_argument(
+            flag, type=int, default=default, metavar="N", help=f"{text} (default: %(default)s)"
+        )
+    parser.add_argument(
+        "--bits", type=int, choices=(2, 3, 4, 6, 8), default=4, help="bits per weight (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        choices=(32, 64, 128),
+        default=64,
+        help="weights that share a scale and a bias (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, metavar="S", help="to spend on a case (default: %(default)s)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    parser.set_defaults(run=_bench_kernels)
+
+
+def _bench_kernels(arguments: argparse.Namespace) -> int:
+    from mlx_flashmoe.bench import kernels
+
+    kernels.run(
+        arguments.hidden,
+        arguments.intermediate,
+        arguments.bits,
+        arguments.group_size,
+        arguments.slots,
+        arguments.seconds,
+        arguments.json,
+    )
+    return 0

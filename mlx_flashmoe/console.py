@@ -17,7 +17,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
-from rich.markdown import CodeBlock, Heading, Markdown
+from rich.markdown import CodeBlock, Heading, Markdown, TableElement
 from rich.padding import Padding
 from rich.progress import (
     BarColumn,
@@ -32,9 +32,11 @@ from rich.progress import (
 )
 from rich.segment import Segment
 from rich.syntax import Syntax
+from rich.table import Table
 from rich.text import Text
 
 from mlx_flashmoe.generate import GenerationResponse
+from mlx_flashmoe.memory import show_size
 from mlx_flashmoe.tokenizer import THINK_END, THINK_START
 
 # Control characters other than newline and tab, drawn as their pictures: an answer must not steer the terminal.
@@ -58,15 +60,6 @@ def _print_line(message: str, style: str, styled: int) -> None:
     Console(stderr=True, soft_wrap=True).print(line)
 
 
-def show_bytes(count: float) -> str:
-    """Bytes with a decimal unit and three digits: ``1.35 GB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5 or unit == "GB":
-            break
-        count /= 1000
-    return f"{_digits(count)} {unit}"
-
-
 def _digits(number: float) -> str:
     """Three significant digits, and never an exponent."""
     return f"{number:.0f}" if number >= 99.95 else f"{number:.1f}" if number >= 9.995 else f"{number:.2f}"
@@ -83,8 +76,8 @@ def figures(
     """
     prompt, answer = response.prompt_tokens, response.generation_tokens
     prompt_tps = _digits(response.prompt_tps)
-    read = show_bytes(bytes_read)
-    peak = f"{_digits(response.peak_memory)} GB"
+    read = show_size(bytes_read)
+    peak = show_size(1e9 * response.peak_memory)
     # The first token belongs to the prompt's time, so that one token alone has no rate.
     tps = _digits(response.generation_tps) if answer > 1 else None
     hit = f", {100 * hits / (hits + misses):.0f}% hits" if hits + misses else ""
@@ -169,7 +162,7 @@ class TerminalAnswer:
         self._section: Section | None = None
         self._tail = ""  # text of the current section that is not printed for good
         self._scrolled = 0  # lines of the tail's rendering that have left the screen
-        self._printed = False  # whether the section has printed anything
+        self._below = False  # whether the tail stands below finished blocks of its section
         self._due = 0.0
         self._live = Live(
             console=console,
@@ -220,7 +213,7 @@ class TerminalAnswer:
         with self._console:  # one write to the terminal: nothing flickers
             if finished is not None:
                 self._print(self._lines(finished)[self._scrolled :])
-                self._scrolled = 0
+                self._scrolled, self._below = 0, True
             lines = self._lines(self._section.render(self._tail))
             # One row is left free, because the cursor may stand on it.
             excess = len(lines) - self._scrolled - max(1, self._console.height - 1)
@@ -234,25 +227,28 @@ class TerminalAnswer:
     def _end_section(self) -> None:
         if self._section is None:
             return
-        lines = self._lines(self._section.render(self._tail.rstrip("\n")))[self._scrolled :]
+        lines = self._lines(self._section.render(self._tail))[self._scrolled :]
         with self._console:
             self._live.update(Lines([]), refresh=True)
             self._live.stop()
             self._print(lines)
-        self._section, self._tail, self._scrolled, self._printed = None, "", 0, False
+        self._section, self._tail, self._scrolled, self._below = None, "", 0, False
 
     def _lines(self, renderable: RenderableType) -> list[list[Segment]]:
         """The renderable's lines, with the blank one that sets it apart from what was printed before."""
         assert self._section is not None
         lines = [_strip(line) for line in self._console.render_lines(renderable, pad=False)]
+        if not self._section.spaced:
+            return lines
         while lines and not lines[-1]:
             lines.pop()
-        return [[], *lines] if lines and self._printed and self._section.spaced else lines
+        while lines and not lines[0]:
+            del lines[0]
+        return [[], *lines] if lines and self._below else lines
 
     def _print(self, lines: list[list[Segment]]) -> None:
         if lines:
             self._console.print(Lines(lines))
-            self._printed = True
 
 
 class Lines:
@@ -306,11 +302,16 @@ class ThinkingSection:
     spaced = False
 
     def split(self, text: str) -> tuple[RenderableType | None, str]:
-        finished, newline, rest = text.rpartition("\n")
-        return (self.render(finished) if newline else None), rest
+        # Line breaks at the end wait for what follows: at the end of the part they are dropped.
+        cut = text.rstrip("\n").rfind("\n")
+        return (None, text) if cut < 0 else (self._dim(text[:cut]), text[cut + 1 :])
 
     def render(self, text: str) -> RenderableType:
-        return Padding(Text(text, style="dim"), (0, 0, 0, 2)) if text else Lines([])
+        text = text.rstrip("\n")
+        return self._dim(text) if text else Lines([])
+
+    def _dim(self, text: str) -> RenderableType:
+        return Padding(Text(text, style="dim"), (0, 0, 0, 2))
 
 
 class MarkdownSection:
@@ -356,6 +357,16 @@ class _Heading(Heading):
         yield self.text
 
 
+class _Table(TableElement):
+    """A table without blank lines of its own above and below."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for table in super().__rich_console__(console, options):
+            if isinstance(table, Table):
+                table.show_edge = False
+            yield table
+
+
 class _Markdown(Markdown):
     """Rich's Markdown from parsed tokens. A line break in the source is one on the screen."""
 
@@ -364,6 +375,7 @@ class _Markdown(Markdown):
         "fence": _CodeBlock,
         "code_block": _CodeBlock,
         "heading_open": _Heading,
+        "table_open": _Table,
     }
 
     def __init__(self, tokens: Iterable[Token]) -> None:
@@ -527,9 +539,9 @@ class ConversionProgress:
         self._printed = now
         began, already = self._first
         rate = (done - already) / (now - began) if now > began else 0.0
-        line = f"{100 * done / total if total else 100:.0f}% · {show_bytes(done)} of {show_bytes(total)}"
+        line = f"{100 * done / total if total else 100:.0f}% · {show_size(done)} of {show_size(total)}"
         if rate > 0:
-            line += f" · {show_bytes(rate)}/s · {_duration((total - done) / rate)} left"
+            line += f" · {show_size(rate)}/s · {_duration((total - done) / rate)} left"
         self._console.print(Text(f"{line} · {what}"))
 
 

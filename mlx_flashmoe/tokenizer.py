@@ -283,7 +283,7 @@ class WindowDetokenizer(Detokenizer):
     The window begins with the tokens last shown, because many decoders treat the first token of a text apart.
     """
 
-    PATIENCE = 4  # tokens to wait for the rest of a character: UTF-8 has at most 4 bytes
+    PATIENCE = 8  # tokens to wait for the rest of a character: 4 bytes, and tokens that show nothing before them
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
