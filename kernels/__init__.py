@@ -13,9 +13,9 @@ from types import ModuleType
 import mlx.core as mx
 
 from mlx_flashmoe.kernels import reference
-from mlx_flashmoe.layout import BlobLayout
+from mlx_flashmoe.layout import BITS, BlobLayout
 
-__all__ = ["expert_ffn", "expert_rows"]
+__all__ = ["expert_ffn", "expert_rows", "quantized_matmul"]
 
 
 @cache
@@ -68,3 +68,20 @@ def expert_rows(x: mx.array, slab: mx.array, slots: mx.array, layout: BlobLayout
         [P, D] in x's dtype: down(silu(gate(x)) * up(x)) of each row's expert.
     """
     return _backend().expert_rows(x, slab, slots, layout)
+
+
+def quantized_matmul(
+    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
+) -> mx.array:
+    """x @ dequantized(weight).T, as ``mx.quantized_matmul``; on the CPU with the expert kernel's inner loop.
+
+    Args:
+        x: [..., in] activations.
+        weight: uint32 [out, in * bits / 32], MLX's affine format.
+        scales, biases: [out, in / group_size].
+    """
+    if mx.default_device().type == mx.DeviceType.cpu and bits in BITS and _cpu() is not reference:
+        return _cpu().quantized_matmul(x, weight, scales, biases, group_size, bits)
+    return mx.quantized_matmul(
+        x, weight, scales=scales, biases=biases, transpose=True, group_size=group_size, bits=bits
+    )

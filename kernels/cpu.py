@@ -29,7 +29,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
-from math import exp
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -40,7 +39,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from mlx_flashmoe.layout import BlobLayout, Projection
+from mlx_flashmoe.layout import BlobLayout, Component, Projection
 
 TILE_OUTPUTS = 4
 PREFETCH = 8192  # bytes ahead: the hardware's own prefetching stops short when x is read alongside
@@ -352,26 +351,6 @@ def _arranger() -> Callable[..., None]:
 
 
 @lru_cache
-def _swiglu() -> Callable[..., None]:
-    def swiglu(gate, up, starts, low, high):  # type: ignore[no-untyped-def]
-        """gate = silu(gate) * up, on the outputs of the tiles [low, high) as ``project`` counts them."""
-        width = gate.shape[1]
-        blocks = (width + 3) // 4
-        one = np.float32(1)
-        while low < high:
-            run = low // blocks
-            block = low - run * blocks
-            stop = min(blocks, block + high - low)
-            for r in range(starts[run], starts[run + 1]):
-                for i in range(block * 4, min(stop * 4, width)):
-                    g = gate[r, i]
-                    gate[r, i] = g / (one + np.float32(exp(-g))) * up[r, i]
-            low += stop - block
-
-    return _compile("void(float32[:, ::1], float32[:, ::1], int64[::1], int64, int64)", swiglu)
-
-
-@lru_cache
 def _combiner() -> Callable[..., None]:
     def combine(pairs, position, weights, out):  # type: ignore[no-untyped-def]
         """out[t] = sum over k, in order, of weights[t, k] * pairs[position[t * K + k]]."""
@@ -437,6 +416,24 @@ def _lanes(count: int, most: int) -> int:
     return min(count & -count, most)
 
 
+def _aligned(rows: int, columns: int) -> np.ndarray:
+    """float32 [rows, columns] from a cache line's start on: a vector astride two lines takes two loads."""
+    line = 16
+    flat = np.empty(rows * columns + line, np.float32)
+    first = -(flat.ctypes.data // 4) % line
+    return flat[first : first + rows * columns].reshape(rows, columns)
+
+
+def _swiglu(gate: np.ndarray, up: np.ndarray) -> None:
+    """gate = silu(gate) * up, in place. numpy's float32 exp is vectorized, a compiled loop's is not."""
+    e = np.negative(gate)
+    with np.errstate(over="ignore"):  # gate / infinity is what silu comes to
+        np.exp(e, out=e)
+    e += 1
+    gate /= e
+    gate *= up
+
+
 class _Matrix:
     """A projection's kernel and where its parts are in a blob."""
 
@@ -466,8 +463,8 @@ class _Matrix:
         """x float32 [rows, in_dims] -> the same numbers as the kernel reads them, and their sums by group."""
         if self.bits == 16:
             return x, np.empty((1, 1), np.float32)
-        arranged = np.empty_like(x)
-        sums = np.empty((x.shape[0], self.groups), np.float32)
+        arranged = _aligned(*x.shape)
+        sums = _aligned(x.shape[0], self.groups)
         rows = x.shape[0]
         step = rows if x.size < SMALL else -(-rows // (THREADS * CHUNKS_PER_THREAD))
         _split(
@@ -480,6 +477,18 @@ class _Matrix:
 @lru_cache
 def _matrices(layout: BlobLayout) -> tuple[_Matrix, _Matrix, _Matrix]:
     return _Matrix(layout.gate), _Matrix(layout.up), _Matrix(layout.down)
+
+
+def _each_tile(starts: np.ndarray, m: _Matrix, work: Callable[[int, int], None]) -> None:
+    """Runs work(low, high) over all tiles of the runs that begin at ``starts``, in shares of equal cost."""
+    blocks = -(-m.out_dims // TILE_OUTPUTS)
+    # A run costs what its tiles cost: a full tile does the work of two single rows in this machine's registers.
+    costs = np.concatenate([[0], np.cumsum(1 + np.diff(starts) // TILE_ROWS)])
+    small = int(starts[-1]) * m.in_dims * m.out_dims < SMALL
+    chunks = 1 if small else THREADS * CHUNKS_PER_THREAD
+    shares = np.linspace(0, costs[-1], chunks + 1)
+    tiles = np.arange(starts.shape[0], dtype=np.float64) * blocks
+    _split(work, np.interp(shares, costs, tiles).astype(np.int64).tolist())
 
 
 def _pairs(
@@ -497,16 +506,6 @@ def _pairs(
         )
     starts = np.flatnonzero(np.concatenate([[True], slots[1:] != slots[:-1], [True]]))
     blobs = memory.ctypes.data + slots[starts[:-1]].astype(np.int64) * memory.strides[0]
-    # A run costs what its tiles cost: a full tile does the work of two single rows in this machine's registers.
-    costs = np.concatenate([[0], np.cumsum(1 + np.diff(starts) // TILE_ROWS)])
-
-    def each_tile(out_dims: int, in_dims: int, work: Callable[[int, int], None]) -> None:
-        blocks = -(-out_dims // TILE_OUTPUTS)
-        small = order.shape[0] * in_dims * out_dims < SMALL
-        chunks = 1 if small else THREADS * CHUNKS_PER_THREAD
-        shares = np.linspace(0, costs[-1], chunks + 1)
-        tiles = np.arange(starts.shape[0], dtype=np.float64) * blocks
-        _split(work, np.interp(shares, costs, tiles).astype(np.int64).tolist())
 
     def run(
         m: _Matrix, rows: np.ndarray, a: tuple[np.ndarray, np.ndarray], out: np.ndarray, lo: int, hi: int
@@ -523,13 +522,13 @@ def _pairs(
     def hidden(low: int, high: int) -> None:
         run(gate, order, arranged, h, low, high)
         run(up, order, for_up, u, low, high)
-        _swiglu()(h, u, starts, low, high)
 
-    each_tile(gate.out_dims, gate.in_dims, hidden)
+    _each_tile(starts, gate, hidden)
+    _swiglu(h, u)
     inner = down.arrange(h)
     y = np.empty((order.shape[0], down.out_dims), np.float32)
     each = np.arange(order.shape[0], dtype=np.int64)
-    each_tile(down.out_dims, down.in_dims, lambda low, high: run(down, each, inner, y, low, high))
+    _each_tile(starts, down, lambda low, high: run(down, each, inner, y, low, high))
     return y
 
 
@@ -561,3 +560,31 @@ def expert_ffn(
     y = np.empty((tokens, layout.hidden_size), np.float32)
     _combiner()(pairs, position, _float32(weights), y)
     return mx.array(y).astype(x.dtype)
+
+
+@lru_cache
+def _dense_matrix(out_dims: int, in_dims: int, bits: int, group_size: int, kind: str) -> _Matrix:
+    weight = Component("uint32", (out_dims, in_dims * bits // 32), 0)
+    groups = Component(kind, (out_dims, in_dims // group_size), 0)
+    return _Matrix(Projection(out_dims, in_dims, bits, group_size, weight, groups, groups))
+
+
+def quantized_matmul(
+    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
+) -> mx.array:
+    """See :func:`mlx_flashmoe.kernels.quantized_matmul`; a row's bits do not depend on the others. Eager."""
+    rows = _float32(x.reshape(-1, x.shape[-1]))
+    out_dims = weight.shape[0]
+    parts = [np.asarray(weight), np.asarray(scales.astype(mx.float32)), np.asarray(biases.astype(mx.float32))]
+    m = _dense_matrix(out_dims, rows.shape[1], bits, group_size, "float32")
+    w, s, z = (np.array([p.ctypes.data], dtype=np.int64) for p in parts)
+    starts = np.array([0, rows.shape[0]], dtype=np.int64)
+    order = np.arange(rows.shape[0], dtype=np.int64)
+    arranged, sums = m.arrange(rows)
+    y = np.empty((rows.shape[0], out_dims), np.float32)
+    _each_tile(
+        starts,
+        m,
+        lambda low, high: m.project(w, s, z, starts, order, arranged, sums, m.in_dims, y, low, high),
+    )
+    return mx.array(y).astype(x.dtype).reshape(*x.shape[:-1], out_dims)

@@ -29,14 +29,13 @@ def gated_delta_update(
     Returns:
         y float32 [B, T, Hv, Dv], and S after the last token.
     """
-    if mx.default_device() == mx.gpu:
-        if mx.metal.is_available():
-            # The one shape MLX is known to have kernels for; at others it may fall back without saying so.
-            if (*k.shape[2:], *v.shape[2:]) == (16, 128, 64, 128):
-                y, state = mx.fast.gated_delta_update(q, k, v, decay, beta, state)
-                return y, state
-        if k.shape[-1] % 32 == 0 and v.shape[-1] % ROWS == 0:
-            return _cuda(q, k, v, decay, beta, state)
+    on_gpu, metal = mx.default_device() == mx.gpu, mx.metal.is_available()
+    # The one shape MLX is known to have kernels for; at others it may fall back without saying so.
+    if on_gpu and metal and (*k.shape[2:], *v.shape[2:]) == (16, 128, 64, 128):
+        y, state = mx.fast.gated_delta_update(q, k, v, decay, beta, state)
+        return y, state
+    if on_gpu and not metal and k.shape[-1] % 32 == 0 and v.shape[-1] % ROWS == 0:
+        return _cuda(q, k, v, decay, beta, state)
     return _in_segments(q, k, v, decay, beta, state)
 
 

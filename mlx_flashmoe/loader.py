@@ -18,6 +18,7 @@ from mlx_flashmoe.experts import ExpertStore, ReadAhead, SlotArena, StreamedExpe
 from mlx_flashmoe.layout import Manifest
 from mlx_flashmoe.models import architecture
 from mlx_flashmoe.models.cache import Cache
+from mlx_flashmoe.models.quantized import quantize
 from mlx_flashmoe.tokenizer import Tokenizer
 
 # Tokens the memory plan counts the KV cache for; a longer context is possible, and takes more.
@@ -182,12 +183,7 @@ def _load_dense(
     folder: Path,
 ) -> None:
     """Fills the module tree. Tensor by tensor, so that no second copy of the dense part ever exists."""
-
-    def quantized(path: str, module: nn.Module) -> bool | dict[str, int]:
-        q = manifest.dense_quantization.get(path)
-        return {"bits": q.bits, "group_size": q.group_size} if q else False
-
-    nn.quantize(model, class_predicate=quantized)
+    quantize(model, {path: (q.bits, q.group_size) for path, q in manifest.dense_quantization.items()})
     try:
         model.load_weights(list(weights.items()), strict=True)
     except ValueError as e:
