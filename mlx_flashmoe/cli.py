@@ -95,13 +95,14 @@ def _add_convert(commands: Any) -> None:
         "--q-bits",
         type=int,
         choices=(2, 3, 4, 6, 8, 16),
-        help="bits per weight; 16 leaves the weights as published (default: as published)",
+        help="bits per weight; 16 leaves all weights as published (default: as published if the checkpoint is "
+        "quantized, else 4)",
     )
     parser.add_argument(
         "--q-group-size",
         type=int,
         choices=(32, 64, 128),
-        help="weights that share a scale and a bias (default: 64)",
+        help="weights that share a scale and a bias (default: the checkpoint's own if it is quantized, else 64)",
     )
     parser.set_defaults(run=_convert)
 
@@ -109,11 +110,10 @@ def _add_convert(commands: Any) -> None:
 def _convert(arguments: argparse.Namespace) -> int:
     from mlx_flashmoe import convert
     from mlx_flashmoe.console import ConversionProgress
-    from mlx_flashmoe.layout import Manifest
     from mlx_flashmoe.memory import show_size
 
     with ConversionProgress() as display:
-        convert(
+        made = convert(
             arguments.hf_path,
             arguments.mlx_path,
             q_bits=arguments.q_bits,
@@ -121,7 +121,6 @@ def _convert(arguments: argparse.Namespace) -> int:
             progress=display.progress,
             note=display.note,
         )
-    made = Manifest.load(arguments.mlx_path)
     print(
         f"{arguments.mlx_path}: {show_size(made.expert_bytes)} of experts in {len(made.layers)} layers, "
         f"{show_size(made.dense_bytes)} for everything else"
@@ -193,7 +192,7 @@ def _add_generate(commands: Any) -> None:
         default="auto",
         metavar="SIZE",
         help="memory that holds experts between tokens: a size such as 8GB; auto picks one for this machine; "
-        "os takes the least and leaves caching to the operating system (default: %(default)s)",
+        "os takes little and leaves caching to the operating system (default: %(default)s)",
     )
     parser.add_argument(
         "--active-experts",

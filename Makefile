@@ -1,0 +1,66 @@
+# What people type: make demo, make test. Needs python3 >= 3.10 and make; everything else goes into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+
+# MLX for the CPU where there is no Metal. On a Linux machine with an NVIDIA GPU: make BACKEND=cuda demo
+ifeq ($(shell uname -s),Darwin)
+BACKEND ?=
+else
+BACKEND ?= cpu
+endif
+PROJECT := .$(if $(BACKEND),[$(BACKEND)])
+comma := ,
+PROJECT_WITH = .[$(if $(BACKEND),$(BACKEND)$(comma))$(1)]
+
+.PHONY: help demo test lint reference clean
+
+help:
+	@echo "make demo       set up .venv, make a small checkpoint, convert it, generate from it"
+	@echo "make test       run the tests"
+	@echo "make lint       ruff and mypy"
+	@echo "make reference  compare with transformers and mlx-lm (installs torch)"
+	@echo "make clean      remove .venv and demo"
+
+# The checkpoint of the demo has random weights: it shows that everything works, not what a model can say.
+demo: demo/model/flashmoe.json
+	$(RUN) -m mlx_flashmoe generate --model demo/model --prompt "How far is the moon?" --max-tokens 60
+	@echo
+	@echo "The weights of this model are random, and so is what it says. Real models: see README.md."
+
+demo/model/flashmoe.json: demo/checkpoint/model.safetensors
+	@rm -rf demo/model
+	$(RUN) -m mlx_flashmoe convert --hf-path demo/checkpoint --mlx-path demo/model --q-bits 4
+
+demo/checkpoint/model.safetensors: examples/make_checkpoint.py $(VENV)/installed
+	$(RUN) examples/make_checkpoint.py demo/checkpoint
+
+test: $(VENV)/installed-test
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/installed-lint
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+reference: $(VENV)/installed-reference
+	$(RUN) -m pytest -o addopts=-q tests/reference $(ARGS)
+
+clean:
+	rm -rf $(VENV) demo
+
+# Environments. The project is installed in place, so that changes to it need no installation.
+
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info < (3, 10) and sys.exit("error: Python 3.10 or newer is needed, \
+	but $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	@echo "Setting up $(VENV); the first time this takes a minute or two"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --editable '$(PROJECT)'
+	@touch $@
+
+$(VENV)/installed-%: $(VENV)/installed
+	@$(PIP) --editable '$(call PROJECT_WITH,$*)'
+	@touch $@
