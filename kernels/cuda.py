@@ -27,7 +27,17 @@ const unsigned simdgroup = threadIdx.x / 32, lane = threadIdx.x % 32;
 """,
     make_kernel=_make,
     # 40 KiB of shared memory hold the inputs of ten experts of the 397B at once.
-    tiling=gpu.Tiling(simdgroups=8, gate_rows=2, gate_spans=4, down_rows=2, down_spans=10, tile=8, pair=2),
+    tiling=gpu.Tiling(
+        gate_simdgroups=4,
+        gate_rows=2,
+        gate_spans=4,
+        down_simdgroups=8,
+        down_rows=2,
+        down_spans=10,
+        rows_simdgroups=8,
+        tile=8,
+        pair=2,
+    ),
 )
 
 expert_ffn = partial(gpu.expert_ffn, LANGUAGE)

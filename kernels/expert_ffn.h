@@ -1,88 +1,4 @@
-// The expert feed-forward, one text for Metal and CUDA. prelude.metal and prelude.cuh define what differs:
-// address spaces (FM_DEVICE, FM_SHARED, FM_LOCAL), FM_FUNCTION, fm_load (a read of weights), fm_field (bits of a
-// word to float), fm_half_pair, fm_bits_to_float, fm_sum (over the 32 lanes, in all of them) and fm_barrier.
-// gpu.py writes, before this text: the structs Gate, Up and Down, which say where a matrix lies in a blob, and
-// the constants FORMULATION (NAIVE, FMA or GROUPED), HIDDEN, INTERMEDIATE, TOP_K, SIMDGROUPS and the tile sizes.
-//
-// Everything works on chunks of 32 consecutive inputs of a weight row: the largest piece that lies in one
-// group whatever the group size, and a whole number of words whatever the bits. One lane takes one chunk.
-
-enum : unsigned { CHUNK = 32, LANES = 32, SPAN = CHUNK * LANES };  // a SPAN: one chunk for each lane
-
-// Where element i of a vector is kept so that lanes reading their own chunks, four floats at a time, read
-// neighbouring addresses (device memory) and different banks (threadgroup memory), and so does staging.
-FM_FUNCTION unsigned place(unsigned i) {
-  const unsigned lane = (i / CHUNK) % LANES, quad = (i / 4) % 8;
-  return i / SPAN * SPAN + quad * 128 + (lane ^ quad) * 4 + i % 4;
-}
-
-// The same for quad `quad` of the chunk of `lane`, counted in float4 from the span's start.
-FM_FUNCTION unsigned place_of_quad(unsigned lane, unsigned quad) {
-  return quad * 32 + (lane ^ quad);
-}
-
-// One chunk of one row of the matrix M, as it lies in the blob.
-template <typename M>
-struct Packed {
-  unsigned words[M::words];
-  float scale;
-  float bias;
-};
-
-template <typename M>
-FM_FUNCTION void read_chunk(
-    const FM_DEVICE unsigned char* blob, unsigned row, unsigned chunk, FM_LOCAL Packed<M>& to) {
-  const FM_DEVICE unsigned* words =
-      (const FM_DEVICE unsigned*)(blob + M::weight) + row * M::row_words + chunk * M::words;
-  if (M::words % 4 == 0) {
-    FM_UNROLL for (unsigned i = 0; i < M::words / 4; ++i) {
-      const uint4 v = fm_load((const FM_DEVICE uint4*)words + i);
-      to.words[4 * i] = v.x;
-      to.words[4 * i + 1] = v.y;
-      to.words[4 * i + 2] = v.z;
-      to.words[4 * i + 3] = v.w;
-    }
-  } else if (M::words % 2 == 0) {
-    FM_UNROLL for (unsigned i = 0; i < M::words / 2; ++i) {
-      const uint2 v = fm_load((const FM_DEVICE uint2*)words + i);
-      to.words[2 * i] = v.x;
-      to.words[2 * i + 1] = v.y;
-    }
-  } else {
-    FM_UNROLL for (unsigned i = 0; i < M::words; ++i) { to.words[i] = fm_load(words + i); }
-  }
-  if (M::quantized) {
-    typedef typename M::Scale Scale;
-    const unsigned group = row * M::groups + chunk * CHUNK / M::group_size;
-    to.scale = float(fm_load((const FM_DEVICE Scale*)(blob + M::scales) + group));
-    to.bias = float(fm_load((const FM_DEVICE Scale*)(blob + M::biases) + group));
-  }
-}
-
-// Value i of a chunk: the integer q if M is quantized, else the weight itself.
-template <typename M>
-FM_FUNCTION float value(const FM_LOCAL Packed<M>& chunk, unsigned i) {
-  if (M::quantized) {
-    const unsigned word = i * M::bits / 32, shift = i * M::bits % 32;
-    if (shift + M::bits > 32) {  // 3 and 6 bits: values straddle words
-      return fm_field<M::bits>(chunk.words[word] >> shift | chunk.words[word + 1] << (32 - shift), 0);
-    }
-    return fm_field<M::bits>(chunk.words[word], shift);
-  }
-  if (M::is_float32) {
-    return fm_bits_to_float(chunk.words[i]);
-  }
-  if (M::is_bfloat16) {
-    return fm_bits_to_float(i % 2 ? chunk.words[i / 2] & 0xffff0000u : chunk.words[i / 2] << 16);
-  }
-  return fm_half_pair(chunk.words[i / 2], i % 2);
-}
-
-// Value i of a chunk, dequantized.
-template <typename M>
-FM_FUNCTION float weight(const FM_LOCAL Packed<M>& chunk, unsigned i) {
-  return M::quantized ? fma(value(chunk, i), chunk.scale, chunk.bias) : value(chunk, i);
-}
+// Decode: a few tokens, each with its own experts. After expert_common.h.
 
 // A lane's part of a row times x. `sum` is the sum of x, which rows share.
 template <typename M>
@@ -119,12 +35,7 @@ FM_FUNCTION float read_x(const FM_SHARED float* span, unsigned lane, FM_LOCAL fl
   return sum;
 }
 
-FM_FUNCTION float silu(float v) {
-  const float e = fm_exp(-fabs(v));  // never above 1: no infinity on the way
-  return v * ((v >= 0 ? 1.0f : e) / (1.0f + e));
-}
-
-// Launch 1 of 2, decode. One threadgroup: SIMDGROUPS * GATE_ROWS rows of gate and of up, for one (token, k).
+// Launch 1 of 2, decode. One threadgroup: GATE_SIMDGROUPS * GATE_ROWS rows of gate and of up, for one (token, k).
 // x [HIDDEN] of the token; h: the token's [TOP_K * INTERMEDIATE], kept at place(); staged [GATE_SPANS * SPAN].
 template <typename T>
 FM_FUNCTION void gate_up(
@@ -137,7 +48,7 @@ FM_FUNCTION void gate_up(
     unsigned simdgroup,
     unsigned lane) {
   const unsigned chunks = HIDDEN / CHUNK;
-  const unsigned first = (group * SIMDGROUPS + simdgroup) * GATE_ROWS;
+  const unsigned first = (group * GATE_SIMDGROUPS + simdgroup) * GATE_ROWS;
   float gate[GATE_ROWS], up[GATE_ROWS];
   unsigned rows[GATE_ROWS];
   Packed<Gate> gates[GATE_ROWS], next_gates[GATE_ROWS];
@@ -154,7 +65,7 @@ FM_FUNCTION void gate_up(
     if (base > 0) {
       fm_barrier();
     }
-    for (unsigned i = simdgroup * LANES + lane; i < count * CHUNK; i += SIMDGROUPS * LANES) {
+    for (unsigned i = simdgroup * LANES + lane; i < count * CHUNK; i += GATE_SIMDGROUPS * LANES) {
       staged[place(i)] = float(x[base * CHUNK + i]);
     }
     fm_barrier();
@@ -182,7 +93,7 @@ FM_FUNCTION void gate_up(
   }
 }
 
-// Launch 2 of 2, decode. One threadgroup: SIMDGROUPS * DOWN_ROWS outputs of one token, over all its experts.
+// Launch 2 of 2, decode. One threadgroup: DOWN_SIMDGROUPS * DOWN_ROWS outputs of one token, over all its experts.
 // The experts' chunks form one sequence of TOP_K * INTERMEDIATE / CHUNK, so that few inputs leave no lane idle.
 // slots, weights: the token's, in threadgroup memory; staged [DOWN_SPANS * SPAN].
 template <typename T>
@@ -197,7 +108,7 @@ FM_FUNCTION void down_combine(
     unsigned simdgroup,
     unsigned lane) {
   const unsigned each = INTERMEDIATE / CHUNK, chunks = TOP_K * each;
-  const unsigned first = (group * SIMDGROUPS + simdgroup) * DOWN_ROWS;
+  const unsigned first = (group * DOWN_SIMDGROUPS + simdgroup) * DOWN_ROWS;
   float total[DOWN_ROWS];
   unsigned rows[DOWN_ROWS];
   Packed<Down> downs[DOWN_ROWS], next_downs[DOWN_ROWS];
@@ -214,7 +125,7 @@ FM_FUNCTION void down_combine(
     if (base > 0) {
       fm_barrier();
     }
-    for (unsigned i = simdgroup * LANES + lane; i < quads; i += SIMDGROUPS * LANES) {
+    for (unsigned i = simdgroup * LANES + lane; i < quads; i += DOWN_SIMDGROUPS * LANES) {
       ((FM_SHARED float4*)staged)[i] = ((const FM_DEVICE float4*)(h + base * CHUNK))[i];
     }
     fm_barrier();
@@ -237,153 +148,6 @@ FM_FUNCTION void down_combine(
     const float out = fm_sum(total[r]);
     if (lane == 0 && first + r < HIDDEN) {
       y[first + r] = T(out);
-    }
-  }
-}
-
-// The grouped path: `count` (up to TILE) rows of x share one expert, whose weights are dequantized once.
-
-// total[m][r] += chunk m times x row r, for PAIR chunks of A and PAIR of B. staged: [TILE][SPAN].
-template <typename A, typename B>
-FM_FUNCTION void accumulate(
-    const FM_LOCAL Packed<A>* a,
-    const FM_LOCAL Packed<B>* b,
-    const FM_SHARED float* staged,
-    unsigned count,
-    unsigned lane,
-    FM_LOCAL float* total) {
-  FM_UNROLL for (unsigned part = 0; part < 2; ++part) {
-    float w[2 * PAIR][CHUNK / 2];
-    FM_UNROLL for (unsigned m = 0; m < PAIR; ++m) {
-      FM_UNROLL for (unsigned i = 0; i < CHUNK / 2; ++i) {
-        w[m][i] = weight(a[m], part * CHUNK / 2 + i);
-        w[PAIR + m][i] = weight(b[m], part * CHUNK / 2 + i);
-      }
-    }
-    FM_UNROLL for (unsigned r = 0; r < TILE; ++r) {
-      if (r < count) {
-        FM_UNROLL for (unsigned quad = 0; quad < 4; ++quad) {
-          const float4 v =
-              ((const FM_SHARED float4*)(staged + r * SPAN))[place_of_quad(lane, part * 4 + quad)];
-          FM_UNROLL for (unsigned m = 0; m < 2 * PAIR; ++m) {
-            float t = total[m * TILE + r];
-            t = fma(w[m][4 * quad], v.x, t);
-            t = fma(w[m][4 * quad + 1], v.y, t);
-            t = fma(w[m][4 * quad + 2], v.z, t);
-            total[m * TILE + r] = fma(w[m][4 * quad + 3], v.w, t);
-          }
-        }
-      }
-    }
-  }
-}
-
-// Launch 1 of 2, rows. One threadgroup: SIMDGROUPS * PAIR rows of gate and of up, for the tile's rows.
-// x: the tile's [count, HIDDEN]; h: the tile's [count, H_ROW], each row kept at place(); staged [TILE * SPAN].
-template <typename T>
-FM_FUNCTION void rows_gate_up(
-    const FM_DEVICE T* x,
-    const FM_DEVICE unsigned char* blob,
-    unsigned count,
-    FM_DEVICE float* h,
-    FM_SHARED float* staged,
-    unsigned group,
-    unsigned simdgroup,
-    unsigned lane) {
-  const unsigned chunks = HIDDEN / CHUNK;
-  const unsigned first = (group * SIMDGROUPS + simdgroup) * PAIR;
-  float total[2 * PAIR * TILE];
-  unsigned rows[PAIR];
-  Packed<Gate> gates[PAIR], next_gates[PAIR];
-  Packed<Up> ups[PAIR], next_ups[PAIR];
-  FM_UNROLL for (unsigned i = 0; i < 2 * PAIR * TILE; ++i) { total[i] = 0; }
-  FM_UNROLL for (unsigned m = 0; m < PAIR; ++m) {
-    rows[m] = fm_min(first + m, INTERMEDIATE - 1);
-    read_chunk(blob, rows[m], fm_min(lane, chunks - 1), next_gates[m]);
-    read_chunk(blob, rows[m], fm_min(lane, chunks - 1), next_ups[m]);
-  }
-  for (unsigned base = 0; base < chunks; base += LANES) {
-    const unsigned width = fm_min(chunks - base, LANES) * CHUNK;
-    if (base > 0) {
-      fm_barrier();
-    }
-    for (unsigned r = 0; r < count; ++r) {
-      for (unsigned i = simdgroup * LANES + lane; i < width; i += SIMDGROUPS * LANES) {
-        staged[r * SPAN + place(i)] = float(x[size_t(r) * HIDDEN + base * CHUNK + i]);
-      }
-    }
-    fm_barrier();
-    const unsigned ahead = fm_min(base + lane + LANES, chunks - 1);
-    FM_UNROLL for (unsigned m = 0; m < PAIR; ++m) {
-      gates[m] = next_gates[m];
-      ups[m] = next_ups[m];
-      read_chunk(blob, rows[m], ahead, next_gates[m]);
-      read_chunk(blob, rows[m], ahead, next_ups[m]);
-    }
-    if (base + lane < chunks) {
-      accumulate(gates, ups, staged, count, lane, total);
-    }
-  }
-  FM_UNROLL for (unsigned m = 0; m < PAIR; ++m) {
-    FM_UNROLL for (unsigned r = 0; r < TILE; ++r) {
-      if (r < count) {
-        const float g = fm_sum(total[m * TILE + r]), u = fm_sum(total[(PAIR + m) * TILE + r]);
-        if (lane == 0 && first + m < INTERMEDIATE) {
-          h[size_t(r) * H_ROW + place(first + m)] = silu(g) * u;
-        }
-      }
-    }
-  }
-}
-
-// Launch 2 of 2, rows. One threadgroup: SIMDGROUPS * 2 * PAIR outputs of the tile's rows.
-template <typename T>
-FM_FUNCTION void rows_down(
-    const FM_DEVICE float* h,
-    const FM_DEVICE unsigned char* blob,
-    unsigned count,
-    FM_DEVICE T* y,
-    FM_SHARED float* staged,
-    unsigned group,
-    unsigned simdgroup,
-    unsigned lane) {
-  const unsigned chunks = INTERMEDIATE / CHUNK;
-  const unsigned first = (group * SIMDGROUPS + simdgroup) * 2 * PAIR;
-  float total[2 * PAIR * TILE];
-  unsigned rows[2 * PAIR];
-  Packed<Down> downs[2 * PAIR], next_downs[2 * PAIR];
-  FM_UNROLL for (unsigned i = 0; i < 2 * PAIR * TILE; ++i) { total[i] = 0; }
-  FM_UNROLL for (unsigned m = 0; m < 2 * PAIR; ++m) {
-    rows[m] = fm_min(first + m, HIDDEN - 1);
-    read_chunk(blob, rows[m], fm_min(lane, chunks - 1), next_downs[m]);
-  }
-  for (unsigned base = 0; base < chunks; base += LANES) {
-    if (base > 0) {
-      fm_barrier();
-    }
-    for (unsigned i = simdgroup * LANES + lane; i < count * (SPAN / 4); i += SIMDGROUPS * LANES) {
-      const unsigned r = i / (SPAN / 4);
-      ((FM_SHARED float4*)staged)[i] =
-          ((const FM_DEVICE float4*)(h + size_t(r) * H_ROW + base * CHUNK))[i % (SPAN / 4)];
-    }
-    fm_barrier();
-    const unsigned ahead = fm_min(base + lane + LANES, chunks - 1);
-    FM_UNROLL for (unsigned m = 0; m < 2 * PAIR; ++m) {
-      downs[m] = next_downs[m];
-      read_chunk(blob, rows[m], ahead, next_downs[m]);
-    }
-    if (base + lane < chunks) {
-      accumulate(downs, downs + PAIR, staged, count, lane, total);
-    }
-  }
-  FM_UNROLL for (unsigned m = 0; m < 2 * PAIR; ++m) {
-    FM_UNROLL for (unsigned r = 0; r < TILE; ++r) {
-      if (r < count) {
-        const float out = fm_sum(total[m * TILE + r]);
-        if (lane == 0 && first + m < HIDDEN) {
-          y[size_t(r) * HIDDEN + first + m] = T(out);
-        }
-      }
     }
   }
 }

@@ -1,6 +1,7 @@
 """The GPU kernels, whatever the GPU: their text, their launches, their scratch.
 
-``expert_ffn.h`` holds the algorithm, ``prelude.metal`` and ``prelude.cuh`` the words of each language. This
+``expert_common.h``, ``expert_ffn.h`` and ``expert_rows.h`` hold the algorithm, ``prelude.metal`` and
+``prelude.cuh`` the words of each language. This
 module writes the constants of one blob layout in front of them, and launches what MLX compiles. Two launches
 either way: gate, up and SwiGLU into a float32 scratch; then down, for expert_ffn with the weighted sum over
 the experts. Every sum has a fixed order and there are no atomics: same inputs, same bits.
@@ -33,18 +34,21 @@ class Tiling:
     """How work is cut. Never changes what is computed, only how fast.
 
     Attributes:
-        simdgroups: a threadgroup has 32 times as many threads.
+        gate_simdgroups, down_simdgroups, rows_simdgroups: of a threadgroup, in each launch of expert_ffn and in
+            both of expert_rows; it has 32 times as many threads.
         gate_rows, down_rows: weight rows a SIMD group takes in the two launches of expert_ffn.
         gate_spans, down_spans: spans of 4 KiB of inputs held in threadgroup memory at once.
         tile: rows of x that share one reading of the weights in expert_rows; 4 KiB of threadgroup memory each.
         pair: weight rows of each of two matrices that a SIMD group takes in expert_rows.
     """
 
-    simdgroups: int
+    gate_simdgroups: int
     gate_rows: int
     gate_spans: int
+    down_simdgroups: int
     down_rows: int
     down_spans: int
+    rows_simdgroups: int
     tile: int
     pair: int
 
@@ -85,12 +89,13 @@ def _struct(name: str, p: Projection) -> str:
 
 
 def _read(name: str) -> str:
-    """A source file without its comments: MLX hashes the text at every launch."""
+    """A source file without comments and indentation: MLX copies and hashes the text at every launch."""
     text = resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-    return "".join(line + "\n" for line in re.sub(r"\s*//.*", "", text).splitlines() if line)
+    lines = (re.sub(r"//.*", "", line).strip() for line in text.splitlines())
+    return "\n".join(line for line in lines if line)
 
 
-def _header(language: Language, layout: BlobLayout, formulation: str, top_k: int) -> str:
+def _header(language: Language, layout: BlobLayout, formulation: str, top_k: int, body: str) -> str:
     t = language.tiling
     constants = {
         **{f.upper(): i for i, f in enumerate(FORMULATIONS)},
@@ -99,11 +104,13 @@ def _header(language: Language, layout: BlobLayout, formulation: str, top_k: int
         "INTERMEDIATE": layout.intermediate_size,
         "TOP_K": top_k,
         "H_ROW": _spans(top_k * layout.intermediate_size),
-        "SIMDGROUPS": t.simdgroups,
+        "GATE_SIMDGROUPS": t.gate_simdgroups,
         "GATE_ROWS": t.gate_rows,
         "GATE_SPANS": min(t.gate_spans, _spans(layout.hidden_size) // SPAN),
+        "DOWN_SIMDGROUPS": t.down_simdgroups,
         "DOWN_ROWS": t.down_rows,
         "DOWN_SPANS": min(t.down_spans, _spans(top_k * layout.intermediate_size) // SPAN),
+        "ROWS_SIMDGROUPS": t.rows_simdgroups,
         "TILE": t.tile,
         "PAIR": t.pair,
     }
@@ -112,7 +119,8 @@ def _header(language: Language, layout: BlobLayout, formulation: str, top_k: int
         *(_struct(n.capitalize(), p) for n, p in layout.projections.items()),
         "enum : unsigned { " + ", ".join(f"{k} = {v}" for k, v in constants.items()) + " };",
         f"enum : size_t {{ BLOB_SIZE = {layout.blob_size} }};",
-        _read("expert_ffn.h"),
+        _read("expert_common.h"),
+        _read(body),
     ]
     return "\n".join(lines)
 
@@ -135,7 +143,7 @@ _DOWN_COMBINE = """
 FM_ARRAY float4 staged[DOWN_SPANS * SPAN / 4];
 FM_ARRAY int my_slots[TOP_K];
 FM_ARRAY float my_weights[TOP_K];
-for (unsigned k = simdgroup * LANES + lane; k < TOP_K; k += SIMDGROUPS * LANES) {
+for (unsigned k = simdgroup * LANES + lane; k < TOP_K; k += DOWN_SIMDGROUPS * LANES) {
   my_slots[k] = slots[group.y * TOP_K + k];
   my_weights[k] = weights[group.y * TOP_K + k];
 }
@@ -164,7 +172,7 @@ rows_down(
 
 @cache
 def _ffn_kernels(language: Language, layout: BlobLayout, formulation: str, top_k: int) -> tuple[Any, Any]:
-    header = _header(language, layout, formulation, top_k)
+    header = _header(language, layout, formulation, top_k, "expert_ffn.h")
     make = language.make_kernel
     return (
         make("flashmoe_gate_up", ["x", "slab", "slots"], ["h"], language.positions + _GATE_UP, header),
@@ -180,10 +188,12 @@ def _ffn_kernels(language: Language, layout: BlobLayout, formulation: str, top_k
 
 @cache
 def _rows_kernels(language: Language, layout: BlobLayout) -> tuple[Any, Any]:
-    header = _header(language, layout, DEFAULT_FORMULATION, 1)
+    header = _header(language, layout, DEFAULT_FORMULATION, 1, "expert_rows.h")
     make = language.make_kernel
     return (
-        make("flashmoe_rows_gate_up", ["x", "slab", "tiles"], ["h"], language.positions + _ROWS_GATE_UP, header),
+        make(
+            "flashmoe_rows_gate_up", ["x", "slab", "tiles"], ["h"], language.positions + _ROWS_GATE_UP, header
+        ),
         make("flashmoe_rows_down", ["h", "slab", "tiles"], ["y"], language.positions + _ROWS_DOWN, header),
     )
 
@@ -209,22 +219,19 @@ def expert_ffn(
     tokens, top_k = slots.shape
     gate_up, down_combine = _ffn_kernels(language, layout, formulation, top_k)
     t = language.tiling
-    threads = 32 * t.simdgroups
     slots = slots.astype(mx.int32)
     (h,) = gate_up(
         inputs=[x, slab, slots],
-        grid=(_blocks(layout.intermediate_size, t.simdgroups * t.gate_rows) * threads, tokens * top_k, 1),
-        threadgroup=(threads, 1, 1),
         output_shapes=[(tokens, _spans(top_k * layout.intermediate_size))],
         output_dtypes=[mx.float32],
+        **_grid(t.gate_simdgroups, t.gate_rows, layout.intermediate_size, tokens * top_k),
         **launch,
     )
     (y,) = down_combine(
         inputs=[h, slab, slots, weights.astype(mx.float32)],
-        grid=(_blocks(layout.hidden_size, t.simdgroups * t.down_rows) * threads, tokens, 1),
-        threadgroup=(threads, 1, 1),
         output_shapes=[(tokens, layout.hidden_size)],
         output_dtypes=[x.dtype],
+        **_grid(t.down_simdgroups, t.down_rows, layout.hidden_size, tokens),
         **launch,
     )
     return y
@@ -245,22 +252,19 @@ def expert_rows(
         parts = [(x[:cut], slots[:cut]), (x[cut:], slots[cut:])]
         return mx.concatenate([expert_rows(language, a, slab, b, layout, **launch) for a, b in parts])
     gate_up, down = _rows_kernels(language, layout)
-    threads = 32 * t.simdgroups
     listed = mx.array(tiles)
     (h,) = gate_up(
         inputs=[x, slab, listed],
-        grid=(_blocks(layout.intermediate_size, t.simdgroups * t.pair) * threads, len(tiles), 1),
-        threadgroup=(threads, 1, 1),
         output_shapes=[(x.shape[0], _spans(layout.intermediate_size))],
         output_dtypes=[mx.float32],
+        **_grid(t.rows_simdgroups, t.pair, layout.intermediate_size, len(tiles)),
         **launch,
     )
     (y,) = down(
         inputs=[h, slab, listed],
-        grid=(_blocks(layout.hidden_size, t.simdgroups * 2 * t.pair) * threads, len(tiles), 1),
-        threadgroup=(threads, 1, 1),
         output_shapes=[(x.shape[0], layout.hidden_size)],
         output_dtypes=[x.dtype],
+        **_grid(t.rows_simdgroups, 2 * t.pair, layout.hidden_size, len(tiles)),
         **launch,
     )
     return y
@@ -277,5 +281,7 @@ def cut_into_tiles(slots: np.ndarray, tile: int) -> np.ndarray:
     return np.stack(columns, axis=1).astype(np.int32)
 
 
-def _blocks(rows: int, each: int) -> int:
-    return -(-rows // each)
+def _grid(simdgroups: int, each: int, rows: int, count: int) -> dict[str, tuple[int, int, int]]:
+    """Threadgroups of `simdgroups`, each taking `each` of `rows` weight rows; `count` times that."""
+    threads = 32 * simdgroups
+    return {"grid": (-(-rows // (simdgroups * each)) * threads, count, 1), "threadgroup": (threads, 1, 1)}

@@ -27,7 +27,17 @@ const uint3 group = threadgroup_position_in_grid;
 const unsigned simdgroup = simdgroup_index_in_threadgroup, lane = thread_index_in_simdgroup;
 """,
     make_kernel=_make,
-    tiling=gpu.Tiling(simdgroups=8, gate_rows=2, gate_spans=4, down_rows=2, down_spans=4, tile=4, pair=2),
+    tiling=gpu.Tiling(
+        gate_simdgroups=8,
+        gate_rows=2,
+        gate_spans=4,
+        down_simdgroups=8,
+        down_rows=2,
+        down_spans=4,
+        rows_simdgroups=8,
+        tile=4,
+        pair=2,
+    ),
 )
 
 expert_ffn = partial(gpu.expert_ffn, LANGUAGE)

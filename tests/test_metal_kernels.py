@@ -18,7 +18,9 @@ from metal_emulator import COMPILER, Job, Launch, Sparse, compile_kernels, recor
 from mlx_flashmoe.kernels import gpu, metal
 from mlx_flashmoe.layout import BITS, GROUP_SIZES, BlobLayout
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (g++ or clang++) to emulate Metal with")
+pytestmark = pytest.mark.skipif(
+    COMPILER is None, reason="no C++ compiler (g++ or clang++) to emulate Metal with"
+)
 
 MX = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 

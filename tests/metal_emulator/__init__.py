@@ -190,8 +190,16 @@ def run(libraries: dict[str, Path], jobs: list[Job]) -> list[dict[str, np.ndarra
         plain = [
             (
                 [
-                    (str(libraries[m.key]), m.key, m.inputs, m.outputs, m.grid, m.threadgroup)
-                    + (m.output_shapes, [np.dtype(DTYPES[d]).str for d in m.output_dtypes])
+                    (
+                        str(libraries[m.key]),
+                        m.key,
+                        m.inputs,
+                        m.outputs,
+                        m.grid,
+                        m.threadgroup,
+                        m.output_shapes,
+                        [np.dtype(DTYPES[d]).str for d in m.output_dtypes],
+                    )
                     for m in job.launches
                 ],
                 {
@@ -203,7 +211,9 @@ def run(libraries: dict[str, Path], jobs: list[Job]) -> list[dict[str, np.ndarra
         ]
         question.write_bytes(pickle.dumps(plain))
         done = subprocess.run(
-            [sys.executable, str(HERE / "worker.py"), str(question), str(answer)], capture_output=True, text=True
+            [sys.executable, str(HERE / "worker.py"), str(question), str(answer)],
+            capture_output=True,
+            text=True,
         )
         if done.returncode:
             raise AssertionError(f"exit status {done.returncode}: {done.stderr[-3000:]}")

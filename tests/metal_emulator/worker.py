@@ -22,7 +22,9 @@ class Buffer(ctypes.Structure):
 
 
 def buffer(name, total, pieces, writable):
-    table = (Piece * len(pieces))(*[(offset, data.nbytes, data.ctypes.data) for offset, data in pieces.items()])
+    table = (Piece * len(pieces))(
+        *[(offset, data.nbytes, data.ctypes.data) for offset, data in pieces.items()]
+    )
     return Buffer(name.encode(), total, writable, len(pieces), table)
 
 
@@ -48,7 +50,8 @@ def launch(library, key, inputs, outputs, grid, threadgroup, shapes, dtypes, kno
         if not np.array_equal(results[0][name], results[1][name]):
             sys.exit(f"{key}: {name} depends on the order of threads: a data race")
     return {
-        name: results[0][name].view(dtype).reshape(shape) for name, shape, dtype in zip(outputs, shapes, dtypes)
+        name: results[0][name].view(dtype).reshape(shape)
+        for name, shape, dtype in zip(outputs, shapes, dtypes)
     }
 
 
@@ -61,7 +64,9 @@ def main(question, answer):
         for step in launches:
             made = launch(*step, known)
             reply.update(made)
-            known.update({name: (data.nbytes, {0: np.ascontiguousarray(data)}) for name, data in made.items()})
+            known.update(
+                {name: (data.nbytes, {0: np.ascontiguousarray(data)}) for name, data in made.items()}
+            )
         replies.append(reply)
     with open(answer, "wb") as f:
         pickle.dump(replies, f)
