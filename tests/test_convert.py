@@ -288,15 +288,18 @@ def test_fewer_bits_quantize_the_dequantized_values(
         assert all(found[f"{path}.{part}"] == tensors[f"language_model.{path}.{part}"] for part in PARTS)
 
 
-def test_fewer_bits_leave_what_has_no_more(tmp_path: Path) -> None:
-    tensors = write_quantized(
-        tmp_path / "source", 6, 64, {"layers.0.linear_attn.out_proj": (2, 32), "lm_head": None}
-    )
-    m = convert(tmp_path / "source", tmp_path / "out", q_bits=4)
-    path = "model.layers.0.linear_attn.out_proj"
-    assert m.dense_quantization[path] == Quantization(2, 32)
+@pytest.mark.parametrize("group_size", [None, 64])
+def test_fewer_bits_leave_what_has_no_more(tmp_path: Path, group_size: int | None) -> None:
+    exceptions = {"linear_attn.out_proj": (2, 32), "linear_attn.in_proj_z": (4, 32), "lm_head": None}
+    tensors = write_quantized(tmp_path / "source", 6, 64, exceptions)
+    m = convert(tmp_path / "source", tmp_path / "out", q_bits=4, q_group_size=group_size)
     found = dense(tmp_path / "out")
-    assert found[f"{path}.weight"] == tensors[f"language_model.{path}.weight"]
+    for path, bits in (
+        ("model.layers.0.linear_attn.out_proj", 2),
+        ("model.layers.0.linear_attn.in_proj_z", 4),
+    ):
+        assert m.dense_quantization[path] == Quantization(bits, 32)
+        assert all(found[f"{path}.{part}"] == tensors[f"language_model.{path}.{part}"] for part in PARTS)
     assert m.dense_quantization["lm_head"] == Quantization(4, 64)
     assert [found[f"lm_head.{p}"].data for p in PARTS] == list(
         mx_quantized(tensors["language_model.lm_head.weight"], 4, 64)
@@ -345,6 +348,15 @@ def test_pieces_and_several_dense_files_change_nothing(
     for d in m.dense:
         loaded = mx.load(str(tmp_path / "pieces" / d.file))
         assert all(v.size for v in loaded.values())
+
+
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, data[:9_973], at))
+    write_checkpoint(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "out")
+    check_experts(tmp_path / "out", Spec(), 4, 64)
+    check_dense(tmp_path / "out", Spec(), "fused", 4, 64)
 
 
 def test_gaps_in_blobs_are_zero(tmp_path: Path) -> None:
