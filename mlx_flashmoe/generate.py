@@ -63,7 +63,7 @@ def generate_step(
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
     prompt_cache: list[Any] | None = None,
-    prefill_step_size: int = PREFILL_STEP_SIZE,
+    prefill_step_size: int | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
 ) -> Generator[tuple[int, mx.array], None, None]:
     """Generates token ids.
@@ -75,7 +75,8 @@ def generate_step(
         sampler: log-probabilities [1, V] -> token [1]; the most likely token by default.
         logits_processors: (tokens so far [N], logits [1, V]) -> logits [1, V], in this order.
         prompt_cache: from ``model.make_cache()``, with what came before the prompt; updated in place.
-        prefill_step_size: prompt tokens in one call of the model. Fewer take less memory and more time.
+        prefill_step_size: prompt tokens in one call of the model; more are faster and take more memory. If None,
+            what the model's memory plan allows for (``model.prefill_chunk``).
         prompt_progress_callback: called with (prompt tokens done, prompt tokens).
 
     Yields:
@@ -86,6 +87,8 @@ def generate_step(
     """
     if prompt.size == 0:
         raise RequestError("the prompt is empty; give at least one token")
+    if prefill_step_size is None:
+        prefill_step_size = getattr(model, "prefill_chunk", PREFILL_STEP_SIZE)
     check_counts(max_tokens, prefill_step_size)
     cache = model.make_cache() if prompt_cache is None else prompt_cache
     sampler = sampler or make_sampler()

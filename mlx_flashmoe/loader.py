@@ -42,12 +42,14 @@ class StreamingModel:
         model: the architecture's own module (``mlx_flashmoe.models``).
         arena: where its experts are.
         plan: the memory it takes.
+        prefill_chunk: prompt tokens to give it at once, at most, if the plan is to hold.
     """
 
-    def __init__(self, model: nn.Module, arena: SlotArena, plan: memory.Plan):
+    def __init__(self, model: nn.Module, arena: SlotArena, plan: memory.Plan, prefill_chunk: int):
         self.model = model
         self.arena = arena
         self.plan = plan
+        self.prefill_chunk = prefill_chunk
 
     def __call__(self, tokens: mx.array, cache: list[Cache] | None = None) -> mx.array:
         """tokens: integer [B, T] -> logits [B, T, vocab]. ``cache`` (of ``make_cache``) is updated.
@@ -133,7 +135,8 @@ def load(
     tokenizer = Tokenizer.load(folder)
     if plan.slots == plan.expert_bytes // plan.slot_bytes and len(manifest.layouts) == 1:
         arena.load_all()
-    return StreamingModel(model, arena, plan), tokenizer
+    chunk = memory.prefill_chunk(arch.activation_bytes(settings, active, dtype))
+    return StreamingModel(model, arena, plan, chunk), tokenizer
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

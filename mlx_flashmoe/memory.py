@@ -11,10 +11,14 @@ import mlx.core as mx
 
 from mlx_flashmoe.errors import MemoryPlanError
 
-# Activations, buffers MLX keeps for reuse, the interpreter: what a generation takes besides the named parts.
-WORKING_BYTES = 512 * 2**20
+# Activations of one chunk of a prompt, buffers MLX keeps for reuse, the interpreter: what a generation takes besides the named parts.
+WORKING_BYTES = 500 * 10**6
 # Freed buffers MLX may keep for reuse; more would only take memory from the page cache.
-CACHE_LIMIT = 256 * 2**20
+CACHE_LIMIT = 128 * 2**20
+
+# The interpreter and MLX; on a CPU also numba, and the states of a segment of the delta rule.
+PROCESS_BYTES = {mx.DeviceType.gpu: 64 * 10**6, mx.DeviceType.cpu: 260 * 10**6}
+MAX_CHUNK = 4096
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -76,6 +80,12 @@ def _cgroup_limits() -> list[int]:
                 break
             folder = folder.parent
     return limits
+
+
+def prefill_chunk(activation_bytes: int) -> int:
+    """Prompt tokens in one call such that their activations, so many bytes a token, stay within the plan."""
+    room = WORKING_BYTES - CACHE_LIMIT - PROCESS_BYTES[mx.default_device().type]
+    return max(64, min(MAX_CHUNK, room // activation_bytes // 64 * 64))
 
 
 @dataclass(frozen=True)

@@ -146,18 +146,18 @@ class StreamedExperts(nn.Module):
         stops = np.append(starts[1:], flat.size)
         self._arena.touch(self._layer, experts)
 
-        outputs = []
+        pairs = mx.zeros((flat.size, x.shape[1]), dtype=x.dtype)
         for first, last, slots in waves(self._arena, self._layer, experts):
-            rows = order[starts[first] : stops[last - 1]]
+            begin, end = int(starts[first]), int(stops[last - 1])
+            rows = order[begin:end]
             row_slots = np.repeat(slots, stops[first:last] - starts[first:last])
             y = kernels.expert_rows(
                 x[mx.array(rows // top_k)], self._arena.slab, mx.array(row_slots), self._layout
             )
             self._arena.used(slots, y)
-            mx.async_eval(y)
-            outputs.append(y)
+            pairs[begin:end] = y
+            mx.async_eval(pairs)
 
-        pairs = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
         place = np.empty((tokens, top_k), dtype=np.int32)
         place.reshape(-1)[order] = np.arange(flat.size, dtype=np.int32)
         y = mx.zeros(x.shape, dtype=mx.float32)

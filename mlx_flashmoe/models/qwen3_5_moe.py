@@ -347,3 +347,14 @@ def kv_bytes(config: Config, tokens: int, dtype: mx.Dtype) -> int:
     recurrent = values * config.linear_key_head_dim * 4
     recurrent += (config.linear_conv_kernel_dim - 1) * channels * dtype.size
     return sum(attention if kind == "full_attention" else recurrent for kind in config.layer_types)
+
+
+def activation_bytes(config: Config, active: int, dtype: mx.Dtype) -> int:
+    """Bytes a prompt's token takes while a chunk goes through a layer, at the widest place of all."""
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    values = config.linear_num_value_heads * config.linear_value_head_dim
+    # Before and after the convolution, and the delta rule's inputs and outputs in float32.
+    mixing = (5 * (2 * keys + values) + 2 * values) * dtype.size + (2 * keys + 2 * values) * 4
+    # One row for each of a token's experts, and their sum.
+    experts = (active + 2) * config.hidden_size * dtype.size + 2 * config.hidden_size * 4
+    return max(mixing, experts)
