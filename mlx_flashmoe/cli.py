@@ -187,25 +187,13 @@ def _add_generate(commands: Any) -> None:
         help="make the last 20 tokens less likely to come again; 1 changes nothing (default: off)",
     )
     parser.add_argument("--seed", type=int, metavar="S", help="makes sampling reproducible")
-    parser.add_argument(
-        "--expert-memory",
-        default="auto",
-        metavar="SIZE",
-        help="memory that holds experts between tokens: a size such as 8GB; auto picks one for this machine; "
-        "os takes little and leaves caching to the operating system (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--active-experts",
-        type=int,
-        metavar="N",
-        help="experts per token and layer; fewer are faster and change the answer (default: the model's own)",
-    )
+    _add_memory_flags(parser)
     parser.add_argument(
         "--prefill-step-size",
         type=int,
-        default=2048,
         metavar="N",
-        help="prompt tokens to work on at a time; fewer take less memory and more time (default: %(default)s)",
+        help="prompt tokens to work on at a time; more are faster and take more memory than the plan announced "
+        "(default: what the plan has room for)",
     )
     parser.add_argument(
         "--ignore-chat-template",
@@ -220,6 +208,22 @@ def _add_generate(commands: Any) -> None:
         help="variables for the chat template, for example '{\"enable_thinking\": false}'",
     )
     parser.set_defaults(run=_generate)
+
+
+def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--expert-memory",
+        default="auto",
+        metavar="SIZE",
+        help="memory that holds experts between tokens: a size such as 8GB; auto picks one for this machine; "
+        "os takes little and leaves caching to the operating system (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--active-experts",
+        type=int,
+        metavar="N",
+        help="experts per token and layer; fewer are faster and change the answer (default: the model's own)",
+    )
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -307,8 +311,11 @@ def _prompt_tokens(arguments: argparse.Namespace, tokenizer: Tokenizer, prompt: 
 
 
 def _add_bench(commands: Any) -> None:
-    parser = commands.add_parser("bench", allow_abbrev=False, help="measure this machine")
+    parser = commands.add_parser(
+        "bench", allow_abbrev=False, help="measure a converted model, or the kernels, on this machine"
+    )
     benches = parser.add_subparsers(title="benchmarks", metavar="WHAT", required=True)
+    _add_bench_model(benches)
     parser = benches.add_parser(
         "kernels",
         allow_abbrev=False,
@@ -339,6 +346,49 @@ def _add_bench(commands: Any) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
     parser.set_defaults(run=_bench_kernels)
+
+
+def _add_bench_model(benches: Any) -> None:
+    parser = benches.add_parser(
+        "model",
+        allow_abbrev=False,
+        help="a converted model: prompts cold and warm, answers, and where the time goes",
+        description="Time a converted model on random prompts: with nothing in memory (cold), with the files in "
+        "the page cache (warm), and while answering; beside plain reads of the same files.",
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="a folder that convert has written")
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        nargs="+",
+        default=[32, 512],
+        metavar="N",
+        help="prompt lengths in tokens (default: 32 512)",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=48, metavar="N", help="tokens of an answer (default: %(default)s)"
+    )
+    _add_memory_flags(parser)
+    parser.add_argument(
+        "--no-read-ahead", action="store_true", help="never read the next layer's likely experts in advance"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    parser.set_defaults(run=_bench_model)
+
+
+def _bench_model(arguments: argparse.Namespace) -> int:
+    from mlx_flashmoe.bench import model
+
+    model.run(
+        arguments.model,
+        arguments.expert_memory,
+        arguments.active_experts,
+        arguments.prompts,
+        arguments.tokens,
+        not arguments.no_read_ahead,
+        arguments.json,
+    )
+    return 0
 
 
 def _bench_kernels(arguments: argparse.Namespace) -> int:

@@ -43,13 +43,13 @@ class GenerationResponse:
     finish_reason: Literal["stop", "length"] | None = None
 
 
-def check_counts(max_tokens: int, prefill_step_size: int) -> None:
+def check_counts(max_tokens: int, prefill_step_size: int | None) -> None:
     """Raises RequestError for a count out of range."""
     if max_tokens < -1 or max_tokens == 0:
         raise RequestError(
             f"max_tokens (--max-tokens) should be at least 1, or -1 for no limit, but is {max_tokens}"
         )
-    if prefill_step_size < 1:
+    if prefill_step_size is not None and prefill_step_size < 1:
         raise RequestError(
             f"prefill_step_size (--prefill-step-size) should be at least 1, but is {prefill_step_size}"
         )

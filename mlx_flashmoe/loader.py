@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,26 @@ PLANNED_CONTEXT = 8192
 
 @dataclass(frozen=True)
 class Stats:
-    """Since loading: bytes and blobs read from disk; routed experts found resident, and not."""
+    """Counts and seconds since loading.
+
+    Attributes:
+        bytes_read, reads: of experts, from disk; a read is a whole expert.
+        hits, misses: routed experts found resident, and not.
+        routing_seconds, reading_seconds: the caller waited for routers' choices, and for reads.
+        busy_seconds: something was being read.
+    """
 
     bytes_read: int
     reads: int
     hits: int
     misses: int
+    routing_seconds: float
+    reading_seconds: float
+    busy_seconds: float
+
+    def __sub__(self, earlier: Stats) -> Stats:
+        """What happened since ``earlier``."""
+        return Stats(*(a - b for a, b in zip(astuple(self), astuple(earlier))))
 
 
 class StreamingModel:
@@ -64,8 +78,16 @@ class StreamingModel:
         return self.model.make_cache()
 
     def stats(self) -> Stats:
-        store = self.arena.store
-        return Stats(store.bytes_read, store.reads, self.arena.hits, self.arena.misses)
+        arena, store = self.arena, self.arena.store
+        return Stats(
+            store.bytes_read,
+            store.reads,
+            arena.hits,
+            arena.misses,
+            arena.routing_seconds,
+            arena.reading_seconds,
+            store.busy_seconds,
+        )
 
 
 def load(

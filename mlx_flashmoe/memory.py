@@ -11,7 +11,8 @@ import mlx.core as mx
 
 from mlx_flashmoe.errors import MemoryPlanError
 
-# Activations of one chunk of a prompt, buffers MLX keeps for reuse, the interpreter: what a generation takes besides the named parts.
+# What a generation takes besides the named parts: activations of one chunk of a prompt, buffers MLX keeps for
+# reuse, the interpreter.
 WORKING_BYTES = 500 * 10**6
 # Freed buffers MLX may keep for reuse; more would only take memory from the page cache.
 CACHE_LIMIT = 128 * 2**20

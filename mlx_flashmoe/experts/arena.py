@@ -13,6 +13,7 @@ operation. Residency is a matter of speed alone: a slot holds its expert's exact
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -41,6 +42,7 @@ class Fetch:
         """Returns when the experts are in place; if a read fails none of them is, and ReadError is raised."""
         if self.reads is None:
             return
+        started = time.perf_counter()
         reads, self.reads = self.reads, None
         self.arena._in_flight.remove(self)
         try:
@@ -48,6 +50,8 @@ class Fetch:
         except BaseException:
             self.arena._free(self.slots)
             raise
+        finally:
+            self.arena.reading_seconds += time.perf_counter() - started
         # An expert that arrived by another way in the meantime keeps its place.
         new = whole & (self.arena.slot_of[self.row, self.experts] < 0)
         self.arena.slot_of[self.row, self.experts[new]] = self.slots[new]
@@ -68,6 +72,7 @@ class SlotArena:
         slot_of: int32 [layer rows, experts], -1 where an expert is not resident.
         resident: every expert of the model is in its slot, for good (``load_all``).
         hits, misses: routed experts found resident and not, since the start.
+        routing_seconds, reading_seconds: spent waiting for routers' choices and for reads, since the start.
     """
 
     def __init__(self, store: ExpertStore, slots: int, policy: Policy | None = None):
@@ -93,6 +98,8 @@ class SlotArena:
         self._in_flight: list[Fetch] = []
         self.hits = 0
         self.misses = 0
+        self.routing_seconds = 0.0
+        self.reading_seconds = 0.0
 
     @property
     def slab(self) -> mx.array:
@@ -144,6 +151,14 @@ class SlotArena:
         """Ends reads that nobody waits for any more: those of a call that was interrupted, or read-ahead."""
         for fetch in list(self._in_flight):
             fetch.cut_short()
+
+    def clear(self) -> None:
+        """Forgets every resident expert; what was ever used is no reason to keep one."""
+        self.settle()
+        held = self._settled(np.empty(0, np.int32), None)
+        self.slot_of[:] = -1
+        self._free(held)
+        self.resident = False
 
     def load_all(self) -> None:
         """Reads every expert of the model in file order; afterwards nothing is ever missing.

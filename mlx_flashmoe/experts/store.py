@@ -5,10 +5,12 @@ Knows files, offsets and threads; nothing of which expert is where, or of models
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +105,10 @@ class PendingReads:
         return [left == 0 for left in self._left]
 
     def _drain(self) -> None:
+        with self._store.reading():
+            self._read_parts()
+
+    def _read_parts(self) -> None:
         for i, request, (start, stop) in self._queue:
             if self._cancelled:
                 return
@@ -124,6 +130,7 @@ class ExpertStore:
 
     Attributes:
         bytes_read, reads: what has been read so far, successfully.
+        busy_seconds: time during which anything was being read.
     """
 
     def __init__(self, folder: str | os.PathLike[str], manifest: Manifest):
@@ -132,6 +139,9 @@ class ExpertStore:
         self._lock = threading.Lock()
         self.bytes_read = 0
         self.reads = 0
+        self.busy_seconds = 0.0
+        self._reading = 0
+        self._reading_since = 0.0
         try:
             for entry in manifest.layers:
                 path = Path(folder) / entry.file
@@ -155,6 +165,10 @@ class ExpertStore:
 
     def layout(self, layer: int) -> BlobLayout:
         return self._layouts[layer]
+
+    def path(self, layer: int) -> Path:
+        """The layer's expert file."""
+        return self._files[layer].path
 
     def num_experts(self, layer: int) -> int:
         return self._files[layer].num_experts
@@ -199,6 +213,29 @@ class ExpertStore:
         with self._lock:
             self.bytes_read += done
             self.reads += start == 0
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around the work of a reading thread: keeps ``busy_seconds``."""
+        with self._lock:
+            if self._reading == 0:
+                self._reading_since = time.perf_counter()
+            self._reading += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._reading -= 1
+                if self._reading == 0:
+                    self.busy_seconds += time.perf_counter() - self._reading_since
+
+    def drop_page_cache(self) -> bool:
+        """Asks the operating system to forget the files' pages, for measuring; False where it has no such call."""
+        if not hasattr(os, "posix_fadvise"):
+            return False
+        for file in self._files.values():
+            os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        return True
 
     def close(self) -> None:
         for file in self._files.values():

@@ -7,6 +7,7 @@ the two is decided by the number of tokens alone, never by what is resident, so 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -102,8 +103,14 @@ class StreamedExperts(nn.Module):
         elif one_token:
             y = self._decode(x, ids, weights, likely)
         else:
-            y = self._prefill(x, np.asarray(ids.astype(mx.int32)), weights)
+            y = self._prefill(x, self._on_host(ids), weights)
         return y.reshape(shape)
+
+    def _on_host(self, ids: mx.array) -> np.ndarray:
+        started = time.perf_counter()
+        host = np.asarray(ids.astype(mx.int32))
+        self._arena.routing_seconds += time.perf_counter() - started
+        return host
 
     def _resident_slots(self) -> mx.array:
         """[experts] -> slot, on the device: with every expert resident, ids need not come to the host."""
@@ -117,7 +124,7 @@ class StreamedExperts(nn.Module):
             ahead.begin_token()
         if likely is not None:
             ids = mx.concatenate([ids, likely.reshape(1, -1)])
-        experts = np.asarray(ids.astype(mx.int32))  # the layer's one synchronisation
+        experts = self._on_host(ids)  # the layer's one synchronisation
         arena.touch(self._layer, experts[0])
         if ahead is not None:
             ahead.stop()
