@@ -7,13 +7,14 @@ float64 arithmetic that shares no code with the kernels.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from expert_cases import TOLERANCE, Experts, decode, encode, error, layout_of, pack
-from metal_emulator import COMPILER, Job, Launch, Sparse, compile_kernels, record, run
+from metal_emulator import COMPILER, Job, Launch, Sparse, check_address_spaces, compile_kernels, record, run
 
 from mlx_flashmoe.kernels import gpu, metal
 from mlx_flashmoe.layout import BITS, GROUP_SIZES, BlobLayout
@@ -174,3 +175,51 @@ def test_rows_do_not_depend_on_the_split(tmp_path) -> None:
     whole, *parts = (r["y"] for r in run(libraries, jobs))
     for part, rows in zip(parts, (slice(0, 6), slice(6, 9), slice(3, 4), slice(9, 11))):
         assert np.array_equal(part, whole[rows])
+
+
+CLANG = next(filter(None, map(shutil.which, ("clang++", "clang++-14", "clang++-16", "clang++-18"))), None)
+
+
+@pytest.mark.skipif(CLANG is None, reason="no clang++ to check Metal's address spaces with")
+def test_address_spaces() -> None:
+    """Each pointer stays in its address space, and a mistake in one is noticed."""
+    cases = [
+        Case(layout_of(64, 64, bits, 32), top_k=k, rows=r)
+        for bits in (3, 4, 16)
+        for k, r in ((8, ()), (3, (2,)))
+    ]
+    launches = [launch for case in cases for launch in launches_of(case)]
+    for launch in launches:
+        check_address_spaces(launch, CLANG)
+    wrong = replace(launches[0], text=launches[0].text.replace("(FM_SHARED float*)staged", "h"))
+    with pytest.raises(AssertionError, match=r"changes address space|no matching function"):
+        check_address_spaces(wrong, CLANG)
+
+
+def test_the_emulation_notices(tmp_path) -> None:
+    """What the emulation is for: a missing barrier, an access outside, a write to an input."""
+    case = Case(layout_of(160, 96, 4, 32), "float32", top_k=3)
+    good = launches_of(case)
+
+    def broken(number: int, old: str, new: str) -> list[Launch]:
+        assert old in good[number].text
+        changed = replace(good[number], text=good[number].text.replace(old, new))
+        return [changed if i == number else launch for i, launch in enumerate(good)]
+
+    mistakes = {
+        "data race": broken(
+            0, "#define fm_barrier() threadgroup_barrier(mem_flags::mem_threadgroup)", "#define fm_barrier()"
+        ),
+        "forbidden access to slab": broken(0, "M::row_words + chunk", "M::row_words + 1000 * chunk"),
+        "forbidden access to slots": broken(0, "slots[group.y]", "slots[group.y + 1]"),
+        "forbidden access to h": broken(0, "h[place(", "h[8192 + place("),
+        "wait for different things": broken(
+            1, "const float out = fm_sum(total[r]);", "const float out = lane ? 0 : fm_sum(total[r]);"
+        ),
+        "forbidden access to weights": broken(1, "my_weights[k] =", "((FM_DEVICE float*)weights)[k] ="),
+        "threadgroup array": broken(1, "FM_ARRAY int my_slots[TOP_K]", "FM_ARRAY int my_slots[1]"),
+    }
+    libraries = compile_kernels((launch for launches in mistakes.values() for launch in launches), tmp_path)
+    for message, launches in mistakes.items():
+        with pytest.raises(AssertionError, match=message):
+            run(libraries, [prepare(case, launches)[0]])

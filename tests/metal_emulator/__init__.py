@@ -162,6 +162,14 @@ def compile_kernels(launches: Iterable[Launch], folder: Path, units: int = 2) ->
     return libraries
 
 
+def check_address_spaces(launch: Launch, clang: str) -> None:
+    """Compiles the kernel with Metal's address spaces as clang's. Raises AssertionError with clang's message."""
+    text = ARRAY.sub(r"extern threadgroup \1 \2[\3];", launch.text)  # clang has no such arrays in functions
+    command = [clang, "-std=gnu++14", "-fsyntax-only", "-w", "-include", str(HERE / "address_spaces.h")]
+    done = subprocess.run([*command, "-x", "c++", "-"], input=text, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:4000]
+
+
 @dataclass
 class Sparse:
     """An array of `total` bytes of which only `pieces` (offset -> bytes) may be touched."""

@@ -2,7 +2,7 @@
 // this project as C++14 and run them, a threadgroup's threads in lockstep. Not a Mac, not a compiler for Metal,
 // and no evidence of speed. What it does show: the arithmetic, the indexing, the barriers.
 //
-//  - Every buffer lies against an unreadable page, on its right in one run and on its left in the other, and
+//  - Every buffer lies against unreadable memory, on its right in one run and on its left in the other, and
 //    inputs are read-only: an access outside, or a write to an input, ends the process with a message.
 //  - Outputs and threadgroup memory start as NaN.
 //  - Threads are coroutines that yield at barriers and SIMD-group functions. The harness runs everything twice,
@@ -122,6 +122,7 @@ inline Thread& self() { return *machine().current; }
 
 inline size_t page() { return size_t(sysconf(_SC_PAGESIZE)); }
 
+const size_t guard = 4 << 20;  // unreadable bytes on both sides of everything
 const size_t stack_size = 256 * 1024;
 const uint32_t simd_width = 32;
 
@@ -153,10 +154,10 @@ inline void* threadgroup_array(size_t size) {
   const unsigned index = self().allocated++;
   if (index == m.arrays.size()) {
     const size_t room = whole_pages(size);
-    unsigned char* mapping = reserve(room + 2 * page());
-    mprotect(mapping + page(), room, PROT_READ | PROT_WRITE);
+    unsigned char* mapping = reserve(room + 2 * guard);
+    mprotect(mapping + guard, room, PROT_READ | PROT_WRITE);
     const size_t shift = (room - size) & ~size_t(15);
-    m.arrays.push_back(Array{mapping, mapping + page() + shift, size});
+    m.arrays.push_back(Array{mapping, mapping + guard + shift, size});
     std::memset(m.arrays[index].data, 0xff, size);
   }
   if (m.arrays[index].size != size) {
@@ -286,7 +287,7 @@ inline void on_fault(int, siginfo_t* info, void*) {
     }
   }
   for (const Array& a : machine().arrays) {
-    if (at >= a.mapping && at < a.mapping + whole_pages(a.size) + 2 * page()) {
+    if (at >= a.mapping && at < a.mapping + whole_pages(a.size) + 2 * guard) {
       std::fprintf(stderr, "metal emulator: access outside a threadgroup array, byte %td of %zu\n",
                    at - a.data, a.size);
       std::_Exit(4);
@@ -296,9 +297,9 @@ inline void on_fault(int, siginfo_t* info, void*) {
 }
 
 inline Mapped map(const Buffer& b, bool at_start) {
-  const size_t room = whole_pages(b.total), reserved = room + 2 * page();
+  const size_t room = whole_pages(b.total), reserved = room + 2 * guard;
   unsigned char* mapping = reserve(reserved);
-  unsigned char* data = mapping + page() + (at_start ? 0 : room - b.total);
+  unsigned char* data = mapping + guard + (at_start ? 0 : room - b.total);
   for (int i = 0; i < b.pieces; ++i) {
     const Piece& p = b.piece[i];
     const size_t first = size_t(data + p.offset - mapping) / page() * page();
@@ -371,7 +372,7 @@ inline void launch(void (*kernel)(void**), int count, const Buffer* buffers, con
     munmap(b.mapping, b.reserved);
   }
   for (const Array& a : m.arrays) {
-    munmap(a.mapping, whole_pages(a.size) + 2 * page());
+    munmap(a.mapping, whole_pages(a.size) + 2 * guard);
   }
   m.arrays.clear();
 }
