@@ -105,26 +105,37 @@ def generate_step(
         progress(stop, total)
 
     tokens = prompt  # so far; only what logits processors look at
-    inputs = prompt[-1:]
-    count = 0
-    while count != max_tokens:
+
+    def step(inputs: mx.array) -> tuple[mx.array, mx.array]:
+        nonlocal tokens
         logits = model(inputs[None], cache)[:, -1, :].astype(mx.float32)
         for processor in logits_processors or ():
             logits = processor(tokens, logits)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        inputs = sampler(logprobs)
-        # Here, and not later: the next call of the model may overwrite the experts this graph still refers to.
-        mx.eval(inputs, logprobs)
-        if count == 0:
-            progress(total, total)
+        token = sampler(logprobs)
         if logits_processors:
-            tokens = mx.concatenate([tokens, inputs.astype(tokens.dtype)])
+            tokens = mx.concatenate([tokens, token.astype(tokens.dtype)])
+        mx.async_eval(token, logprobs)
+        return token, logprobs
+
+    # With all experts in memory a step is one lazy graph: the next one is built while the GPU works on this one.
+    # Not for a cache that outlives the call: it would be left one token ahead of what was generated.
+    ahead = bool(getattr(model, "resident", False)) and prompt_cache is None
+    current = step(prompt[-1:])
+    count = 0
+    while True:
         count += 1
+        following = step(current[0]) if ahead and count != max_tokens else None
+        token = current[0].item()
+        assert isinstance(token, int)
+        if count == 1:
+            progress(total, total)
         if count % 256 == 0:
             mx.clear_cache()
-        token = inputs.item()
-        assert isinstance(token, int)
-        yield token, logprobs[0]
+        yield token, current[1][0]
+        if count == max_tokens:
+            return
+        current = following or step(current[0])
 
 
 def stream_generate(

@@ -73,6 +73,11 @@ class StreamingModel:
         """
         return self.model(tokens, cache)
 
+    @property
+    def resident(self) -> bool:
+        """Every expert is in memory: calls neither read nor wait for the router."""
+        return self.arena.resident
+
     def make_cache(self) -> list[Cache]:
         """An empty cache for one sequence, or for a batch of one length."""
         return self.model.make_cache()
