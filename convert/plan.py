@@ -5,11 +5,12 @@ Decided completely, and refused if it cannot be done, before a single byte is wr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from mlx_flashmoe.convert.families import Bound, Dense, Experts, Matrix
-from mlx_flashmoe.convert.safetensors import build_header
+from mlx_flashmoe.convert.safetensors import DTYPE_BITS, build_header
 from mlx_flashmoe.errors import ConversionError, SourceError
 from mlx_flashmoe.layout import BITS, GROUP_SIZES, PROJECTIONS, UNQUANTIZED, BlobLayout, Quantization
 
@@ -211,10 +212,7 @@ def _dense(dense: Dense, asked: Asked, uneven: list[str]) -> DensePlan:
 
 
 def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    n = {"BF16": 2, "F16": 2, "F32": 4, "U32": 4}[dtype]
-    for s in shape:
-        n *= s
-    return n
+    return math.prod(shape) * DTYPE_BITS[dtype] // 8
 
 
 def _layer(experts: Experts, asked: Asked, bound: Bound, layouts: list[BlobLayout]) -> LayerPlan:
