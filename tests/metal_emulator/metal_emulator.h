@@ -149,14 +149,14 @@ inline unsigned char* reserve(size_t size) {
 inline size_t whole_pages(size_t size) { return (size + page() - 1) / page() * page(); }
 
 // A threadgroup array: the same memory for every thread of the group, ending at an unreadable page.
-inline void* threadgroup_array(size_t size) {
+inline void* threadgroup_array(size_t size, size_t alignment) {
   Machine& m = machine();
   const unsigned index = self().allocated++;
   if (index == m.arrays.size()) {
     const size_t room = whole_pages(size);
     unsigned char* mapping = reserve(room + 2 * guard);
     mprotect(mapping + guard, room, PROT_READ | PROT_WRITE);
-    const size_t shift = (room - size) & ~size_t(15);
+    const size_t shift = (room - size) & ~(alignment - 1);
     m.arrays.push_back(Array{mapping, mapping + guard + shift, size});
     std::memset(m.arrays[index].data, 0xff, size);
   }
@@ -401,7 +401,7 @@ using namespace metal;
 
 // The harness rewrites declarations of threadgroup arrays into this, the only change to the kernel's text.
 #define EMULATOR_THREADGROUP_ARRAY(type, name, count) \
-  type* const name = static_cast<type*>(emulator::threadgroup_array(sizeof(type) * (count)))
+  type* const name = static_cast<type*>(emulator::threadgroup_array(sizeof(type) * (count), alignof(type)))
 
 // Address spaces are one here; see test_metal_kernels.py for the check that they are used consistently.
 #define device
