@@ -192,8 +192,8 @@ def _add_generate(commands: Any) -> None:
         "--prefill-step-size",
         type=int,
         metavar="N",
-        help="prompt tokens to work on at a time; more are faster and take more memory than the plan announced "
-        "(default: what the plan has room for)",
+        help="prompt tokens to work on at a time; more are faster and take more memory (default: as many as the "
+        "memory plan has room for)",
     )
     parser.add_argument(
         "--ignore-chat-template",

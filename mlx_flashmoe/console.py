@@ -133,8 +133,8 @@ class PlainAnswer:
             self._last = text[-1]
 
     def close(self) -> None:
-        # Both streams may be one terminal; the text itself gets nothing added.
-        if self._last != "\n" and self._err.isatty():
+        # Both streams may end up in one place; the text itself gets nothing added.
+        if self._last != "\n":
             self._err.write("\n")
 
     def show_figures(self, response: GenerationResponse, bytes_read: int, hits: int, misses: int) -> None:

@@ -87,9 +87,9 @@ def generate_step(
     """
     if prompt.size == 0:
         raise RequestError("the prompt is empty; give at least one token")
+    check_counts(max_tokens, prefill_step_size)
     if prefill_step_size is None:
         prefill_step_size = getattr(model, "prefill_chunk", PREFILL_STEP_SIZE)
-    check_counts(max_tokens, prefill_step_size)
     cache = model.make_cache() if prompt_cache is None else prompt_cache
     sampler = sampler or make_sampler()
     progress = prompt_progress_callback or (lambda done, total: None)

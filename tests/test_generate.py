@@ -167,3 +167,10 @@ def test_verbose_prints_text_and_figures(capsys: pytest.CaptureFixture[str]) -> 
     out = capsys.readouterr().out
     assert text == "Three boats."
     assert out.startswith("Three boats.\nPrompt: ") and "Generation: " in out and "Peak memory: " in out
+
+
+def test_the_model_says_how_long_its_prompt_chunks_may_be() -> None:
+    model = HashModel()
+    model.prefill_chunk = 3  # type: ignore[attr-defined]
+    list(generate_step(mx.arange(8), model, max_tokens=1))
+    assert model.calls == [3, 3, 1, 1]
