@@ -118,6 +118,9 @@ def f(x):
 
 > quoted
 
+two lines of
+#one paragraph
+
 <b>html</b> and a [link](https://example.com)
 ***
 last"""
@@ -130,7 +133,9 @@ def test_an_answer_is_the_same_however_it_comes() -> None:
     assert at_once == (
         "Title\n\nFirst paragraph of two lines,\nnot one.\n\n 1 one\n 2 two\n    • deep\n\n"
         "  def f(x):\n      return x\n\n  # the end\n\n"
-        "a  b\n────\n1  2\n\n▌ quoted\n\n<b>html</b> and a link\n\n" + "-" * 80 + "\n\nlast"
+        "a  b\n────\n1  2\n\n▌ quoted\n\ntwo lines of\n#one paragraph\n\n<b>html</b> and a link\n\n"
+        + "-" * 80
+        + "\n\nlast"
     )
 
 
@@ -143,6 +148,16 @@ def test_a_block_taller_than_the_screen_loses_no_line(height: int) -> None:
     screen = show(list(text), height=height)
     assert screen.text == show([text], slow=False, height=1000).text
     assert [row.strip() for row in screen.text.split("\n") if "line" in row] == code.split("\n")
+
+
+def test_the_newest_line_of_a_tall_block_is_on_the_screen() -> None:
+    screen = Screen(height=5)
+    view = TerminalAnswer(screen.console, clock=iter(range(0, 10**9, 100)).__next__)
+    view.SHARE = 0
+    for i in range(20):
+        view.feed(f"verse {i}\n")
+        assert screen.rows[screen.row] == f"verse {i}"
+    view.close()
 
 
 def test_thinking_is_set_apart() -> None:
