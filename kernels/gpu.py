@@ -24,8 +24,11 @@ from mlx_flashmoe.layout import ITEMSIZE, BlobLayout, Projection
 
 FORMULATIONS = ("naive", "fma", "grouped")
 DEFAULT_FORMULATION = "grouped"
+MATRIX = "matrix"  # the formulation of expert_mma.h: "grouped" on matrix instructions
 CHUNK = 32
 SPAN = 1024  # floats: one chunk for each of 32 lanes
+PANEL = 16  # weight rows of a matrix instruction
+COLUMNS = 8  # and rows of x
 MOST_TILES = 65535  # CUDA's limit on a grid's second dimension
 
 
@@ -40,6 +43,7 @@ class Tiling:
         gate_spans, down_spans: spans of 4 KiB of inputs held in threadgroup memory at once.
         tile: rows of x that share one reading of the weights in expert_rows; 4 KiB of threadgroup memory each.
         pair: weight rows of each of two matrices that a SIMD group takes in expert_rows.
+        matrix_gate, matrix_down, matrix_rows: SIMD groups of a threadgroup where matrix instructions are used.
     """
 
     gate_simdgroups: int
@@ -51,16 +55,20 @@ class Tiling:
     rows_simdgroups: int
     tile: int
     pair: int
+    matrix_gate: int = 4
+    matrix_down: int = 8
+    matrix_rows: int = 4
 
 
 @dataclass(frozen=True)
 class Language:
-    """What tells Metal from CUDA on this side."""
+    """What tells Metal from CUDA on this side. ``prefer_matrix``: MATRIX is taken wherever it serves."""
 
     prelude: str
     positions: str
     make_kernel: Callable[..., Any]
     tiling: Tiling
+    prefer_matrix: bool = False
 
 
 def supports(layout: BlobLayout) -> bool:
@@ -68,11 +76,21 @@ def supports(layout: BlobLayout) -> bool:
     return all(p.in_dims % CHUNK == 0 for p in layout.projections.values())
 
 
+def supports_matrix(layout: BlobLayout, dtype: mx.Dtype) -> bool:
+    """Whether expert_mma.h serves: 4 bits throughout, bfloat16 activations, gate and up in groups of one size."""
+    return (
+        dtype == mx.bfloat16
+        and all(p.bits == 4 for p in layout.projections.values())
+        and layout.gate.group_size == layout.up.group_size
+    )
+
+
 def _struct(name: str, p: Projection) -> str:
     words = p.weight.shape[1] * ITEMSIZE[p.weight.dtype] * CHUNK // (4 * p.in_dims)
     constants = {
         "quantized": int(p.scales is not None),
         "bits": p.bits,
+        "rows": p.out_dims,
         "group_size": p.group_size or CHUNK,
         "groups": p.in_dims // (p.group_size or CHUNK),
         "is_float32": int(p.weight.dtype == "float32"),
@@ -99,7 +117,7 @@ def _header(language: Language, layout: BlobLayout, formulation: str, top_k: int
     t = language.tiling
     constants = {
         **{f.upper(): i for i, f in enumerate(FORMULATIONS)},
-        "FORMULATION": FORMULATIONS.index(formulation),
+        "FORMULATION": FORMULATIONS.index(DEFAULT_FORMULATION if formulation == MATRIX else formulation),
         "HIDDEN": layout.hidden_size,
         "INTERMEDIATE": layout.intermediate_size,
         "TOP_K": top_k,
@@ -113,6 +131,9 @@ def _header(language: Language, layout: BlobLayout, formulation: str, top_k: int
         "ROWS_SIMDGROUPS": t.rows_simdgroups,
         "TILE": t.tile,
         "PAIR": t.pair,
+        "MATRIX_GATE_SIMDGROUPS": t.matrix_gate,
+        "MATRIX_DOWN_SIMDGROUPS": t.matrix_down,
+        "MATRIX_ROWS_SIMDGROUPS": t.matrix_rows,
     }
     lines = [
         _read(language.prelude),
@@ -168,34 +189,81 @@ rows_down(
     (const FM_DEVICE unsigned char*)slab + size_t(tiles[3 * group.y + 2]) * BLOB_SIZE,
     unsigned(tiles[3 * group.y + 1]), y + first * HIDDEN, (FM_SHARED float*)staged, group.x, simdgroup, lane);
 """
+_MATRIX_GATE_UP = """
+FM_ARRAY float partial[8 * LANES * MATRIX_GATE_SIMDGROUPS];
+const size_t token = group.y / TOP_K;
+ffn_gate_up(
+    x + token * HIDDEN,
+    (const FM_DEVICE unsigned char*)slab + size_t(slots[group.y]) * BLOB_SIZE,
+    group.y % TOP_K, h + token * (2 * TOP_K * INTERMEDIATE), partial, group.x, simdgroup, lane);
+"""
+_MATRIX_DOWN = """
+FM_ARRAY float partial[4 * LANES * MATRIX_DOWN_SIMDGROUPS];
+FM_ARRAY int my_slots[TOP_K];
+FM_ARRAY float my_weights[TOP_K];
+for (unsigned k = simdgroup * LANES + lane; k < TOP_K; k += MATRIX_DOWN_SIMDGROUPS * LANES) {
+  my_slots[k] = slots[group.y * TOP_K + k];
+  my_weights[k] = weights[group.y * TOP_K + k];
+}
+fm_barrier();
+ffn_down(
+    h + size_t(group.y) * (2 * TOP_K * INTERMEDIATE), (const FM_DEVICE unsigned char*)slab, my_slots,
+    my_weights, y + group.y * HIDDEN, partial, group.x, simdgroup, lane);
+"""
+_MATRIX_ROWS_GATE_UP = """
+const size_t first = tiles[3 * group.y];
+rows_gate_up(
+    x + first * HIDDEN,
+    (const FM_DEVICE unsigned char*)slab + size_t(tiles[3 * group.y + 2]) * BLOB_SIZE,
+    unsigned(tiles[3 * group.y + 1]), h + first * (2 * INTERMEDIATE),
+    group.x * MATRIX_ROWS_SIMDGROUPS + simdgroup, lane);
+"""
+_MATRIX_ROWS_DOWN = """
+const size_t first = tiles[3 * group.y];
+rows_down(
+    h + first * (2 * INTERMEDIATE),
+    (const FM_DEVICE unsigned char*)slab + size_t(tiles[3 * group.y + 2]) * BLOB_SIZE,
+    unsigned(tiles[3 * group.y + 1]), y + first * HIDDEN,
+    group.x * MATRIX_ROWS_SIMDGROUPS + simdgroup, lane);
+"""
+
+
+# Text and bodies of the two launches, by formulation. expert_rows has two of them.
+_FFN = {name: ("expert_ffn.h", _GATE_UP, _DOWN_COMBINE) for name in FORMULATIONS}
+_FFN[MATRIX] = ("expert_mma.h", _MATRIX_GATE_UP, _MATRIX_DOWN)
+_ROWS = {
+    DEFAULT_FORMULATION: ("expert_rows.h", _ROWS_GATE_UP, _ROWS_DOWN),
+    MATRIX: ("expert_mma.h", _MATRIX_ROWS_GATE_UP, _MATRIX_ROWS_DOWN),
+}
 
 
 @cache
 def _ffn_kernels(language: Language, layout: BlobLayout, formulation: str, top_k: int) -> tuple[Any, Any]:
-    header = _header(language, layout, formulation, top_k, "expert_ffn.h")
-    make = language.make_kernel
+    text, gate_up, down = _FFN[formulation]
+    header = _header(language, layout, formulation, top_k, text)
+    make, positions = language.make_kernel, language.positions
     return (
-        make("flashmoe_gate_up", ["x", "slab", "slots"], ["h"], language.positions + _GATE_UP, header),
-        make(
-            "flashmoe_down_combine",
-            ["h", "slab", "slots", "weights"],
-            ["y"],
-            language.positions + _DOWN_COMBINE,
-            header,
-        ),
+        make("flashmoe_gate_up", ["x", "slab", "slots"], ["h"], positions + gate_up, header),
+        make("flashmoe_down", ["h", "slab", "slots", "weights"], ["y"], positions + down, header),
     )
 
 
 @cache
-def _rows_kernels(language: Language, layout: BlobLayout) -> tuple[Any, Any]:
-    header = _header(language, layout, DEFAULT_FORMULATION, 1, "expert_rows.h")
-    make = language.make_kernel
+def _rows_kernels(language: Language, layout: BlobLayout, formulation: str) -> tuple[Any, Any]:
+    text, gate_up, down = _ROWS[formulation]
+    header = _header(language, layout, formulation, 1, text)
+    make, positions = language.make_kernel, language.positions
     return (
-        make(
-            "flashmoe_rows_gate_up", ["x", "slab", "tiles"], ["h"], language.positions + _ROWS_GATE_UP, header
-        ),
-        make("flashmoe_rows_down", ["h", "slab", "tiles"], ["y"], language.positions + _ROWS_DOWN, header),
+        make("flashmoe_rows_gate_up", ["x", "slab", "tiles"], ["h"], positions + gate_up, header),
+        make("flashmoe_rows_down", ["h", "slab", "tiles"], ["y"], positions + down, header),
     )
+
+
+def best(language: Language, layout: BlobLayout, dtype: mx.Dtype) -> str:
+    """The formulation taken when none is asked for."""
+    if language.prefer_matrix and supports_matrix(layout, dtype):
+        return MATRIX
+    return DEFAULT_FORMULATION
 
 
 def expert_ffn(
@@ -205,66 +273,103 @@ def expert_ffn(
     slots: mx.array,
     weights: mx.array,
     layout: BlobLayout,
-    formulation: str = DEFAULT_FORMULATION,
+    formulation: str | None = None,
     **launch: Any,
 ) -> mx.array:
     """See :func:`mlx_flashmoe.kernels.expert_ffn`.
 
     Args:
-        formulation: one of FORMULATIONS.
-        launch: passed on to MLX's kernels (``verbose``, ``stream``).
+        formulation: one of FORMULATIONS, or on CUDA MATRIX where supports_matrix() is true; None takes best().
+        launch: passed on to MLX's kernels (``verbose``, ``init_value``, ``stream``).
     """
     if not supports(layout):
         return reference.expert_ffn(x, slab, slots, weights, layout)
     tokens, top_k = slots.shape
-    gate_up, down_combine = _ffn_kernels(language, layout, formulation, top_k)
+    formulation = formulation or best(language, layout, x.dtype)
+    gate_up, down = _ffn_kernels(language, layout, formulation, top_k)
     t = language.tiling
+    held = top_k * layout.intermediate_size
+    if formulation == MATRIX:
+        h_shape: tuple[int, ...] = (tokens, 2, held)
+        h_dtype = mx.bfloat16
+        threadgroups = (t.matrix_gate, PANEL), (t.matrix_down, PANEL)
+    else:
+        h_shape, h_dtype = (tokens, _spans(held)), mx.float32
+        threadgroups = (
+            (t.gate_simdgroups, t.gate_simdgroups * t.gate_rows),
+            (t.down_simdgroups, t.down_simdgroups * t.down_rows),
+        )
     slots = slots.astype(mx.int32)
     (h,) = gate_up(
         inputs=[x, slab, slots],
-        output_shapes=[(tokens, _spans(top_k * layout.intermediate_size))],
-        output_dtypes=[mx.float32],
-        **_grid(t.gate_simdgroups, t.gate_rows, layout.intermediate_size, tokens * top_k),
+        output_shapes=[h_shape],
+        output_dtypes=[h_dtype],
+        **_grid(*threadgroups[0], layout.intermediate_size, tokens * top_k),
         **launch,
     )
-    (y,) = down_combine(
+    (y,) = down(
         inputs=[h, slab, slots, weights.astype(mx.float32)],
         output_shapes=[(tokens, layout.hidden_size)],
         output_dtypes=[x.dtype],
-        **_grid(t.down_simdgroups, t.down_rows, layout.hidden_size, tokens),
+        **_grid(*threadgroups[1], layout.hidden_size, tokens),
         **launch,
     )
     return y
 
 
 def expert_rows(
-    language: Language, x: mx.array, slab: mx.array, slots: mx.array, layout: BlobLayout, **launch: Any
+    language: Language,
+    x: mx.array,
+    slab: mx.array,
+    slots: mx.array,
+    layout: BlobLayout,
+    formulation: str | None = None,
+    **launch: Any,
 ) -> mx.array:
-    """See :func:`mlx_flashmoe.kernels.expert_rows`. A row's arithmetic is the same whatever rows are beside it."""
+    """See :func:`mlx_flashmoe.kernels.expert_rows`. A row's arithmetic is the same whatever rows are beside it.
+
+    Args:
+        formulation: DEFAULT_FORMULATION, or MATRIX as for expert_ffn; None takes best().
+        launch: passed on to MLX's kernels.
+    """
     if not supports(layout):
         return reference.expert_rows(x, slab, slots, layout)
+    formulation = formulation or best(language, layout, x.dtype)
     t = language.tiling
-    tiles = cut_into_tiles(np.asarray(slots), t.tile)
-    if not len(tiles):
+    tiles = cut_into_tiles(np.asarray(slots), COLUMNS if formulation == MATRIX else t.tile)
+    count = x.shape[0]
+    if not count:
         return mx.zeros((0, layout.hidden_size), dtype=x.dtype)
     if len(tiles) > MOST_TILES:
         cut = int(tiles[MOST_TILES, 0])
         parts = [(x[:cut], slots[:cut]), (x[cut:], slots[cut:])]
-        return mx.concatenate([expert_rows(language, a, slab, b, layout, **launch) for a, b in parts])
-    gate_up, down = _rows_kernels(language, layout)
+        return mx.concatenate(
+            [expert_rows(language, a, slab, b, layout, formulation, **launch) for a, b in parts]
+        )
+    gate_up, down = _rows_kernels(language, layout, formulation)
+    if formulation == MATRIX:
+        h_shape: tuple[int, ...] = (count, 2, layout.intermediate_size)
+        h_dtype = mx.bfloat16
+        threadgroups = ((t.matrix_rows, t.matrix_rows * PANEL),) * 2
+    else:
+        h_shape, h_dtype = (count, _spans(layout.intermediate_size)), mx.float32
+        threadgroups = (
+            (t.rows_simdgroups, t.rows_simdgroups * t.pair),
+            (t.rows_simdgroups, t.rows_simdgroups * 2 * t.pair),
+        )
     listed = mx.array(tiles)
     (h,) = gate_up(
         inputs=[x, slab, listed],
-        output_shapes=[(x.shape[0], _spans(layout.intermediate_size))],
-        output_dtypes=[mx.float32],
-        **_grid(t.rows_simdgroups, t.pair, layout.intermediate_size, len(tiles)),
+        output_shapes=[h_shape],
+        output_dtypes=[h_dtype],
+        **_grid(*threadgroups[0], layout.intermediate_size, len(tiles)),
         **launch,
     )
     (y,) = down(
         inputs=[h, slab, listed],
-        output_shapes=[(x.shape[0], layout.hidden_size)],
+        output_shapes=[(count, layout.hidden_size)],
         output_dtypes=[x.dtype],
-        **_grid(t.rows_simdgroups, 2 * t.pair, layout.hidden_size, len(tiles)),
+        **_grid(*threadgroups[1], layout.hidden_size, len(tiles)),
         **launch,
     )
     return y
@@ -284,4 +389,4 @@ def cut_into_tiles(slots: np.ndarray, tile: int) -> np.ndarray:
 def _grid(simdgroups: int, each: int, rows: int, count: int) -> dict[str, tuple[int, int, int]]:
     """Threadgroups of `simdgroups`, each taking `each` of `rows` weight rows; `count` times that."""
     threads = 32 * simdgroups
-    return {"grid": (-(-rows // (simdgroups * each)) * threads, count, 1), "threadgroup": (threads, 1, 1)}
+    return {"grid": (-(-rows // each) * threads, count, 1), "threadgroup": (threads, 1, 1)}

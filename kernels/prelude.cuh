@@ -24,6 +24,12 @@ FM_FUNCTION uint4 fm_load(const uint4* from) {
   return v;
 }
 
+FM_FUNCTION uint2 fm_load(const uint2* from) {
+  uint2 v;
+  asm("ld.global.nc.L1::no_allocate.L2::256B.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
+  return v;
+}
+
 // (word >> shift) % 2^bits as a float, without the conversion unit, which is half as wide as the others:
 // the field becomes the end of a mantissa whose exponent makes its unit 1, and the leading 1 is taken off.
 template <unsigned bits>
@@ -60,3 +66,19 @@ FM_FUNCTION float fm_sum(float v) {
 }
 
 #define fm_barrier() __syncthreads()
+
+// Bits 0-3 and 16-19 of a word as two bfloat16, each 128 more: the end of a mantissa whose unit is 1.
+FM_FUNCTION unsigned fm_pair(unsigned word) {
+  unsigned pair;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(pair) : "r"(word), "r"(0x000f000fu), "r"(0x43004300u));
+  return pair;
+}
+
+// c [16, 8] += a [16, 16] * b [16, 8], spread over a warp as PTX says for mma.m16n8k16.
+FM_FUNCTION void fm_mma(
+    float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}

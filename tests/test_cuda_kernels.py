@@ -27,7 +27,7 @@ def to_float64(a: mx.array) -> np.ndarray:
     return np.array(a.astype(mx.float32)).astype(np.float64)
 
 
-def check_ffn(layout, dtype, formulation="grouped", tokens=1, top_k=3, count=5, seed=0) -> None:
+def check_ffn(layout, dtype, formulation=None, tokens=1, top_k=3, count=5, seed=0) -> None:
     rng = np.random.default_rng(seed)
     experts = Experts(layout, count, seed)
     x = encode(rng.standard_normal((tokens, layout.hidden_size)), dtype)
@@ -46,19 +46,19 @@ def check_ffn(layout, dtype, formulation="grouped", tokens=1, top_k=3, count=5, 
     assert all(mx.array_equal(y, other).item() for other in again), "the same call gave other bits"
 
 
-def check_rows(layout, dtype, runs, seed=0) -> None:
+def check_rows(layout, dtype, runs, formulation=None, seed=0) -> None:
     rng = np.random.default_rng(seed)
     experts = Experts(layout, len(runs), seed)
     which = np.repeat(rng.permutation(len(runs)), runs)
     x = encode(rng.standard_normal((len(which), layout.hidden_size)), dtype)
     slab, slots = mx.array(experts.blobs.view(np.uint32)), mx.array(which.astype(np.int32))
-    y = cuda.expert_rows(to_mlx(x), slab, slots, layout, init_value=float("nan"))
+    y = cuda.expert_rows(to_mlx(x), slab, slots, layout, formulation, init_value=float("nan"))
     expected = np.stack([experts.one(e, row) for e, row in zip(which, decode(x))])
     assert error(to_float64(y), expected) < TOLERANCE[dtype]
     start = 0
     for count in runs:  # a run by itself: the same bits
         stop = start + count
-        alone = cuda.expert_rows(to_mlx(x)[start:stop], slab, slots[start:stop], layout)
+        alone = cuda.expert_rows(to_mlx(x)[start:stop], slab, slots[start:stop], layout, formulation)
         assert mx.array_equal(y[start:stop], alone).item()
         start = stop
 
@@ -72,6 +72,20 @@ def test_configuration(bits: int, group_size: int, dtype: str) -> None:
     for formulation in gpu.FORMULATIONS:
         check_ffn(layout, dtype, formulation, tokens=2)
     check_rows(layout, dtype, (1, 9, 5, 17))
+
+
+@pytest.mark.parametrize("group_sizes", [32, 64, 128, (128, 128, 64)])
+def test_matrix(group_sizes) -> None:
+    layout = layout_of(9 * 128, 5 * 128, 4, group_sizes)
+    for tokens, top_k in ((1, 1), (1, 4), (5, 4)):
+        check_ffn(layout, "bfloat16", gpu.MATRIX, tokens, top_k)
+    check_rows(layout, "bfloat16", (1, 9, 5, 17), gpu.MATRIX)
+
+
+def test_matrix_true_shape() -> None:
+    layout = layout_of(4096, 1024, 4, 64)
+    check_ffn(layout, "bfloat16", gpu.MATRIX, 4, 10, count=12)
+    check_rows(layout, "bfloat16", (5, 1, 40, 8), gpu.MATRIX)
 
 
 @pytest.mark.parametrize("tokens,top_k", [(1, 1), (1, 10), (4, 4), (16, 10)])

@@ -94,7 +94,8 @@ enum class State { ready, at_barrier, at_simd, done };
 struct Thread {
   jmp_buf context;
   State state;
-  float value;         // given to a SIMD-group function, and its result
+  void* data;          // a SIMD-group function's arguments and results, on the thread's own stack
+  void (*function)(void**);  // computes it for all lanes at once, when all have come
   unsigned allocated;  // threadgroup arrays declared so far
   uint3 thread_position_in_grid, thread_position_in_threadgroup, threadgroup_position_in_grid;
   uint32_t simdgroup_index_in_threadgroup, thread_index_in_simdgroup, thread_index_in_threadgroup;
@@ -131,6 +132,13 @@ inline void yield(State state) {
   if (_setjmp(self().context) == 0) {
     _longjmp(machine().scheduler, 1);
   }
+}
+
+// A function of a SIMD group: waits for all lanes, whose data it then gets.
+inline void together(void* data, void (*function)(void**)) {
+  self().data = data;
+  self().function = function;
+  yield(State::at_simd);
 }
 
 inline void enter() {
@@ -219,20 +227,16 @@ inline void run_threadgroup(bool backwards) {
         at_barrier += m.threads[i].state == State::at_barrier;
         done += m.threads[i].state == State::done;
       }
-      if (waiting == last - first) {  // simd_sum, as a tree
-        float sums[simd_width] = {};
+      if (waiting == simd_width) {
+        void* data[simd_width];
         for (unsigned i = first; i < last; ++i) {
-          sums[i - first] = m.threads[i].value;
-        }
-        for (unsigned step = simd_width / 2; step > 0; step /= 2) {
-          for (unsigned i = 0; i < step; ++i) {
-            sums[i] += sums[i + step];
+          data[i - first] = m.threads[i].data;
+          if (m.threads[i].function != m.threads[first].function) {
+            fail("threads of a SIMD group call different functions");
           }
-        }
-        for (unsigned i = first; i < last; ++i) {
-          m.threads[i].value = sums[0];
           m.threads[i].state = State::ready;
         }
+        m.threads[first].function(data);
         progress = true;
       }
     }
@@ -390,9 +394,21 @@ using std::exp;
 enum class mem_flags { mem_none, mem_device, mem_threadgroup };
 
 inline float simd_sum(float v) {
-  emulator::self().value = v;
-  emulator::yield(emulator::State::at_simd);
-  return emulator::self().value;
+  emulator::together(&v, [](void** lanes) {
+    float sums[emulator::simd_width];
+    for (unsigned i = 0; i < emulator::simd_width; ++i) {
+      sums[i] = *static_cast<float*>(lanes[i]);
+    }
+    for (unsigned step = emulator::simd_width / 2; step > 0; step /= 2) {  // as a tree
+      for (unsigned i = 0; i < step; ++i) {
+        sums[i] += sums[i + step];
+      }
+    }
+    for (unsigned i = 0; i < emulator::simd_width; ++i) {
+      *static_cast<float*>(lanes[i]) = sums[0];
+    }
+  });
+  return v;
 }
 
 inline void threadgroup_barrier(mem_flags) { emulator::yield(emulator::State::at_barrier); }
