@@ -283,7 +283,8 @@ class WindowDetokenizer(Detokenizer):
     The window begins with the tokens last shown, because many decoders treat the first token of a text apart.
     """
 
-    PATIENCE = 8  # tokens to wait for the rest of a character: 4 bytes, and tokens that show nothing before them
+    # Tokens to wait for the rest of a character: its 4 bytes, and tokens before them that show nothing.
+    PATIENCE = 8
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
