@@ -8,6 +8,7 @@
 //
 // What each of the 32 lanes holds of rows, columns and sums is the instruction's business: lane / 4 is a row (and
 // a row + 8) of A and a column of B, lane % 4 a quarter of the group, and 2 * (lane % 4) + 0, 1 columns of sums.
+// Columns that nobody needs repeat another: what they give is not looked at.
 
 enum : unsigned { AHEAD = 4, PANEL = 16, COLUMNS = 8 };  // groups read before the first is used; rows; columns
 
@@ -53,22 +54,14 @@ struct Column {
 
 template <unsigned group_size>
 FM_FUNCTION void read_column(
-    const FM_DEVICE fm_bfloat16* x,
-    bool present,
-    unsigned group,
-    unsigned lane,
-    FM_LOCAL Column<group_size>& to) {
+    const FM_DEVICE fm_bfloat16* x, unsigned group, unsigned lane, FM_LOCAL Column<group_size>& to) {
   FM_UNROLL for (unsigned w = 0; w < group_size / 32; ++w) {
-    if (present) {
-      const uint4 v =
-          *((const FM_DEVICE uint4*)(x + group * group_size) + (lane % 4) * (group_size / 32) + w);
-      to.pairs[4 * w] = (v.x & 0xffffu) | v.z << 16;
-      to.pairs[4 * w + 1] = v.x >> 16 | (v.z & 0xffff0000u);
-      to.pairs[4 * w + 2] = (v.y & 0xffffu) | v.w << 16;
-      to.pairs[4 * w + 3] = v.y >> 16 | (v.w & 0xffff0000u);
-    } else {
-      FM_UNROLL for (unsigned i = 0; i < 4; ++i) { to.pairs[4 * w + i] = 0; }
-    }
+    const uint4 v =
+        *((const FM_DEVICE uint4*)(x + group * group_size) + (lane % 4) * (group_size / 32) + w);
+    to.pairs[4 * w] = (v.x & 0xffffu) | v.z << 16;
+    to.pairs[4 * w + 1] = v.x >> 16 | (v.z & 0xffff0000u);
+    to.pairs[4 * w + 2] = (v.y & 0xffffu) | v.w << 16;
+    to.pairs[4 * w + 3] = v.y >> 16 | (v.w & 0xffff0000u);
   }
 }
 
@@ -130,7 +123,6 @@ FM_FUNCTION void write_h(FM_DEVICE fm_bfloat16* h, size_t apart, float v) {
 // The groups `start`, `start + 1` … of every `step` of gate and up, times x's columns.
 FM_FUNCTION void mma_gate_up(
     const FM_DEVICE fm_bfloat16* x,
-    bool present,
     const FM_DEVICE unsigned char* blob,
     unsigned first,
     unsigned start,
@@ -147,7 +139,7 @@ FM_FUNCTION void mma_gate_up(
       const unsigned group = fm_min(base + i, groups - 1);
       read_quarter(blob, first, group, lane, gates[i]);
       read_quarter(blob, first, group, lane, ups[i]);
-      read_column(x, present, group, lane, columns[i]);
+      read_column(x, group, lane, columns[i]);
     }
     FM_UNROLL for (unsigned i = 0; i < AHEAD; ++i) {
       if (base + i < groups) {
@@ -178,8 +170,7 @@ FM_FUNCTION void ffn_gate_up(
     unsigned lane) {
   float total[8] = {0, 0, 0, 0, 0, 0, 0, 0};
   const unsigned first = group * PANEL;
-  mma_gate_up(
-      x, lane < 4, blob, first, simdgroup * AHEAD, MATRIX_GATE_SIMDGROUPS * AHEAD, lane, total, total + 4);
+  mma_gate_up(x, blob, first, simdgroup * AHEAD, MATRIX_GATE_SIMDGROUPS * AHEAD, lane, total, total + 4);
   FM_UNROLL for (unsigned i = 0; i < 8; ++i) { partial[(simdgroup * 8 + i) * LANES + lane] = total[i]; }
   fm_barrier();
   if (simdgroup == 0 && lane % 4 == 0) {
@@ -219,7 +210,7 @@ FM_FUNCTION void ffn_down(
     FM_UNROLL for (unsigned i = 0; i < AHEAD; ++i) {
       const unsigned at = fm_min(base + i, groups - 1);
       read_quarter(slab + size_t(slots[at / each]) * BLOB_SIZE, first, at % each, lane, downs[i]);
-      read_column(h + (lane / 4) * (TOP_K * INTERMEDIATE), lane < 8, at, lane, columns[i]);
+      read_column(h + (lane / 4 % 2) * (TOP_K * INTERMEDIATE), at, lane, columns[i]);
     }
     FM_UNROLL for (unsigned i = 0; i < AHEAD; ++i) {
       if (base + i < groups) {
@@ -258,9 +249,8 @@ FM_FUNCTION void rows_gate_up(
     unsigned panel,
     unsigned lane) {
   float total[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-  const unsigned column = lane / 4;
-  mma_gate_up(
-      x + size_t(column) * HIDDEN, column < count, blob, panel * PANEL, 0, AHEAD, lane, total, total + 4);
+  const unsigned column = fm_min(lane / 4, count - 1);
+  mma_gate_up(x + size_t(column) * HIDDEN, blob, panel * PANEL, 0, AHEAD, lane, total, total + 4);
   FM_UNROLL for (unsigned i = 0; i < 4; ++i) {
     const unsigned row = panel * PANEL + lane / 4 + 8 * (i / 2), of = 2 * (lane % 4) + i % 2;
     if (row < INTERMEDIATE && of < count) {
@@ -277,7 +267,7 @@ FM_FUNCTION void rows_down(
     FM_DEVICE fm_bfloat16* y,
     unsigned panel,
     unsigned lane) {
-  const unsigned groups = Down::groups, column = lane / 4;
+  const unsigned groups = Down::groups, column = fm_min(lane / 4, count - 1);
   const FM_DEVICE fm_bfloat16* mine = h + size_t(column) * (2 * INTERMEDIATE);
   float total[4];
   clear(total);
@@ -287,8 +277,8 @@ FM_FUNCTION void rows_down(
     FM_UNROLL for (unsigned i = 0; i < AHEAD; ++i) {
       const unsigned group = fm_min(base + i, groups - 1);
       read_quarter(blob, panel * PANEL, group, lane, downs[i]);
-      read_column(mine, column < count, group, lane, high[i]);
-      read_column(mine + INTERMEDIATE, column < count, group, lane, low[i]);
+      read_column(mine, group, lane, high[i]);
+      read_column(mine + INTERMEDIATE, group, lane, low[i]);
     }
     FM_UNROLL for (unsigned i = 0; i < AHEAD; ++i) {
       if (base + i < groups) {
