@@ -47,7 +47,7 @@ WIDE = llvm.get_host_cpu_features().get("avx512f", False)
 MAX_LANES = 16 if WIDE else 8
 TILE_ROWS = 4 if WIDE else 2  # what fits the registers beside TILE_OUTPUTS weight rows
 ROW_BLOCK = 32  # rows of x that stay in the second-level cache while weights pass by
-CHUNKS_PER_THREAD = 4
+CHUNKS_PER_THREAD = 8
 SMALL = 1 << 18  # multiply-adds below which handing work to threads costs more than it saves
 
 F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -507,11 +507,11 @@ def _pairs(
     starts = np.flatnonzero(np.concatenate([[True], slots[1:] != slots[:-1], [True]]))
     blobs = memory.ctypes.data + slots[starts[:-1]].astype(np.int64) * memory.strides[0]
 
-    def run(
-        m: _Matrix, rows: np.ndarray, a: tuple[np.ndarray, np.ndarray], out: np.ndarray, lo: int, hi: int
-    ) -> None:
+    def bind(
+        m: _Matrix, rows: np.ndarray, a: tuple[np.ndarray, np.ndarray], out: np.ndarray
+    ) -> Callable[[int, int], None]:
         w, s, z = (blobs + offset for offset in m.offsets)
-        m.project(w, s, z, starts, rows, a[0], a[1], m.in_dims, out, lo, hi)
+        return lambda low, high: m.project(w, s, z, starts, rows, *a, m.in_dims, out, low, high)
 
     arranged = gate.arrange(x)
     same = (gate.bits, gate.group) == (up.bits, up.group)
@@ -519,16 +519,18 @@ def _pairs(
     h = np.empty((order.shape[0], gate.out_dims), np.float32)
     u = np.empty_like(h)
 
+    into_h, into_u = bind(gate, order, arranged, h), bind(up, order, for_up, u)
+
     def hidden(low: int, high: int) -> None:
-        run(gate, order, arranged, h, low, high)
-        run(up, order, for_up, u, low, high)
+        into_h(low, high)
+        into_u(low, high)
 
     _each_tile(starts, gate, hidden)
     _swiglu(h, u)
     inner = down.arrange(h)
     y = np.empty((order.shape[0], down.out_dims), np.float32)
     each = np.arange(order.shape[0], dtype=np.int64)
-    _each_tile(starts, down, lambda low, high: run(down, each, inner, y, low, high))
+    _each_tile(starts, down, bind(down, each, inner, y))
     return y
 
 

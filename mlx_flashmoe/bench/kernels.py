@@ -1,8 +1,9 @@
 """The expert kernels against MLX's own operations and against the memory, on whatever device runs this.
 
-Every path computes the same experts. In each round every path runs once, on experts that no path has touched for
-a whole turn through the slab, so that neither caches nor a machine that is busy for a moment favour one of them.
-A path's figure is its median over the rounds.
+Every path computes the same experts. In each round every path runs twice, in an order drawn anew: once to wake the
+cores, which may be asleep after a path that uses only one, and once for the clock; on experts that no path has
+touched for a whole turn through the slab. So neither caches nor a machine that is busy for a moment favour one of
+them. A path's figure is its median over the rounds.
 
 The memory is measured in the same rounds. On a CPU: reading as many bytes as the experts have, on all threads.
 On a GPU: copying an array, reading and writing counted.
@@ -185,6 +186,17 @@ def _check(name: str, y: mx.array, expected: mx.array, case: str) -> None:
         )
 
 
+def _time(path: Path_, x: mx.array, turns: list[mx.array], weights: mx.array) -> float:
+    """Seconds of a call; of several, each works on the result of the one before."""
+    started = perf_counter()
+    y = path(x, turns[0], weights)
+    for slots in turns[1:]:
+        x = x + y
+        y = path(x, slots, weights)
+    mx.eval(y)
+    return (perf_counter() - started) / len(turns)
+
+
 def _measure(
     tokens: int, top_k: int, paths: dict[str, Path_], slab: mx.array, layout: BlobLayout, seconds: float
 ) -> list[Figure]:
@@ -210,15 +222,14 @@ def _measure(
     started = perf_counter()
     rounds = 0
     while rounds < LEAST_ROUNDS or (rounds < MOST_ROUNDS and perf_counter() - started < seconds):
-        taken[MEMORY].append(nbytes / memory())
-        for name, path in paths.items():
-            experts = [next(turns) for _ in range(chain)]
-            begun = perf_counter()
-            y = x
-            for slots in experts:
-                y = y + path(y, slots, weights) if chain > 1 else path(y, slots, weights)
-            mx.eval(y)
-            taken[name].append((perf_counter() - begun) / chain)
+        for name in rng.permutation(list(taken)).tolist():
+            for timed in (False, True):
+                if name == MEMORY:
+                    elapsed = nbytes / memory()
+                else:
+                    elapsed = _time(paths[name], x, [next(turns) for _ in range(chain)], weights)
+                if timed:
+                    taken[name].append(elapsed)
         rounds += 1
     figures = []
     for name, times in taken.items():
@@ -293,7 +304,7 @@ def run(
         highlight=False,
     )
     table = Table(
-        *("T", "K", "path", "ms", "p10-p90", "GB/s", "memory", "x MLX"),
+        *("T", "K", "path", "time", "p10-p90", "GB/s", "memory", "x MLX"),
         caption="T tokens, K experts each. Median, 10th and 90th percentile of a call. GB/s of the experts' "
         "bytes, as a share of the memory's bandwidth; how many times as fast as MLX's own operations.",
     )
@@ -325,11 +336,12 @@ def _add_case(table: Table, case: list[Figure]) -> None:
     memory = next(f for f in case if f.path == MEMORY)
     baseline = next(f for f in case if f.path == BASELINE)
     for f in case:
+        unit, size = _unit(f.seconds)
         table.add_row(
             *(map(str, (f.tokens, f.top_k)) if f is case[0] else ("", "")),
             f.path,
-            _milliseconds(f.seconds),
-            f"{_milliseconds(f.seconds_p10)}-{_milliseconds(f.seconds_p90)}",
+            f"{_digits(f.seconds / size)} {unit}",
+            f"{_digits(f.seconds_p10 / size)}-{_digits(f.seconds_p90 / size)}",
             _digits(f.gb_per_s),
             "" if f is memory else f"{f.gb_per_s / memory.gb_per_s:.0%}",
             "" if f is memory else f"{baseline.seconds / f.seconds:.1f}",
@@ -337,8 +349,9 @@ def _add_case(table: Table, case: list[Figure]) -> None:
         )
 
 
-def _milliseconds(seconds: float) -> str:
-    return _digits(1000 * seconds)
+def _unit(seconds: float) -> tuple[str, float]:
+    """The unit to show a time in, and its size in seconds."""
+    return next((u for u in (("s", 1.0), ("ms", 1e-3)) if seconds >= u[1]), ("us", 1e-6))
 
 
 def _digits(number: float) -> str:
