@@ -55,6 +55,7 @@ class Fetch:
         # An expert that arrived by another way in the meantime keeps its place.
         new = whole & (self.arena.slot_of[self.row, self.experts] < 0)
         self.arena.slot_of[self.row, self.experts[new]] = self.slots[new]
+        self.arena.version[self.row] += 1
         self.arena._free(self.slots[~new])
 
     def cut_short(self) -> None:
@@ -70,6 +71,7 @@ class SlotArena:
 
     Attributes:
         slot_of: int32 [layer rows, experts], -1 where an expert is not resident.
+        version: int [layer rows], another number after every change of a row of ``slot_of``.
         resident: every expert of the model is in its slot, for good (``load_all``).
         hits, misses: routed experts found resident and not, since the start.
         routing_seconds, reading_seconds: spent waiting for routers' choices and for reads, since the start.
@@ -89,6 +91,7 @@ class SlotArena:
         self.slot_bytes = max(store.layout(layer).blob_size for layer in store.layers)
         self._slab = make_slab(self.capacity, self.slot_bytes)
         self.slot_of = np.full((rows, experts), -1, dtype=np.int32)
+        self.version = np.zeros(rows, dtype=np.int64)
         self._owner_row = np.full(self.capacity, -1, dtype=np.int32)
         self._owner_expert = np.full(self.capacity, -1, dtype=np.int32)
         self._free_slots = list(range(self.capacity - 1, -1, -1))
@@ -129,13 +132,18 @@ class SlotArena:
         self._in_flight.append(fetch)
         return fetch
 
-    def touch(self, layer: int, experts: np.ndarray) -> None:
-        """Counts a routing decision (distinct experts): for the policy and the hit rate. Before ``fetch``."""
+    def touch(self, layer: int, experts: np.ndarray) -> bool:
+        """Counts a routing decision (distinct experts): for the policy and the hit rate. Before ``fetch``.
+
+        Returns:
+            whether all of them are resident, so that nothing need be fetched.
+        """
         row = self.row_of[layer]
-        hits = int(np.count_nonzero(self.slot_of[row, experts] >= 0))
-        self.hits += hits
-        self.misses += len(experts) - hits
+        missing = int(np.count_nonzero(self.slot_of[row][experts] < 0))
+        self.hits += len(experts) - missing
+        self.misses += missing
         self.policy.touch(row, experts)
+        return missing == 0
 
     def used(self, slots: np.ndarray, output: mx.array) -> None:
         """``output`` is a lazy array computed from the contents of ``slots``."""
@@ -157,6 +165,7 @@ class SlotArena:
         self.settle()
         held = self._settled(np.empty(0, np.int32), None)
         self.slot_of[:] = -1
+        self.version += 1
         self._free(held)
         self.resident = False
 
@@ -187,6 +196,7 @@ class SlotArena:
             worth = self.policy.priority[self._owner_row[candidates], self._owner_expert[candidates]]
             victims = candidates[np.argpartition(worth, need - 1)[:need]]
             self.slot_of[self._owner_row[victims], self._owner_expert[victims]] = -1
+            self.version[self._owner_row[victims]] += 1
             taken.extend(victims.tolist())
         claimed = np.array(taken, dtype=np.int32)
         for use in np.unique(self._used_by[claimed]).tolist():

@@ -17,8 +17,10 @@ import numpy as np
 
 from mlx_flashmoe import kernels
 from mlx_flashmoe.errors import ReadError
+from mlx_flashmoe.experts import cuda
 from mlx_flashmoe.experts.ahead import ReadAhead
 from mlx_flashmoe.experts.arena import SlotArena
+from mlx_flashmoe.experts.cuda import HostCopy
 
 # Experts a wave has at most: enough to keep the disk busy, few enough that neither the first wave's reading
 # nor the last wave's computing, which nothing overlaps, weighs much.
@@ -71,7 +73,10 @@ class StreamedExperts(nn.Module):
         self._is_first = layer == arena.store.layers[0]
         # In the slab every slot has the same size, whatever the layer's own blobs need.
         self._layout = replace(arena.store.layout(layer), blob_size=arena.slot_bytes)
-        self._device_slots: mx.array | None = None
+        self._row = arena.row_of[layer]
+        self._device_slots = mx.array(arena.slot_of[self._row])
+        self._device_version = -1
+        self._to_host = HostCopy() if cuda.is_current() else np.asarray
 
     def wants_guess(self, tokens: int) -> bool:
         """Whether a call with so many tokens would make use of ``likely``."""
@@ -99,7 +104,7 @@ class StreamedExperts(nn.Module):
         weights = weights.reshape(-1, top_k).astype(mx.float32)
         one_token = x.shape[0] == 1
         if one_token and self._arena.resident:
-            y = kernels.expert_ffn(x, self._arena.slab, self._resident_slots()[ids], weights, self._layout)
+            y = kernels.expert_ffn(x, self._arena.slab, self._slots_on_device()[ids], weights, self._layout)
         elif one_token:
             y = self._decode(x, ids, weights, likely)
         else:
@@ -108,14 +113,16 @@ class StreamedExperts(nn.Module):
 
     def _on_host(self, ids: mx.array) -> np.ndarray:
         started = time.perf_counter()
-        host = np.asarray(ids.astype(mx.int32))
+        host = self._to_host(ids.astype(mx.int32))
         self._arena.routing_seconds += time.perf_counter() - started
         return host
 
-    def _resident_slots(self) -> mx.array:
-        """[experts] -> slot, on the device: with every expert resident, ids need not come to the host."""
-        if self._device_slots is None:
-            self._device_slots = mx.array(self._arena.slot_of[self._arena.row_of[self._layer]])
+    def _slots_on_device(self) -> mx.array:
+        """[experts] -> slot, brought to the device again only when it has changed."""
+        version = int(self._arena.version[self._row])
+        if version != self._device_version:
+            self._device_slots = mx.array(self._arena.slot_of[self._row])
+            self._device_version = version
         return self._device_slots
 
     def _decode(self, x: mx.array, ids: mx.array, weights: mx.array, likely: mx.array | None) -> mx.array:
@@ -125,15 +132,15 @@ class StreamedExperts(nn.Module):
         if likely is not None:
             ids = mx.concatenate([ids, likely.reshape(1, -1)])
         experts = self._on_host(ids)  # the layer's one synchronisation
-        arena.touch(self._layer, experts[0])
         if ahead is not None:
             ahead.stop()
-        arena.fetch(self._layer, experts[0]).wait()
-        slots = arena.slot_of[arena.row_of[self._layer], experts[:1]]
+        if not arena.touch(self._layer, experts[0]):
+            arena.fetch(self._layer, experts[0]).wait()
+        slots = arena.slot_of[self._row][experts[0]]
         if ahead is not None and likely is not None:
-            ahead.start(self._layer + 1, experts[1], slots[0])
-        y = kernels.expert_ffn(x, arena.slab, mx.array(slots), weights, self._layout)
-        arena.used(slots[0], y)
+            ahead.start(self._layer + 1, experts[1], slots)
+        y = kernels.expert_ffn(x, arena.slab, self._slots_on_device()[ids[:1]], weights, self._layout)
+        arena.used(slots, y)
         return y
 
     def _prefill(self, x: mx.array, ids: np.ndarray, weights: mx.array) -> mx.array:

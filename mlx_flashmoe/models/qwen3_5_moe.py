@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlx_flashmoe.errors import FormatError
 from mlx_flashmoe.kernels.gated_delta import gated_delta_update
 from mlx_flashmoe.models.cache import Cache, KVCache, RecurrentCache
+from mlx_flashmoe.models.fused import decay_and_beta, gated, plus_gated, scale_and_gate, silu, swiglu
 
 
 class Experts(Protocol):
@@ -118,8 +119,7 @@ class GatedRMSNorm(nn.Module):
         self.eps = eps
 
     def __call__(self, x: mx.array, gate: mx.array) -> mx.array:
-        y = self.weight * rms_norm(x, None, self.eps)
-        return (y * nn.silu(gate.astype(mx.float32))).astype(x.dtype)
+        return scale_and_gate(rms_norm(x, None, self.eps), self.weight, gate)
 
 
 class GatedDeltaNet(nn.Module):
@@ -148,12 +148,10 @@ class GatedDeltaNet(nn.Module):
         B, T, _ = x.shape
         mixed = self._convolve(self.in_proj_qkv(x), cache)
         q, k, v = mx.split(mixed, self.splits, axis=-1)
-        q = l2_normalize(q.reshape(B, T, self.key_heads, self.key_dim)) * self.key_dim**-0.5
+        q = l2_normalize(q.reshape(B, T, self.key_heads, self.key_dim), self.key_dim**-0.5)
         k = l2_normalize(k.reshape(B, T, self.key_heads, self.key_dim))
         v = v.reshape(B, T, self.value_heads, self.value_dim).astype(mx.float32)
-        beta = mx.sigmoid(self.in_proj_b(x)).astype(mx.float32)
-        dt = nn.softplus(self.in_proj_a(x).astype(mx.float32) + self.dt_bias.astype(mx.float32))
-        decay = mx.exp(-mx.exp(self.A_log.astype(mx.float32)) * dt)
+        decay, beta = decay_and_beta(self.in_proj_a(x), self.in_proj_b(x), self.A_log, self.dt_bias)
         state = cache.recurrent if cache is not None else None
         if state is None:
             state = mx.zeros((B, self.value_heads, self.value_dim, self.key_dim))
@@ -174,13 +172,16 @@ class GatedDeltaNet(nn.Module):
         if cache is not None:
             # A copy: a slice would keep the whole prompt's activations alive.
             cache.conv = mx.contiguous(x[:, x.shape[1] - past :])
-        return nn.silu(self.conv1d(x))
+        return silu(self.conv1d(x))
 
 
-def l2_normalize(x: mx.array) -> mx.array:
-    """x / sqrt(sum(x^2) + 1e-6) over the last axis, in float32."""
-    x = x.astype(mx.float32)
-    return x * mx.rsqrt((x * x).sum(axis=-1, keepdims=True) + 1e-6)
+def l2_normalize(x: mx.array, scale: float = 1.0) -> mx.array:
+    """scale * x / sqrt(sum(x^2) + 1e-6) over the last axis, in float32.
+
+    As an RMS norm, which divides by the root of the mean instead of the sum.
+    """
+    dims = x.shape[-1]
+    return mx.fast.rms_norm(x.astype(mx.float32), None, 1e-6 / dims) * (scale * dims**-0.5)
 
 
 class Attention(nn.Module):
@@ -215,7 +216,7 @@ class Attention(nn.Module):
             q, k, v, scale=self.head_dim**-0.5, mask="causal" if T > 1 else None
         )
         y = y.transpose(0, 2, 1, 3).reshape(B, T, -1)
-        return self.o_proj(y * mx.sigmoid(gate.reshape(B, T, -1)))
+        return self.o_proj(gated(y, gate.reshape(B, T, -1)))
 
     def _rope(self, x: mx.array, offset: int) -> mx.array:
         return mx.fast.rope(
@@ -233,7 +234,7 @@ class SharedExpert(nn.Module):
         self.down_proj = nn.Linear(hidden, dims, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class MoE(nn.Module):
@@ -249,8 +250,8 @@ class MoE(nn.Module):
 
     def __call__(self, x: mx.array, likely: mx.array | None = None) -> mx.array:
         ids, weights = self.route(x)
-        shared = mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
-        return self._experts(x, ids, weights, likely) + shared
+        shared = self.shared_expert(x)
+        return plus_gated(self._experts(x, ids, weights, likely), shared, self.shared_expert_gate(x))
 
     def wants_guess(self, x: mx.array) -> bool:
         return self._experts.wants_guess(x.shape[0] * x.shape[1])

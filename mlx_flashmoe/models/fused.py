@@ -1,0 +1,63 @@
+"""Elementwise pieces of a layer, each one kernel on a GPU.
+
+A decode step is bound by the number of operations, not by their work. On the CPU they stay plain operations:
+compiling there needs a C++ compiler on the user's machine, and gains nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def fused(function: F) -> F:
+    """One kernel for all of ``function``'s elementwise operations, where the current device is a GPU."""
+    compiled = mx.compile(function, shapeless=True)
+
+    @wraps(function)
+    def call(*arrays: mx.array) -> Any:
+        return compiled(*arrays) if mx.default_device() == mx.gpu else function(*arrays)
+
+    return call  # type: ignore[return-value]
+
+
+@fused
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) * up."""
+    return nn.silu(gate) * up
+
+
+@fused
+def silu(x: mx.array) -> mx.array:
+    return nn.silu(x)
+
+
+@fused
+def gated(x: mx.array, gate: mx.array) -> mx.array:
+    """x * sigmoid(gate)."""
+    return x * mx.sigmoid(gate)
+
+
+@fused
+def plus_gated(y: mx.array, x: mx.array, gate: mx.array) -> mx.array:
+    """y + x * sigmoid(gate)."""
+    return y + x * mx.sigmoid(gate)
+
+
+@fused
+def decay_and_beta(a: mx.array, b: mx.array, a_log: mx.array, dt_bias: mx.array) -> tuple[mx.array, mx.array]:
+    """The gated delta rule's exp(-exp(A_log) * softplus(a + dt_bias)) and sigmoid(b), in float32."""
+    dt = nn.softplus(a.astype(mx.float32) + dt_bias.astype(mx.float32))
+    return mx.exp(-mx.exp(a_log.astype(mx.float32)) * dt), mx.sigmoid(b).astype(mx.float32)
+
+
+@fused
+def scale_and_gate(x: mx.array, weight: mx.array, gate: mx.array) -> mx.array:
+    """weight * x, then times silu(gate) in float32; in x's dtype."""
+    return (weight * x * nn.silu(gate.astype(mx.float32))).astype(x.dtype)
