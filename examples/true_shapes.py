@@ -3,8 +3,9 @@
     python examples/true_shapes.py --layers 2 --layout mlx4            3.6 GB a layer
     python examples/true_shapes.py --layers 1 --layout fused           12.9 GB a layer, bfloat16
 
-Prints the peak resident memory of the converting process, as the operating system counts it, and the rate. The
-weights repeat a random block: their values mean nothing, their sizes and the work they cause are the real ones.
+Then generates from the result. Prints the peak resident memory of the converting and of the generating process,
+as the operating system counts it, and the rates. The weights repeat a random block: their values mean nothing,
+their sizes and the work they cause are the real ones.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mlx_flashmoe.convert.families import qwen3_5_moe
 from mlx_flashmoe.convert.safetensors import DTYPE_BITS, build_header
@@ -151,6 +153,9 @@ def make_checkpoint(folder: Path, layers: int, layout: str, vocabulary: int) -> 
                     left -= f.write(block[:left])
                 weight_map[name] = file
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(256)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(folder / "tokenizer.json"))
     return total
 
 
@@ -173,12 +178,44 @@ def measure_conversion(source: Path, destination: Path, q_bits: int | None) -> d
     return measured
 
 
+GENERATE = """
+import json, resource, sys, time
+import mlx.core as mx, numpy as np
+from mlx_flashmoe import load
+from mlx_flashmoe.generate import generate_step
+model, _ = load(sys.argv[1], expert_memory=sys.argv[2])
+cache = model.make_cache()
+prompt = np.random.default_rng(0).integers(0, model.model.config.vocab_size, int(sys.argv[3]))
+started = time.perf_counter()
+tokens = [token for token, _ in generate_step(mx.array(prompt), model, max_tokens=8, prompt_cache=cache)]
+seconds = time.perf_counter() - started
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+planned = model.plan.dense + model.plan.arena + sum(layer.nbytes for layer in cache)
+print(json.dumps({"peak": peak, "planned": planned, "seconds": seconds, "read": model.stats().bytes_read}))
+"""
+
+
+def measure_generation(folder: Path, expert_memory: str, prompt: int) -> dict[str, float]:
+    """Generates 8 tokens after a prompt, in a process of its own.
+
+    Returns:
+        "peak" bytes resident at most, "planned" bytes of dense part, arena and KV cache, "read" expert bytes,
+        "seconds".
+    """
+    command = [sys.executable, "-c", GENERATE, str(folder), expert_memory, str(prompt)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    measured: dict[str, float] = json.loads(result.stdout)
+    return measured
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--layout", choices=["mlx4", "fused"], default="mlx4")
     parser.add_argument("--vocabulary", type=int, default=TRUE_VOCABULARY)
     parser.add_argument("--q-bits", type=int)
+    parser.add_argument("--expert-memory", default="1GB")
+    parser.add_argument("--prompt", type=int, default=300, help="tokens")
     parser.add_argument("--work", type=Path, help="folder for a few tens of GB; default: a temporary one")
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="true-shapes-", dir=args.work))
@@ -189,7 +226,15 @@ def main() -> None:
         measured = measure_conversion(work / "source", work / "converted", args.q_bits)
         print(
             f"conversion: peak resident memory {measured['peak'] / 1e9:.3f} GB, {measured['seconds']:.1f} s, "
-            f"{size / measured['seconds'] / 1e6:.0f} MB/s of the checkpoint"
+            f"{size / measured['seconds'] / 1e6:.0f} MB/s of the checkpoint",
+            flush=True,
+        )
+        measured = measure_generation(work / "converted", args.expert_memory, args.prompt)
+        print(
+            f"generation: peak resident memory {measured['peak'] / 1e9:.3f} GB; dense part, arena and KV cache are "
+            f"{measured['planned'] / 1e9:.3f} GB, so {(measured['peak'] - measured['planned']) / 1e9:.3f} GB besides; "
+            f"{args.prompt} prompt tokens and 8 more took {measured['seconds']:.1f} s "
+            f"and read {measured['read'] / 1e9:.2f} GB"
         )
     finally:
         shutil.rmtree(work)

@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from mlx_flashmoe import memory
 from mlx_flashmoe.errors import FormatError, MemoryPlanError
-from mlx_flashmoe.experts import ExpertStore, ReadAhead, SlotArena, StreamedExperts
+from mlx_flashmoe.experts import Decode, ExpertStore, ReadAhead, SlotArena, StreamedExperts
 from mlx_flashmoe.layout import Manifest
 from mlx_flashmoe.models import architecture
 from mlx_flashmoe.models.cache import Cache
@@ -156,8 +156,8 @@ def load(
     _limit_memory(plan)
 
     arena = SlotArena(store, plan.slots)
-    ahead = ReadAhead(arena) if read_ahead else None
-    model = arch.Model(settings, lambda layer: StreamedExperts(arena, layer, ahead), active)
+    decode = Decode(arena, ReadAhead(arena) if read_ahead else None)
+    model = arch.Model(settings, lambda layer: StreamedExperts(decode, layer), active)
     _load_dense(model, manifest, weights, cast, folder)
     tokenizer = Tokenizer.load(folder)
     if plan.slots == plan.expert_bytes // plan.slot_bytes and len(manifest.layouts) == 1:

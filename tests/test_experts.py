@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from blobs import write_experts
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from mlx_flashmoe import kernels
 from mlx_flashmoe.errors import MemoryPlanError, ReadError
-from mlx_flashmoe.experts import ExpertStore, ReadAhead, SlotArena, StreamedExperts
+from mlx_flashmoe.experts import Decode, ExpertStore, ReadAhead, SlotArena, StreamedExperts
 from mlx_flashmoe.experts import store as store_module
 from mlx_flashmoe.experts.ahead import KEEP, TRIAL, PaysOff
 from mlx_flashmoe.experts.policy import LRFU, LRU, POLICIES
@@ -23,7 +24,7 @@ from mlx_flashmoe.experts.slab import Slab
 from mlx_flashmoe.experts.store import PendingReads, ReadRequest
 from mlx_flashmoe.experts.streamed import waves
 from mlx_flashmoe.kernels import reference
-from mlx_flashmoe.layout import expert_file
+from mlx_flashmoe.layout import BlobLayout, expert_file
 
 LAYERS, EXPERTS, HIDDEN, TOP_K = 3, 12, 64, 4
 
@@ -50,7 +51,7 @@ def truth(folder: Path) -> list[StreamedExperts]:
     """Layers over an arena that holds everything."""
     arena = SlotArena(open_store(folder), LAYERS * EXPERTS)
     arena.load_all()
-    return [StreamedExperts(arena, layer) for layer in range(LAYERS)]
+    return [StreamedExperts(Decode(arena), layer) for layer in range(LAYERS)]
 
 
 class Always(PaysOff):
@@ -74,8 +75,8 @@ def test_residency_never_changes_a_bit(
     folder: Path, truth: list[StreamedExperts], policy: str, slots: int, read_ahead: bool
 ) -> None:
     arena = SlotArena(open_store(folder), slots, POLICIES[policy](LAYERS, EXPERTS))
-    ahead = ReadAhead(arena, Always()) if read_ahead else None
-    layers = [StreamedExperts(arena, layer, ahead) for layer in range(LAYERS)]
+    decode = Decode(arena, ReadAhead(arena, Always()) if read_ahead else None)
+    layers = [StreamedExperts(decode, layer) for layer in range(LAYERS)]
     rng = np.random.default_rng(slots)
     for tokens in (1, 1, 7, 1, 40, 2, 1, 1):
         for layer in range(LAYERS):
@@ -131,7 +132,7 @@ def spy_on_reads(store: ExpertStore, patch: pytest.MonkeyPatch) -> list[int]:
 def test_prefill_reads_each_expert_of_the_union_once_and_in_file_order(folder: Path) -> None:
     for slots in (TOP_K, 7, EXPERTS):
         store = open_store(folder)
-        layer = StreamedExperts(SlotArena(store, slots), 0)
+        layer = StreamedExperts(Decode(SlotArena(store, slots)), 0)
         x, ids, weights = route(np.random.default_rng(1), 5)
         union = np.unique(np.asarray(ids))
         with pytest.MonkeyPatch.context() as patch:
@@ -160,12 +161,12 @@ def overwrite_while_unevaluated(
     """Builds outputs lazily (with the lazy reference kernel), lets other experts take their slots, evaluates."""
     monkeypatch.setattr(kernels, "expert_ffn", reference.expert_ffn)
     arena = SlotArena(open_store(folder), TOP_K)
-    layers = [StreamedExperts(arena, layer) for layer in range(LAYERS)]
+    layers = [StreamedExperts(Decode(arena), layer) for layer in range(LAYERS)]
     whole = SlotArena(open_store(folder), LAYERS * EXPERTS)
     whole.load_all()
     calls = [(layer % LAYERS, *route(np.random.default_rng(layer), 1)) for layer in range(12)]
     lazy = [layers[layer](*call) for layer, *call in calls]
-    want = [StreamedExperts(whole, layer)(*call) for layer, *call in calls]
+    want = [StreamedExperts(Decode(whole), layer)(*call) for layer, *call in calls]
     return np.asarray(mx.stack(lazy)), np.asarray(mx.stack(want))
 
 
@@ -182,6 +183,75 @@ def test_the_test_above_notices_when_the_rule_is_broken(
     monkeypatch.setattr(SlotArena, "used", lambda self, slots, output: None)
     got, want = overwrite_while_unevaluated(folder, monkeypatch)
     assert not np.array_equal(got, want)
+
+
+# --- Decode, one layer behind, as on a GPU: there kernels compute later than they are built.
+
+
+def lazy_ffn(x: mx.array, slab: mx.array, slots: mx.array, weights: mx.array, layout: BlobLayout) -> mx.array:
+    """One token's experts in MLX operations alone: nothing, not even the slots, is looked at when it is built."""
+    blobs = slab[slots[0]]
+
+    def matrix(name: str) -> mx.array:
+        p = layout.projections[name]
+        parts = []
+        for c in p.components.values():
+            rows = blobs if c.dtype == "uint32" else blobs.view(mx.float32)
+            parts.append(rows[:, c.offset // 4 : (c.offset + c.nbytes) // 4].reshape(-1, *c.shape))
+        return mx.dequantize(*parts, group_size=p.group_size, bits=p.bits)
+
+    h = nn.silu(matrix("gate") @ x[0]) * (matrix("up") @ x[0])
+    y = (matrix("down") @ h[..., None])[..., 0]
+    return (weights[0][:, None] * y).sum(axis=0, keepdims=True)
+
+
+@pytest.mark.parametrize("slots", [TOP_K, 7, LAYERS * EXPERTS])
+@pytest.mark.parametrize("evaluate", ["each token", "at the end"])
+def test_deferred_decode_gives_the_same_bits(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, slots: int, evaluate: str
+) -> None:
+    monkeypatch.setattr(kernels, "expert_ffn", lazy_ffn)
+    results = []
+    for deferred in (False, True):
+        arena = SlotArena(open_store(folder), slots)
+        decode = Decode(arena, ReadAhead(arena, Always()))
+        decode.deferred = deferred
+        layers = [StreamedExperts(decode, layer) for layer in range(LAYERS)]
+        rng = np.random.default_rng(11)
+        outputs = []
+        for _ in range(10):
+            x = mx.zeros((1, HIDDEN))
+            for layer in range(LAYERS):
+                noise, ids, weights = route(rng, 1)
+                # Each layer goes on from the one before, as a model does.
+                x = x + layers[layer](x + noise, ids, weights, guess(rng, layer, 1))
+            outputs.append(x)
+            if evaluate == "each token":
+                mx.eval(x)
+        results.append(np.asarray(mx.stack(outputs)))
+    assert np.array_equal(*results)
+    assert np.abs(results[0]).max() > 0
+
+
+def test_deferred_read_errors_come_with_the_next_layer_and_leave_nothing_behind(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "expert_ffn", lazy_ffn)
+    arena = SlotArena(open_store(folder), TOP_K)
+    decode = Decode(arena)
+    decode.deferred = True
+    layers = [StreamedExperts(decode, layer) for layer in range(LAYERS)]
+    call = route(np.random.default_rng(0), 1)
+    with monkeypatch.context() as broken:
+        broken.setattr(store_module.os, "preadv", lambda *_: 0)
+        layers[0](*call)
+        with pytest.raises(ReadError, match="layer 0, expert"):
+            layers[1](*call)
+    got = layers[0](*call)
+    decode.settle()
+    whole = SlotArena(open_store(folder), LAYERS * EXPERTS)
+    whole.load_all()
+    assert np.array_equal(np.asarray(got), np.asarray(StreamedExperts(Decode(whole), 0)(*call)))
 
 
 # --- Faults
@@ -253,8 +323,8 @@ def test_stress_with_read_faults(
 
     store = open_store(folder)
     arena = SlotArena(store, slots, chance.choice([LRU, LRFU])(LAYERS, EXPERTS))
-    ahead = ReadAhead(arena, Always()) if chance.random() < 0.5 else None
-    layers = [StreamedExperts(arena, layer, ahead) for layer in range(LAYERS)]
+    decode = Decode(arena, ReadAhead(arena, Always()) if chance.random() < 0.5 else None)
+    layers = [StreamedExperts(decode, layer) for layer in range(LAYERS)]
     rng = np.random.default_rng(seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store_module.os, "preadv", faulty)
@@ -283,7 +353,8 @@ def test_stress_with_read_faults(
 def test_a_right_guess_is_a_hit_and_a_wrong_one_costs_no_correctness(folder: Path) -> None:
     arena = SlotArena(open_store(folder), 3 * TOP_K)
     ahead = ReadAhead(arena, Always())
-    layers = [StreamedExperts(arena, layer, ahead) for layer in range(2)]
+    decode = Decode(arena, ahead)
+    layers = [StreamedExperts(decode, layer) for layer in range(2)]
     x, ids, weights = route(np.random.default_rng(3), 1)
     _, following, _ = route(np.random.default_rng(4), 1)
     layers[0](x, ids, weights, following)

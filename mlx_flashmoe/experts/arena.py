@@ -3,7 +3,8 @@
 The slab is one uint32 array [slots, words]. MLX does not know that its contents change, so one rule keeps
 this exact, and it is kept here, in ``SlotArena._claim``, and nowhere else:
 
-    A slot is written only after every computation that was built on its old contents has been evaluated.
+    A slot is written, and its place in the table given to another expert, only after every computation that
+    was built on its old contents has been evaluated.
 
 For this, whoever builds a computation on slots tells the arena its output (``used``). Nothing else may write
 to the slab; the slab is never rebound, never captured by mx.compile, never the target of an in-place
@@ -23,6 +24,7 @@ from mlx_flashmoe.errors import MemoryPlanError, ReadError
 from mlx_flashmoe.experts.policy import LRFU, Policy
 from mlx_flashmoe.experts.slab import make_slab
 from mlx_flashmoe.experts.store import ExpertStore, PendingReads, ReadRequest
+from mlx_flashmoe.experts.table import make_table
 
 # Outputs remembered at most; older ones are evaluated (nearly always long since done) and forgotten.
 MAX_PENDING = 64
@@ -55,7 +57,6 @@ class Fetch:
         # An expert that arrived by another way in the meantime keeps its place.
         new = whole & (self.arena.slot_of[self.row, self.experts] < 0)
         self.arena.slot_of[self.row, self.experts[new]] = self.slots[new]
-        self.arena.version[self.row] += 1
         self.arena._free(self.slots[~new])
 
     def cut_short(self) -> None:
@@ -71,7 +72,7 @@ class SlotArena:
 
     Attributes:
         slot_of: int32 [layer rows, experts], -1 where an expert is not resident.
-        version: int [layer rows], another number after every change of a row of ``slot_of``.
+        table: the same, where the device can look slots up.
         resident: every expert of the model is in its slot, for good (``load_all``).
         hits, misses: routed experts found resident and not, since the start.
         routing_seconds, reading_seconds: spent waiting for routers' choices and for reads, since the start.
@@ -90,8 +91,8 @@ class SlotArena:
         self.policy = policy or LRFU(rows, experts)
         self.slot_bytes = max(store.layout(layer).blob_size for layer in store.layers)
         self._slab = make_slab(self.capacity, self.slot_bytes)
-        self.slot_of = np.full((rows, experts), -1, dtype=np.int32)
-        self.version = np.zeros(rows, dtype=np.int64)
+        self.table = make_table(rows, experts)
+        self.slot_of = self.table.host
         self._owner_row = np.full(self.capacity, -1, dtype=np.int32)
         self._owner_expert = np.full(self.capacity, -1, dtype=np.int32)
         self._free_slots = list(range(self.capacity - 1, -1, -1))
@@ -165,7 +166,6 @@ class SlotArena:
         self.settle()
         held = self._settled(np.empty(0, np.int32), None)
         self.slot_of[:] = -1
-        self.version += 1
         self._free(held)
         self.resident = False
 
@@ -195,8 +195,6 @@ class SlotArena:
                 )
             worth = self.policy.priority[self._owner_row[candidates], self._owner_expert[candidates]]
             victims = candidates[np.argpartition(worth, need - 1)[:need]]
-            self.slot_of[self._owner_row[victims], self._owner_expert[victims]] = -1
-            self.version[self._owner_row[victims]] += 1
             taken.extend(victims.tolist())
         claimed = np.array(taken, dtype=np.int32)
         for use in np.unique(self._used_by[claimed]).tolist():
@@ -204,6 +202,8 @@ class SlotArena:
             if output is not None:
                 mx.eval(output)
         self._used_by[claimed] = -1
+        if need:
+            self.slot_of[self._owner_row[victims], self._owner_expert[victims]] = -1
         return claimed
 
     def _settled(self, in_use: np.ndarray, keep: np.ndarray | None) -> np.ndarray:

@@ -7,6 +7,7 @@ few bytes of a router's choice that costs more than the choice. Pinned memory, w
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
 
@@ -32,14 +33,12 @@ class HostCopy:
         self._most = most
         self._pinned = Runtime().pinned(4 * most)
         self._host = np.frombuffer(self._pinned.view, dtype=np.int32)
-        # A computed array, so that it lies in the device's own memory.
-        self._address = mx.array([self._pinned.address], dtype=mx.uint64) + 0
-        mx.eval(self._address)
+        self._address = address_array(self._pinned.address)
 
-    def __call__(self, array: mx.array) -> np.ndarray:
-        """An int32 array's values, evaluated."""
+    def __call__(self, array: mx.array) -> Callable[[], np.ndarray]:
+        """Starts computing an int32 array; the result waits for it and gives its values."""
         if array.size > self._most:
-            return np.asarray(array)
+            return lambda: np.asarray(array)
         (done,) = _export_kernel()(
             inputs=[array, self._address],
             template=[("N", array.size)],
@@ -48,8 +47,20 @@ class HostCopy:
             output_shapes=[(1,)],
             output_dtypes=[mx.int32],
         )
-        mx.eval(done)
-        return self._host[: array.size].reshape(array.shape)
+        mx.async_eval(done)
+
+        def values() -> np.ndarray:
+            mx.eval(done)
+            return self._host[: array.size].reshape(array.shape)
+
+        return values
+
+
+def address_array(address: int) -> mx.array:
+    """uint64 [1], in the device's own memory: how a kernel is told of memory that is not an MLX array."""
+    array = mx.array([address], dtype=mx.uint64) + mx.array([0], dtype=mx.uint64)
+    mx.eval(array)
+    return array
 
 
 @cache

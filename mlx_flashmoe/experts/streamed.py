@@ -7,7 +7,6 @@ the two is decided by the number of tokens alone, never by what is resident, so 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -17,10 +16,8 @@ import numpy as np
 
 from mlx_flashmoe import kernels
 from mlx_flashmoe.errors import ReadError
-from mlx_flashmoe.experts import cuda
-from mlx_flashmoe.experts.ahead import ReadAhead
 from mlx_flashmoe.experts.arena import SlotArena
-from mlx_flashmoe.experts.cuda import HostCopy
+from mlx_flashmoe.experts.decode import Decode
 
 # Experts a wave has at most: enough to keep the disk busy, few enough that neither the first wave's reading
 # nor the last wave's computing, which nothing overlaps, weighs much.
@@ -60,27 +57,23 @@ class StreamedExperts(nn.Module):
     """Callable as (x, ids, weights) -> y; holds no parameters.
 
     Args:
-        arena: the arena all layers share.
+        decode: the model's, shared by all its layers.
         layer: this layer's number.
-        ahead: reads of the following layer's likely experts, shared by all layers; None for none.
     """
 
-    def __init__(self, arena: SlotArena, layer: int, ahead: ReadAhead | None = None):
+    def __init__(self, decode: Decode, layer: int):
         super().__init__()
-        self._arena = arena
+        self._decode = decode
+        self._arena = decode.arena
         self._layer = layer
-        self._ahead = ahead
-        self._is_first = layer == arena.store.layers[0]
+        self._row = self._arena.row_of[layer]
         # In the slab every slot has the same size, whatever the layer's own blobs need.
-        self._layout = replace(arena.store.layout(layer), blob_size=arena.slot_bytes)
-        self._row = arena.row_of[layer]
-        self._device_slots = mx.array(arena.slot_of[self._row])
-        self._device_version = -1
-        self._to_host = HostCopy() if cuda.is_current() else np.asarray
+        self._layout = replace(self._arena.store.layout(layer), blob_size=self._arena.slot_bytes)
 
     def wants_guess(self, tokens: int) -> bool:
         """Whether a call with so many tokens would make use of ``likely``."""
-        return tokens == 1 and self._ahead is not None and self._ahead.on and not self._arena.resident
+        ahead = self._decode.ahead
+        return tokens == 1 and ahead is not None and ahead.on and not self._arena.resident
 
     def __call__(
         self, x: mx.array, ids: mx.array, weights: mx.array, likely: mx.array | None = None
@@ -94,7 +87,8 @@ class StreamedExperts(nn.Module):
             likely: integer [..., K], a guess at the next layer's ids; it changes speed and nothing else.
 
         Returns:
-            [..., D] in x's dtype.
+            [..., D] in x's dtype. For a single token, to be evaluated only once the model's last layer has been
+            called (see ``Decode``).
 
         Raises:
             ReadError: an expert could not be read. The module can be called again.
@@ -102,57 +96,31 @@ class StreamedExperts(nn.Module):
         shape, top_k = x.shape, ids.shape[-1]
         x, ids = x.reshape(-1, shape[-1]), ids.reshape(-1, top_k)
         weights = weights.reshape(-1, top_k).astype(mx.float32)
-        one_token = x.shape[0] == 1
-        if one_token and self._arena.resident:
-            y = kernels.expert_ffn(x, self._arena.slab, self._slots_on_device()[ids], weights, self._layout)
-        elif one_token:
-            y = self._decode(x, ids, weights, likely)
+
+        def one_token() -> mx.array:
+            slots = self._arena.table.lookup(self._row, ids)
+            return kernels.expert_ffn(x, self._arena.slab, slots, weights, self._layout)
+
+        if x.shape[0] > 1:
+            y = self._prefill(x, ids, weights)
+        elif self._arena.resident:
+            y = one_token()
         else:
-            y = self._prefill(x, self._on_host(ids), weights)
+            y = self._decode.step(self._layer, ids, likely, one_token)
         return y.reshape(shape)
 
-    def _on_host(self, ids: mx.array) -> np.ndarray:
-        started = time.perf_counter()
-        host = self._to_host(ids.astype(mx.int32))
-        self._arena.routing_seconds += time.perf_counter() - started
-        return host
-
-    def _slots_on_device(self) -> mx.array:
-        """[experts] -> slot, brought to the device again only when it has changed."""
-        version = int(self._arena.version[self._row])
-        if version != self._device_version:
-            self._device_slots = mx.array(self._arena.slot_of[self._row])
-            self._device_version = version
-        return self._device_slots
-
-    def _decode(self, x: mx.array, ids: mx.array, weights: mx.array, likely: mx.array | None) -> mx.array:
-        arena, ahead = self._arena, self._ahead
-        if ahead is not None and self._is_first:
-            ahead.begin_token()
-        if likely is not None:
-            ids = mx.concatenate([ids, likely.reshape(1, -1)])
-        experts = self._on_host(ids)  # the layer's one synchronisation
-        if ahead is not None:
-            ahead.stop()
-        if not arena.touch(self._layer, experts[0]):
-            arena.fetch(self._layer, experts[0]).wait()
-        slots = arena.slot_of[self._row][experts[0]]
-        if ahead is not None and likely is not None:
-            ahead.start(self._layer + 1, experts[1], slots)
-        y = kernels.expert_ffn(x, arena.slab, self._slots_on_device()[ids[:1]], weights, self._layout)
-        arena.used(slots, y)
-        return y
-
-    def _prefill(self, x: mx.array, ids: np.ndarray, weights: mx.array) -> mx.array:
+    def _prefill(self, x: mx.array, routed: mx.array, weights: mx.array) -> mx.array:
         """Every expert of the chunk is read at most once, in file order, in waves.
 
         A wave fills one half of the arena while the other half's wave is computed. Rows are sorted by expert,
         so a wave is a range of rows; the sum over a token's experts is taken at the end, in the order the
         router gave them, so that it does not depend on where waves begin.
         """
-        if self._ahead is not None:
-            self._ahead.stop()
-            self._ahead.interrupt_timing()
+        self._decode.abandon()
+        if self._decode.ahead is not None:
+            self._decode.ahead.stop()
+            self._decode.ahead.interrupt_timing()
+        ids = self._decode.to_host(routed)
         tokens, top_k = ids.shape
         flat = ids.reshape(-1)
         order = np.argsort(flat, kind="stable")
