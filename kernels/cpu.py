@@ -26,7 +26,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -369,19 +370,30 @@ def _combiner() -> Callable[..., None]:
 # ---------------------------------------------------------------------------------------------- threads
 
 
-def _available_cpus() -> int:
+def _available_cpus() -> list[int]:
+    """The processors this process may use; where the system does not say which, as many as there are."""
     try:
-        return len(os.sched_getaffinity(0))
+        return sorted(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
-        return os.cpu_count() or 1
+        return list(range(os.cpu_count() or 1))
 
 
-THREADS = min(_available_cpus(), 16)
+CPUS = _available_cpus()
+THREADS = min(len(CPUS), 16)
 
 
 @lru_cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(THREADS, thread_name_prefix="flashmoe-cpu")
+    homes = iter(CPUS)
+
+    def settle() -> None:
+        # Linux wakes a thread where its waker runs: workers would share a core for a call's first milliseconds,
+        # which is most of it. With fewer threads than processors it has better choices than the first few.
+        if len(CPUS) == THREADS and hasattr(os, "sched_setaffinity"):
+            with suppress(OSError):  # the processor has been taken away since
+                os.sched_setaffinity(0, {next(homes)})  # 0: this thread alone
+
+    return ThreadPoolExecutor(THREADS, thread_name_prefix="flashmoe-cpu", initializer=settle)
 
 
 if hasattr(os, "register_at_fork"):  # a forked child has none of the pool's threads
@@ -389,23 +401,23 @@ if hasattr(os, "register_at_fork"):  # a forked child has none of the pool's thr
 
 
 def _split(work: Callable[[int, int], None], bounds: list[int]) -> None:
-    """Runs work(low, high) for every pair of neighbouring bounds on all threads, this one among them."""
-    pieces = iter([(a, b) for a, b in pairwise(bounds) if a < b])
-    if len(bounds) <= 2 or THREADS == 1:
+    """Runs work(low, high) for every pair of neighbouring bounds: on this thread if there is one, else on all of
+    the pool while this one sleeps, so that no worker finds its core taken."""
+    pieces = [(a, b) for a, b in pairwise(bounds) if a < b]
+    if len(pieces) <= 1 or THREADS == 1:
         for piece in pieces:
             work(*piece)
         return
+    shared = iter(pieces)  # next() on a list's iterator is atomic
 
     def drain() -> None:
-        for piece in pieces:  # one list iterator shared by all: next() on it is atomic
+        for piece in shared:
             work(*piece)
 
-    helpers = [_pool().submit(drain) for _ in range(min(THREADS, len(bounds) - 1) - 1)]
-    try:
-        drain()
-    finally:
-        for helper in helpers:
-            helper.result()
+    workers = [_pool().submit(drain) for _ in range(min(THREADS, len(pieces)))]
+    wait(workers)
+    for worker in workers:
+        worker.result()
 
 
 # ---------------------------------------------------------------------------------------------- the calls
