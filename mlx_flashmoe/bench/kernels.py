@@ -130,21 +130,23 @@ def _our_paths(slab: mx.array, layout: BlobLayout) -> dict[str, Path_]:
             ) from None
     gpu = import_module("mlx_flashmoe.kernels.gpu")
     backend = "metal" if mx.metal.is_available() else "cuda"
-    ffn = import_module(f"mlx_flashmoe.kernels.{backend}").expert_ffn
-    return {f"{backend} {f}": bind(ffn, formulation=f) for f in gpu.FORMULATIONS}
+    module = import_module(f"mlx_flashmoe.kernels.{backend}")
+    formulations = list(gpu.FORMULATIONS)
+    if module.LANGUAGE.prefer_matrix and gpu.supports_matrix(layout, mx.bfloat16):
+        formulations.append(gpu.MATRIX)
+    return {f"{backend} {f}": bind(module.expert_ffn, formulation=f) for f in formulations}
 
 
 def _memory_reader(slab: mx.array, nbytes: int) -> Callable[[], float]:
-    """A function that moves about ``nbytes`` through the memory and returns bytes per second."""
+    """A function that measures the memory and returns bytes per second; on a CPU it reads ``nbytes``."""
     if mx.default_device().type != mx.DeviceType.cpu:
-        source = slab.reshape(-1)[: max(1 << 26, nbytes // 4)]
+        source = slab.reshape(-1)[: 1 << 28]  # 1 GiB: launching takes no time beside it
         mx.eval(source)
 
         def copy() -> float:
             started = perf_counter()
-            for _ in range(CHAIN):
-                mx.eval(~source)
-            return 2 * source.nbytes * CHAIN / (perf_counter() - started)
+            mx.eval(~source)
+            return 2 * source.nbytes / (perf_counter() - started)
 
         return copy
 
