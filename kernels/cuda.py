@@ -38,7 +38,7 @@ const unsigned simdgroup = threadIdx.x / 32, lane = threadIdx.x % 32;
         tile=8,
         pair=2,
     ),
-    prefer_matrix=False,  # until it has been measured on a GPU
+    prefer_matrix=True,
 )
 
 expert_ffn = partial(gpu.expert_ffn, LANGUAGE)

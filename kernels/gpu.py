@@ -62,7 +62,7 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Language:
-    """What tells Metal from CUDA on this side. ``prefer_matrix``: MATRIX is taken wherever it serves."""
+    """What tells Metal from CUDA on this side. ``prefer_matrix``: MATRIX serves expert_rows where it can."""
 
     prelude: str
     positions: str
@@ -259,8 +259,8 @@ def _rows_kernels(language: Language, layout: BlobLayout, formulation: str) -> t
     )
 
 
-def best(language: Language, layout: BlobLayout, dtype: mx.Dtype) -> str:
-    """The formulation taken when none is asked for."""
+def best_for_rows(language: Language, layout: BlobLayout, dtype: mx.Dtype) -> str:
+    """The formulation expert_rows takes when none is asked for; expert_ffn always takes DEFAULT_FORMULATION."""
     if language.prefer_matrix and supports_matrix(layout, dtype):
         return MATRIX
     return DEFAULT_FORMULATION
@@ -279,13 +279,14 @@ def expert_ffn(
     """See :func:`mlx_flashmoe.kernels.expert_ffn`.
 
     Args:
-        formulation: one of FORMULATIONS, or on CUDA MATRIX where supports_matrix() is true; None takes best().
+        formulation: one of FORMULATIONS, or on CUDA MATRIX where supports_matrix() is true; None takes
+            DEFAULT_FORMULATION.
         launch: passed on to MLX's kernels (``verbose``, ``init_value``, ``stream``).
     """
     if not supports(layout):
         return reference.expert_ffn(x, slab, slots, weights, layout)
     tokens, top_k = slots.shape
-    formulation = formulation or best(language, layout, x.dtype)
+    formulation = formulation or DEFAULT_FORMULATION
     gate_up, down = _ffn_kernels(language, layout, formulation, top_k)
     t = language.tiling
     held = top_k * layout.intermediate_size
@@ -329,12 +330,12 @@ def expert_rows(
     """See :func:`mlx_flashmoe.kernels.expert_rows`. A row's arithmetic is the same whatever rows are beside it.
 
     Args:
-        formulation: DEFAULT_FORMULATION, or MATRIX as for expert_ffn; None takes best().
+        formulation: DEFAULT_FORMULATION, or MATRIX as for expert_ffn; None takes best_for_rows().
         launch: passed on to MLX's kernels.
     """
     if not supports(layout):
         return reference.expert_rows(x, slab, slots, layout)
-    formulation = formulation or best(language, layout, x.dtype)
+    formulation = formulation or best_for_rows(language, layout, x.dtype)
     t = language.tiling
     tiles = cut_into_tiles(np.asarray(slots), COLUMNS if formulation == MATRIX else t.tile)
     count = x.shape[0]

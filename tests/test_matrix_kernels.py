@@ -54,7 +54,7 @@ def test_ffn(language, tmp_path) -> None:
             places = np.array([7, 0, 3, 2**33 // layout.blob_size, 4], np.int32)
 
             def call(language, x, slab, slots, weights, layout=layout):
-                return gpu.expert_ffn(language, x, slab, slots, weights, layout)
+                return gpu.expert_ffn(language, x, slab, slots, weights, layout, gpu.MATRIX)
 
             launches = record(
                 language,
