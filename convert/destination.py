@@ -13,6 +13,7 @@ from types import TracebackType
 
 from mlx_flashmoe.errors import ConversionError
 from mlx_flashmoe.layout import MANIFEST, Manifest
+from mlx_flashmoe.sizes import show_size
 
 
 class Destination:
@@ -48,7 +49,7 @@ class Destination:
             free = shutil.disk_usage(existing).free
         if free < needed:
             raise ConversionError(
-                f"{folder}: the converted model needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free"
+                f"{folder}: the converted model needs {show_size(needed)}, but only {show_size(free)} are free"
             )
 
     def __enter__(self) -> Destination:

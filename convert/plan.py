@@ -13,6 +13,7 @@ from mlx_flashmoe.convert.families import Bound, Dense, Experts, Matrix
 from mlx_flashmoe.convert.safetensors import DTYPE_BITS, build_header
 from mlx_flashmoe.errors import ConversionError, SourceError
 from mlx_flashmoe.layout import BITS, GROUP_SIZES, PROJECTIONS, UNQUANTIZED, BlobLayout, Quantization
+from mlx_flashmoe.sizes import show_size
 
 DEFAULT = Quantization(4, 64)
 ROUTER = Quantization(8, 64)  # what mlx-lm gives routers and shared-expert gates, whatever was asked
@@ -168,7 +169,7 @@ def make_plan(bound: Bound, q_bits: int | None, q_group_size: int | None) -> Pla
     blobs = " and ".join(f"{size:,}" for size in sorted({layout.blob_size for layout in layouts}))
     notes.append(
         f"{len(layers)} layers of {bound.architecture.num_experts} experts, {described}, {blobs} bytes each: "
-        f"{plan.expert_bytes / 1e9:.2f} GB of experts, {plan.dense_bytes / 1e9:.2f} GB of everything else"
+        f"{show_size(plan.expert_bytes)} of experts, {show_size(plan.dense_bytes)} of everything else"
     )
     return plan
 

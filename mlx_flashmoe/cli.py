@@ -110,7 +110,7 @@ def _add_convert(commands: Any) -> None:
 def _convert(arguments: argparse.Namespace) -> int:
     from mlx_flashmoe import convert
     from mlx_flashmoe.console import ConversionProgress
-    from mlx_flashmoe.memory import show_size
+    from mlx_flashmoe.sizes import show_size
 
     with ConversionProgress() as display:
         made = convert(

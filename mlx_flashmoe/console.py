@@ -36,7 +36,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_flashmoe.generate import GenerationResponse
-from mlx_flashmoe.memory import show_size
+from mlx_flashmoe.sizes import show_size
 from mlx_flashmoe.tokenizer import THINK_END, THINK_START
 
 # Control characters other than newline and tab, drawn as their pictures: an answer must not steer the terminal.

@@ -88,6 +88,10 @@ def generate_step(
     if prompt.size == 0:
         raise RequestError("the prompt is empty; give at least one token")
     check_counts(max_tokens, prefill_step_size)
+    vocabulary = getattr(model, "vocab_size", None)
+    # On some devices a token beyond the embedding table reads whatever lies there.
+    if vocabulary is not None and bool(mx.any((prompt < 0) | (prompt >= vocabulary)).item()):
+        raise RequestError(f"the prompt has token ids outside 0 to {vocabulary - 1}, the model's vocabulary")
     if prefill_step_size is None:
         prefill_step_size = getattr(model, "prefill_chunk", PREFILL_STEP_SIZE)
     cache = model.make_cache() if prompt_cache is None else prompt_cache

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -74,6 +74,11 @@ class StreamingModel:
         return self.model(tokens, cache)
 
     @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return int(self.model.config.vocab_size)
+
+    @property
     def resident(self) -> bool:
         """Every expert is in memory: calls neither read nor wait for the router."""
         return self.arena.resident
@@ -103,7 +108,7 @@ def load(
     announce: Callable[[str], None] | None = None,
     read_ahead: bool = True,
 ) -> tuple[StreamingModel, Tokenizer]:
-    """Loads a converted folder.
+    """Loads a converted folder. One without a tokenizer.json loads too; its tokenizer raises when used.
 
     Args:
         path: what ``convert`` made.
@@ -159,11 +164,30 @@ def load(
     decode = Decode(arena, ReadAhead(arena) if read_ahead else None)
     model = arch.Model(settings, lambda layer: StreamedExperts(decode, layer), active)
     _load_dense(model, manifest, weights, cast, folder)
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = _load_tokenizer(folder)
     if plan.slots == plan.expert_bytes // plan.slot_bytes and len(manifest.layouts) == 1:
         arena.load_all()
     chunk = memory.prefill_chunk(arch.activation_bytes(settings, active, dtype))
     return StreamingModel(model, arena, plan, chunk), tokenizer
+
+
+class _NoTokenizer:
+    """Stands in for the tokenizer a folder does not have: the model can be called, text cannot be made."""
+
+    def __init__(self, error: FormatError):
+        self._error = error
+
+    def __getattr__(self, name: str) -> Any:
+        raise self._error
+
+
+def _load_tokenizer(folder: Path) -> Tokenizer:
+    try:
+        return Tokenizer.load(folder)
+    except FormatError as e:
+        if (folder / "tokenizer.json").exists():
+            raise
+        return cast(Tokenizer, _NoTokenizer(e))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_flashmoe.errors import MemoryPlanError
+from mlx_flashmoe.sizes import show_size
 
 # What a generation takes besides the named parts: activations of one chunk of a prompt, buffers MLX keeps for
 # reuse, the interpreter.
@@ -30,16 +31,6 @@ def parse_size(text: str | int) -> int:
     if not match or match[2] not in _UNITS:
         raise MemoryPlanError(f"--expert-memory {text!r} is not a size; give one like 8GB, or auto, or os")
     return int(float(match[1]) * _UNITS[match[2]])
-
-
-def show_size(n: float) -> str:
-    """A size for people: "6.75 MB", "209 GB" (powers of ten)."""
-    unit = "bytes"
-    for larger in ("kB", "MB", "GB"):
-        if n < 1000:
-            break
-        n, unit = n / 1000, larger
-    return f"{n:.0f} {unit}" if n >= 100 or unit == "bytes" else f"{n:.3g} {unit}"
 
 
 def memory_limit() -> int:

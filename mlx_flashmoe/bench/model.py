@@ -28,7 +28,7 @@ from mlx_flashmoe.errors import FlashMoEError, RequestError
 from mlx_flashmoe.experts.store import READ_THREADS, ExpertStore
 from mlx_flashmoe.generate import generate_step
 from mlx_flashmoe.loader import Stats, StreamingModel, load
-from mlx_flashmoe.memory import show_size
+from mlx_flashmoe.sizes import show_size
 
 WARM_UP_TOKENS = 3
 
@@ -81,7 +81,7 @@ def run(
         )
     console = Console()
     model, _ = load(folder, expert_memory, active_experts, announce=console.print, read_ahead=read_ahead)
-    vocabulary = model.model.config.vocab_size
+    vocabulary = model.vocab_size
     rng = np.random.default_rng(0)
     # Kernels are compiled at their first use: not part of anything measured.
     _answer(model, rng.integers(0, vocabulary, 40), WARM_UP_TOKENS)

@@ -1,0 +1,173 @@
+"""load: what it refuses, what it plans, and that a folder is used as the manifest says."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from checkpoints import Spec, write_checkpoint
+
+from mlx_flashmoe import convert, load
+from mlx_flashmoe.errors import FormatError, MemoryPlanError, RequestError
+from mlx_flashmoe.generate import generate_step
+from mlx_flashmoe.memory import Plan, parse_size, plan, prefill_chunk
+from mlx_flashmoe.sizes import show_size
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted model without a tokenizer."""
+    base = tmp_path_factory.mktemp("loader")
+    write_checkpoint(base / "source", Spec(), "fused")
+    (base / "source" / "tokenizer.json").unlink(missing_ok=True)
+    convert(base / "source", base / "model", q_bits=4, q_group_size=32)
+    return base / "model"
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    """One to damage."""
+    for path in folder.rglob("*"):
+        target = tmp_path / "model" / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            target.write_bytes(path.read_bytes())
+    return tmp_path / "model"
+
+
+def logits(path: Path, **options: object) -> np.ndarray:
+    model, _ = load(path, **options)  # type: ignore[arg-type]
+    return np.asarray(model(mx.array([[1, 2, 3, 4, 5]])))
+
+
+def test_a_folder_without_tokenizer_loads_and_says_so_when_text_is_wanted(folder: Path) -> None:
+    model, tokenizer = load(folder)
+    assert model(mx.array([[1, 2]])).shape[:2] == (1, 2)
+    with pytest.raises(FormatError, match=r"tokenizer\.json is missing"):
+        tokenizer.encode("hello")
+
+
+def test_expert_memory_changes_no_bit(folder: Path) -> None:
+    want = logits(folder)
+    for memory in ("os", "200kB", 150_000):
+        assert np.array_equal(logits(folder, expert_memory=memory), want)
+    assert np.array_equal(logits(folder, read_ahead=False, expert_memory="os"), want)
+
+
+def test_fewer_active_experts_is_another_answer(folder: Path) -> None:
+    assert not np.array_equal(logits(folder, active_experts=1), logits(folder))
+    for number in (0, 10_000):
+        with pytest.raises(MemoryPlanError, match=f"--active-experts {number}"):
+            load(folder, active_experts=number)
+
+
+def damage_manifest(path: Path, **changes: object) -> None:
+    manifest = json.loads((path / "flashmoe.json").read_text())
+    (path / "flashmoe.json").write_text(json.dumps({**manifest, **changes}))
+
+
+def test_damaged_folders_are_refused_by_name(copy: Path) -> None:
+    expert_file = copy / "experts" / "layer_001.bin"
+    whole = expert_file.read_bytes()
+    os.truncate(expert_file, len(whole) - 1)
+    with pytest.raises(FormatError, match=r"layer_001\.bin.*bytes, but should have"):
+        load(copy)
+    expert_file.unlink()
+    with pytest.raises(FormatError, match=r"layer_001\.bin.*is missing"):
+        load(copy)
+    expert_file.write_bytes(whole)
+    load(copy)
+    dense = next(copy.glob("*.safetensors"))
+    os.truncate(dense, dense.stat().st_size - 4)
+    with pytest.raises(FormatError, match=dense.name):
+        load(copy)
+
+
+def test_other_format_versions_and_no_model_at_all(copy: Path, tmp_path: Path) -> None:
+    damage_manifest(copy, format_version=99)
+    with pytest.raises(FormatError, match="format version 99"):
+        load(copy)
+    (copy / "flashmoe.json").unlink()
+    with pytest.raises(FormatError, match="is not a converted model"):
+        load(copy)
+    with pytest.raises(FormatError, match="no such folder"):
+        load(tmp_path / "nowhere")
+
+
+def test_config_and_manifest_must_agree(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    text = config.get("text_config", config)
+    text["num_experts"] += 1
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=r"config\.json says"):
+        load(copy)
+    (copy / "config.json").write_text("{")
+    with pytest.raises(FormatError, match=r"config\.json"):
+        load(copy)
+
+
+def test_token_ids_outside_the_vocabulary_are_refused(folder: Path) -> None:
+    model, _ = load(folder)
+    for bad in (-1, model.vocab_size):
+        with pytest.raises(RequestError, match="vocabulary"):
+            next(generate_step(mx.array([1, bad]), model))
+
+
+# --- The memory plan
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GB", 8 * 10**9), ("8GiB", 8 * 2**30), ("1.5 gb", 15 * 10**8), ("700mb", 7 * 10**8), (12345, 12345)],
+)
+def test_sizes(text: str | int, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "8XB", "-3GB", "GB", "eight"])
+def test_what_is_not_a_size(text: str) -> None:
+    with pytest.raises(MemoryPlanError, match="is not a size"):
+        parse_size(text)
+
+
+def test_sizes_for_people() -> None:
+    shown = [show_size(n) for n in (5, 1000, 6_750_000, 209e9, 7_077_888)]
+    assert shown == ["5 bytes", "1 kB", "6.75 MB", "209 GB", "7.08 MB"]
+
+
+def a_plan(expert_memory: str | int, limit: int, experts: int = 1000) -> Plan:
+    return plan(
+        expert_memory,
+        dense=10**9,
+        expert_bytes=experts * 10**7,
+        slot_bytes=10**7,
+        experts=experts,
+        active=10,
+        kv=10**8,
+        limit=limit,
+    )
+
+
+def test_plans_never_exceed_the_limit() -> None:
+    assert a_plan("auto", 10**11).slots == 1000
+    for limit in (2 * 10**9, 5 * 10**9, 10**10):
+        partial = a_plan("auto", limit)
+        assert 10 <= partial.slots < 1000 and partial.total <= limit
+    assert a_plan("3GB", 10**10).slots == 300
+    assert a_plan("os", 10**10).slots == 32
+    assert a_plan("900GB", 10**11).slots == 1000
+    for expert_memory, limit in (("auto", 10**9), ("9GB", 10**10), ("os", 1_700_000_000)):
+        with pytest.raises(MemoryPlanError, match="does not fit"):
+            a_plan(expert_memory, limit)
+    with pytest.raises(MemoryPlanError, match="give at least 100 MB"):
+        a_plan("50MB", 10**10)
+
+
+def test_chunks_are_whole_and_bounded() -> None:
+    assert prefill_chunk(10**9) == 64
+    assert prefill_chunk(1) == 4096
+    assert prefill_chunk(200_000) % 64 == 0
