@@ -337,7 +337,7 @@ def test_too_little_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 40, 0, 150_000))
     source = write_checkpoint(tmp_path / "source")
-    refused(source, tmp_path / "a/b/out", ConversionError, r"needs 0\.00 GB, but only 0\.00 GB are free")
+    refused(source, tmp_path / "a/b/out", ConversionError, r"needs 224 kB, but only 150 kB are free")
     assert not (tmp_path / "a").exists()
 
 
