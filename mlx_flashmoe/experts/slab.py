@@ -11,8 +11,11 @@ import threading
 from typing import Any, Protocol, cast
 
 import mlx.core as mx
+import numpy as np
 
+from mlx_flashmoe.errors import MemoryPlanError
 from mlx_flashmoe.experts import cuda
+from mlx_flashmoe.layout import PAGE
 
 
 class Slab(Protocol):
@@ -33,8 +36,13 @@ class UnifiedSlab:
     """Host and device share the memory: bytes are read where they are used."""
 
     def __init__(self, slots: int, slot_bytes: int):
-        self.array = mx.zeros((slots, slot_bytes // 4), dtype=mx.uint32)
-        mx.eval(self.array)
+        words = slot_bytes // 4
+        if mx.default_device() == mx.cpu and slots * words + PAGE // 4 < 2**31:
+            self.array = _aligned(slots, words)
+        else:
+            # A Metal buffer begins at a page by itself; and one dimension holds at most 2^31 elements.
+            self.array = mx.zeros((slots, words), dtype=mx.uint32)
+            mx.eval(self.array)
         self._slot_bytes = slot_bytes
         # An alias, not a copy: mlx exposes an evaluated array's memory, writable.
         self._memory = memoryview(cast(Any, self.array)).cast("B")
@@ -45,6 +53,25 @@ class UnifiedSlab:
 
     def finish(self, slot: int, start: int, stop: int) -> None:
         pass
+
+
+def _aligned(slots: int, words: int) -> mx.array:
+    """Zeros uint32 [slots, words] that begin at a page.
+
+    MLX's arrays on a CPU are aligned to 8 bytes only, and reading into them runs at two thirds of the speed.
+    """
+    whole = mx.zeros((slots * words + PAGE // 4,), dtype=mx.uint32)
+    mx.eval(whole)
+    skip = -_address(whole) % PAGE // 4
+    array = whole[skip : skip + slots * words].reshape(slots, words)
+    mx.eval(array)
+    if _address(array) != _address(whole) + 4 * skip:
+        raise MemoryPlanError("[UnifiedSlab] MLX has copied a slice that should share its array's memory")
+    return array
+
+
+def _address(array: mx.array) -> int:
+    return int(np.asarray(array).ctypes.data)
 
 
 class CudaSlab:
