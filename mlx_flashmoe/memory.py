@@ -133,9 +133,8 @@ def plan(
         MemoryPlanError: it does not fit; says what would.
     """
     limit = memory_limit() if limit is None else limit
-    least = min(
-        experts, max(active, 3)
-    )  # three waves in flight in prefill: one computed, one read, one spared
+    # In prefill three waves share the arena: one computed, one being read, one spared.
+    least = min(experts, max(active, 3))
     room = limit - dense - kv - WORKING_BYTES
     if expert_memory == "auto":
         if experts * slot_bytes <= room:
@@ -145,7 +144,8 @@ def plan(
             slots = max(least, min(experts, room // 2 // slot_bytes))
             reason = f"{100 * slots / experts:.0f}% of them; the rest of memory is left to the page cache"
     elif expert_memory == "os":
-        slots, reason = min(experts, max(least, 32)), "for the layer at work; the page cache keeps the rest"
+        slots = min(experts, max(least, min(32, room // slot_bytes)))
+        reason = "for the layer at work; the page cache keeps the rest"
     else:
         slots = min(experts, parse_size(expert_memory) // slot_bytes)
         reason = "as asked" if slots < experts else "all of them, as asked"
