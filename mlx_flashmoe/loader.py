@@ -147,13 +147,15 @@ def load(
         for name, w in weights.items()
         if mx.issubdtype(w.dtype, mx.floating)
     }
+    experts = sum(entry.num_experts for entry in manifest.layers)
     plan = memory.plan(
         expert_memory,
         dense=sum(w.size * cast.get(name, w.dtype).size for name, w in weights.items()),
         expert_bytes=manifest.expert_bytes,
         slot_bytes=max(manifest.layout_of(entry).blob_size for entry in manifest.layers),
-        experts=sum(entry.num_experts for entry in manifest.layers),
+        experts=experts,
         active=active,
+        largest_buffer=memory.largest_buffer(),
         kv=arch.kv_bytes(settings, PLANNED_CONTEXT, dtype),
     )
     if announce is not None:
@@ -165,7 +167,7 @@ def load(
     model = arch.Model(settings, lambda layer: StreamedExperts(decode, layer), active)
     _load_dense(model, manifest, weights, cast, folder)
     tokenizer = _load_tokenizer(folder)
-    if plan.slots == plan.expert_bytes // plan.slot_bytes and len(manifest.layouts) == 1:
+    if plan.slots == experts:
         arena.load_all()
     chunk = memory.prefill_chunk(arch.activation_bytes(settings, active, dtype))
     return StreamingModel(model, arena, plan, chunk), tokenizer

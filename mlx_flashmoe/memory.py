@@ -45,6 +45,14 @@ def memory_limit() -> int:
     return min(limits)
 
 
+def largest_buffer() -> int | None:
+    """Bytes of the largest array on the current device; None where nothing but memory limits it."""
+    if mx.default_device() != mx.gpu:
+        return None
+    length = mx.device_info().get("max_buffer_length")
+    return int(length) if length else None
+
+
 def _cgroup_limits() -> list[int]:
     """Memory limits of the control groups this process is in (version 1 and 2), and of their parents."""
     try:
@@ -118,6 +126,7 @@ def plan(
     active: int,
     kv: int,
     limit: int | None = None,
+    largest_buffer: int | None = None,
 ) -> Plan:
     """Decides how many slots the arena has.
 
@@ -128,6 +137,7 @@ def plan(
         experts: in the whole model.
         active: experts a token uses in a layer.
         limit: bytes there are; this machine's if None.
+        largest_buffer: bytes one array can have, where the device limits that: the arena is one.
 
     Raises:
         MemoryPlanError: it does not fit; says what would.
@@ -135,19 +145,25 @@ def plan(
     limit = memory_limit() if limit is None else limit
     # In prefill three waves share the arena: one computed, one being read, one spared.
     least = min(experts, max(active, 3))
+    most = experts if largest_buffer is None else min(experts, largest_buffer // slot_bytes)
     room = limit - dense - kv - WORKING_BYTES
     if expert_memory == "auto":
-        if experts * slot_bytes <= room:
+        if most == experts and experts * slot_bytes <= room:
             slots, reason = experts, "all of them fit"
         else:
             # Half for the arena, half left to the page cache.
-            slots = max(least, min(experts, room // 2 // slot_bytes))
+            slots = max(least, min(most, room // 2 // slot_bytes))
             reason = f"{100 * slots / experts:.0f}% of them; the rest of memory is left to the page cache"
     elif expert_memory == "os":
         slots = min(experts, max(least, min(32, room // slot_bytes)))
         reason = "for the layer at work; the page cache keeps the rest"
     else:
         slots = min(experts, parse_size(expert_memory) // slot_bytes)
+        if slots > most:
+            raise MemoryPlanError(
+                f"--expert-memory {expert_memory}: the device's largest buffer is "
+                f"{show_size(most * slot_bytes)}; give at most that"
+            )
         reason = "as asked" if slots < experts else "all of them, as asked"
         if slots < least:
             raise MemoryPlanError(

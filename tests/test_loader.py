@@ -168,6 +168,25 @@ def test_plans_never_exceed_the_limit() -> None:
         a_plan("50MB", 10**10)
 
 
+def test_one_array_is_no_larger_than_the_device_allows() -> None:
+    def capped(expert_memory: str) -> Plan:
+        return plan(
+            expert_memory,
+            dense=10**9,
+            expert_bytes=10**10,
+            slot_bytes=10**7,
+            experts=1000,
+            active=10,
+            kv=10**8,
+            limit=10**11,
+            largest_buffer=4 * 10**9,
+        )
+
+    assert capped("auto").slots == 400
+    with pytest.raises(MemoryPlanError, match="largest buffer is 4 GB"):
+        capped("5GB")
+
+
 def test_chunks_are_whole_and_bounded() -> None:
     assert prefill_chunk(10**9) == 64
     assert prefill_chunk(1) == 4096

@@ -1,0 +1,149 @@
+"""mlx-flashmoe beside mlx-lm on the same synthetic weights, at the layer shapes of Qwen3.5-397B-A17B.
+
+    python examples/against_mlx_lm.py --layers 4 --work DIR            needs 7.3 GB of disk a layer, and mlx-lm
+
+Each system runs in a process of its own, one after the other: mlx-lm with everything in memory, mlx-flashmoe likewise,
+and mlx-flashmoe with --expert-memory for the experts, at 10 and at 4 active experts. All are fed the same random
+tokens (a model of random weights would repeat itself, and with itself its experts). Medians of --repeats; the first
+run of everything compiles, and is left out. Page cache warm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import true_shapes
+from rich.console import Console
+from rich.table import Table
+
+SYSTEMS = {
+    "mlx-lm, all in memory": ("mlx-lm", None, None),
+    "mlx-lm, all in memory, 4 experts": ("mlx-lm", None, 4),
+    "all in memory": ("ours", "1000GB", None),
+    "streamed": ("ours", "asked", None),
+    "streamed, 4 experts": ("ours", "asked", 4),
+}
+
+
+def tokens(count: int, vocabulary: int) -> list[int]:
+    return np.random.default_rng(0).integers(0, vocabulary, count).tolist()
+
+
+def feeder(vocabulary: int) -> Callable[[mx.array], mx.array]:
+    """A sampler that pays no heed to the model."""
+    feed = iter(tokens(4096, vocabulary))
+    return lambda logprobs: mx.array([next(feed)])
+
+
+def decode_rate(steps: Iterator[Any]) -> float:
+    """Tokens a second, by the median over all but the first."""
+    next(steps)
+    took, last = [], time.perf_counter()
+    for _ in steps:
+        now = time.perf_counter()
+        took.append(now - last)
+        last = now
+    return 1 / statistics.median(took)
+
+
+def measure(system: str, memory: str | None, active: int | None, work: Path, args: Any) -> dict[str, Any]:
+    vocabulary = true_shapes.TRUE_VOCABULARY if args.vocabulary is None else args.vocabulary
+    prompt = mx.array([tokens(args.prompt, vocabulary)])
+    model: Any
+    generate_step: Any
+    if system == "mlx-lm":
+        from mlx_lm.generate import generate_step
+        from mlx_lm.utils import load_model
+
+        model, _ = load_model(work / "source")
+        if active is not None:
+            for layer in model.layers:
+                layer.mlp.top_k = active
+    else:
+        from mlx_flashmoe import load
+        from mlx_flashmoe.generate import generate_step
+
+        model, _ = load(work / "converted", args.expert_memory if memory == "asked" else memory, active)
+
+    def prefill() -> float:
+        if system == "ours" and not model.resident:
+            model.arena.clear()
+        cache = model.make_cache()
+        started = time.perf_counter()
+        model(prompt, cache=cache)
+        mx.eval([layer.state for layer in cache])
+        return args.prompt / (time.perf_counter() - started)
+
+    def decode() -> float:
+        start = mx.array(tokens(8, vocabulary))
+        return decode_rate(
+            generate_step(start, model, max_tokens=args.tokens + 1, sampler=feeder(vocabulary))
+        )
+
+    prefill(), decode()
+    mx.reset_peak_memory()
+    before = model.stats() if system == "ours" else None
+    prefills = [prefill() for _ in range(args.repeats)]
+    read = (model.stats() - before).reads / args.repeats if before is not None else 0
+    decodes = [decode() for _ in range(args.repeats)]
+    return {"prefill": prefills, "decode": decodes, "peak": mx.get_peak_memory(), "reads": read}
+
+
+def prepare(work: Path, args: Any) -> None:
+    from mlx_flashmoe import convert
+
+    vocabulary = true_shapes.TRUE_VOCABULARY if args.vocabulary is None else args.vocabulary
+    true_shapes.make_checkpoint(work / "source", args.layers, "mlx4", vocabulary)
+    convert(str(work / "source"), str(work / "converted"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocabulary", type=int)
+    parser.add_argument("--prompt", type=int, default=256, help="tokens")
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--expert-memory", default="4GiB")
+    parser.add_argument("--work", type=Path, help="folder for the weights; default: a temporary one")
+    parser.add_argument("--one", choices=SYSTEMS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(*SYSTEMS[args.one], args.work, args)))
+        return
+    work = Path(tempfile.mkdtemp(prefix="against-mlx-lm-", dir=args.work))
+    console = Console()
+    table = Table("system", "prompt tok/s", "answer tok/s", "peak GB", "experts read a prompt", box=None)
+    try:
+        prepare(work, args)
+        for name in SYSTEMS:
+            command = [sys.executable, __file__, *sys.argv[1:], "--work", str(work), "--one", name]
+            result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            figures = json.loads(result.stdout.splitlines()[-1])
+            console.print(name, figures)
+            table.add_row(
+                name,
+                f"{statistics.median(figures['prefill']):.0f}",
+                f"{statistics.median(figures['decode']):.1f}",
+                f"{figures['peak'] / 1e9:.1f}",
+                f"{figures['reads']:.0f}",
+            )
+    finally:
+        shutil.rmtree(work)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
