@@ -50,14 +50,14 @@ def print_error(message: str) -> None:
 
 
 def print_note(message: str) -> None:
-    """A remark on stderr, in one line."""
-    _print_line(message, "dim", len(message))
+    """A remark on stderr: in one line, which a terminal breaks between words."""
+    _print_line(message, "dim", len(message), soft_wrap=not sys.stderr.isatty())
 
 
-def _print_line(message: str, style: str, styled: int) -> None:
+def _print_line(message: str, style: str, styled: int, soft_wrap: bool = True) -> None:
     line = Text(" ".join(message.split("\n")).translate(_CONTROL))
     line.stylize(style, 0, styled)
-    Console(stderr=True, soft_wrap=True).print(line)
+    Console(stderr=True, soft_wrap=soft_wrap).print(line)
 
 
 def _digits(number: float) -> str:
@@ -89,6 +89,11 @@ def figures(
     if width is not None and len(line) > width:
         line = (
             f"prompt {prompt} at {prompt_tps}/s · answer {answer}{f' at {tps}/s' if tps else ''} · "
+            f"read {read}{hit} · peak {peak}"
+        )
+    if width is not None and len(line) > width:
+        line = (
+            f"{prompt} + {answer} tokens at {prompt_tps}{f' and {tps}' if tps else ''}/s · "
             f"read {read}{hit} · peak {peak}"
         )
     return line

@@ -251,7 +251,9 @@ def test_on_a_terminal_the_answer_is_drawn(model: Path) -> None:
     text = out.decode(errors="replace")
     assert "Thinking" in text and "Traceback" not in text
     last = " ".join(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).split())
-    assert re.search(r" prompt \d+ at \S+/s · answer \d+ at \S+/s · read .* · peak \S+ MB$", last)
+    assert re.search(
+        r" \d+ \+ \d+ tokens at \S+ and \S+/s · read .* · peak \S+ MB$| prompt \d+ at .* MB$", last
+    )
     assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l")  # the cursor is back
 
 

@@ -286,6 +286,8 @@ def test_figures_are_one_line() -> None:
     short = figures(response(), 1_350_000_000, 710, 290, width=80)
     assert short == "prompt 23 at 120/s · answer 214 at 5.21/s · read 1.35 GB, 71% hits · peak 6.1 GB"
     assert len(short) <= 80
+    long = figures(response(prompt=12345, answer=2140), 135_000_000_000, 710, 290, width=80)
+    assert long == "12345 + 2140 tokens at 120 and 5.21/s · read 135 GB, 71% hits · peak 6.1 GB"
     # One token has no rate, and a model without routed experts no hit rate.
     assert figures(response(answer=1, tps=0.0), 0, 0, 0) == (
         "prompt 23 tokens, 120 tok/s · generation 1 tokens · experts read 0 bytes · peak memory 6.1 GB"
