@@ -30,7 +30,7 @@ from rich.table import Table
 
 SYSTEMS = {
     "mlx-lm, all in memory": ("mlx-lm", None, None),
-    "mlx-lm, all in memory, 4 experts": ("mlx-lm", None, 4),
+    "mlx-lm, 4 experts": ("mlx-lm", None, 4),
     "all in memory": ("ours", "1000GB", None),
     "streamed": ("ours", "asked", None),
     "streamed, 4 experts": ("ours", "asked", 4),
@@ -125,7 +125,7 @@ def main() -> None:
         return
     work = Path(tempfile.mkdtemp(prefix="against-mlx-lm-", dir=args.work))
     console = Console()
-    table = Table("system", "prompt tok/s", "answer tok/s", "peak GB", "experts read a prompt", box=None)
+    table = Table("system", "prompt tok/s", "answer tok/s", "peak GB", "reads a prompt", box=None)
     try:
         prepare(work, args)
         for name in SYSTEMS:
