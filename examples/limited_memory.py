@@ -31,15 +31,14 @@ WORKER = """
 import json, statistics, sys, time
 import mlx.core as mx, numpy as np
 from mlx_flashmoe import load
+from mlx_flashmoe.generate import prefill
 model, _ = load(sys.argv[1], expert_memory=sys.argv[2])
 rng = np.random.default_rng(0)
 prompt = mx.array(rng.integers(0, model.vocab_size, int(sys.argv[3])))
 feed = rng.integers(0, model.vocab_size, int(sys.argv[4])).tolist()
 cache = model.make_cache()
 chosen, took = [], []
-for start in range(0, prompt.size, model.prefill_chunk):
-    model(prompt[None, start : start + model.prefill_chunk], cache)
-    mx.eval([layer.state for layer in cache])
+prefill(model, prompt, cache, model.prefill_chunk)
 before = model.stats()
 for token in feed:
     started = time.perf_counter()

@@ -185,7 +185,7 @@ from mlx_flashmoe import load
 from mlx_flashmoe.generate import generate_step
 model, _ = load(sys.argv[1], expert_memory=sys.argv[2])
 cache = model.make_cache()
-prompt = np.random.default_rng(0).integers(0, model.model.config.vocab_size, int(sys.argv[3]))
+prompt = np.random.default_rng(0).integers(0, model.vocab_size, int(sys.argv[3]))
 started = time.perf_counter()
 tokens = [token for token, _ in generate_step(mx.array(prompt), model, max_tokens=8, prompt_cache=cache)]
 seconds = time.perf_counter() - started

@@ -6,18 +6,10 @@ Kernels are made at first use: without CUDA, MLX refuses to make them, and this 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 
 from mlx_flashmoe.kernels import gpu
-
-
-def _make(name: str, inputs: list[str], outputs: list[str], source: str, header: str) -> Any:
-    return mx.fast.cuda_kernel(
-        name=name, input_names=inputs, output_names=outputs, source=source, header=header
-    )
-
 
 LANGUAGE = gpu.Language(
     prelude="prelude.cuh",
@@ -25,7 +17,7 @@ LANGUAGE = gpu.Language(
 const uint3 group = blockIdx;
 const unsigned simdgroup = threadIdx.x / 32, lane = threadIdx.x % 32;
 """,
-    make_kernel=_make,
+    make_kernel=mx.fast.cuda_kernel,
     # 40 KiB of shared memory hold the inputs of ten experts of the 397B at once.
     tiling=gpu.Tiling(
         gate_simdgroups=4,

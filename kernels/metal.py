@@ -7,18 +7,10 @@ used, so that two threadgroups fit a core.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 
 from mlx_flashmoe.kernels import gpu
-
-
-def _make(name: str, inputs: list[str], outputs: list[str], source: str, header: str) -> Any:
-    return mx.fast.metal_kernel(
-        name=name, input_names=inputs, output_names=outputs, source=source, header=header
-    )
-
 
 LANGUAGE = gpu.Language(
     prelude="prelude.metal",
@@ -26,7 +18,7 @@ LANGUAGE = gpu.Language(
 const uint3 group = threadgroup_position_in_grid;
 const unsigned simdgroup = simdgroup_index_in_threadgroup, lane = thread_index_in_simdgroup;
 """,
-    make_kernel=_make,
+    make_kernel=mx.fast.metal_kernel,
     tiling=gpu.Tiling(
         gate_simdgroups=8,
         gate_rows=2,

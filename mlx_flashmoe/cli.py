@@ -139,7 +139,7 @@ def _add_generate(commands: Any) -> None:
         description="Answer one prompt with a converted model. On a terminal the answer is drawn as it comes; "
         "in a pipe it is the plain text, and the figures go to stderr.",
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="a folder that convert has written")
+    _add_model_flags(parser)
     parser.add_argument(
         "--prompt", "-p", required=True, metavar="TEXT", help="the prompt; - reads it from stdin"
     )
@@ -187,7 +187,6 @@ def _add_generate(commands: Any) -> None:
         help="make the last 20 tokens less likely to come again; 1 changes nothing (default: off)",
     )
     parser.add_argument("--seed", type=int, metavar="S", help="makes sampling reproducible")
-    _add_memory_flags(parser)
     parser.add_argument(
         "--prefill-step-size",
         type=int,
@@ -210,7 +209,8 @@ def _add_generate(commands: Any) -> None:
     parser.set_defaults(run=_generate)
 
 
-def _add_memory_flags(parser: argparse.ArgumentParser) -> None:
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="a folder that convert has written")
     parser.add_argument(
         "--expert-memory",
         default="auto",
@@ -356,7 +356,7 @@ def _add_bench_model(benches: Any) -> None:
         description="Time a converted model on random prompts: with nothing in memory (cold), with the files in "
         "the page cache (warm), and while answering; beside plain reads of the same files.",
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="a folder that convert has written")
+    _add_model_flags(parser)
     parser.add_argument(
         "--prompts",
         type=int,
@@ -368,7 +368,6 @@ def _add_bench_model(benches: Any) -> None:
     parser.add_argument(
         "--tokens", type=int, default=48, metavar="N", help="tokens of an answer (default: %(default)s)"
     )
-    _add_memory_flags(parser)
     parser.add_argument(
         "--no-read-ahead", action="store_true", help="never read the next layer's likely experts in advance"
     )

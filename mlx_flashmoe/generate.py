@@ -55,6 +55,27 @@ def check_counts(max_tokens: int, prefill_step_size: int | None) -> None:
         )
 
 
+def prefill(
+    model: Any,
+    tokens: mx.array,
+    cache: list[Any],
+    step_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Fills ``cache`` with tokens [N], in chunks; their logits, [N, V] floats, are never computed.
+
+    Args:
+        progress: called with the tokens done, after each chunk.
+    """
+    for start in range(0, tokens.size, step_size):
+        stop = min(start + step_size, tokens.size)
+        model(tokens[None, start:stop], cache)
+        mx.eval([layer.state for layer in cache])
+        mx.clear_cache()
+        if progress is not None:
+            progress(stop)
+
+
 def generate_step(
     prompt: mx.array,
     model: Any,
@@ -99,14 +120,9 @@ def generate_step(
     progress = prompt_progress_callback or (lambda done, total: None)
     total = prompt.size
 
-    # All but the last prompt token only fill the cache: their logits, [T, V] floats, are never computed.
     progress(0, total)
-    for start in range(0, total - 1, prefill_step_size):
-        stop = min(start + prefill_step_size, total - 1)
-        model(prompt[None, start:stop], cache)
-        mx.eval([layer.state for layer in cache])
-        mx.clear_cache()
-        progress(stop, total)
+    # The last token's logits are wanted; it goes through the model by itself.
+    prefill(model, prompt[:-1], cache, prefill_step_size, lambda done: progress(done, total))
 
     tokens = prompt  # so far; only what logits processors look at
 

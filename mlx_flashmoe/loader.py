@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -142,7 +142,7 @@ def load(
 
     store = ExpertStore(folder, manifest)
     weights = _open_dense(folder, manifest)
-    cast = {
+    dtypes = {
         name: mx.float32 if arch.Model.keep_float32(name) else dtype
         for name, w in weights.items()
         if mx.issubdtype(w.dtype, mx.floating)
@@ -150,8 +150,7 @@ def load(
     experts = sum(entry.num_experts for entry in manifest.layers)
     plan = memory.plan(
         expert_memory,
-        dense=sum(w.size * cast.get(name, w.dtype).size for name, w in weights.items()),
-        expert_bytes=manifest.expert_bytes,
+        dense=sum(w.size * dtypes.get(name, w.dtype).size for name, w in weights.items()),
         slot_bytes=max(manifest.layout_of(entry).blob_size for entry in manifest.layers),
         experts=experts,
         active=active,
@@ -165,7 +164,7 @@ def load(
     arena = SlotArena(store, plan.slots)
     decode = Decode(arena, ReadAhead(arena) if read_ahead else None)
     model = arch.Model(settings, lambda layer: StreamedExperts(decode, layer), active)
-    _load_dense(model, manifest, weights, cast, folder)
+    _load_dense(model, manifest, weights, dtypes, folder)
     tokenizer = _load_tokenizer(folder)
     if plan.slots == experts:
         arena.load_all()
@@ -235,19 +234,19 @@ def _load_dense(
     model: nn.Module,
     manifest: Manifest,
     weights: dict[str, mx.array],
-    cast: dict[str, mx.Dtype],
+    dtypes: dict[str, mx.Dtype],
     folder: Path,
 ) -> None:
     """Fills the module tree. Tensor by tensor, so that no second copy of the dense part ever exists."""
-    quantize(model, {path: (q.bits, q.group_size) for path, q in manifest.dense_quantization.items()})
+    quantize(model, {path: asdict(q) for path, q in manifest.dense_quantization.items()})
     try:
         model.load_weights(list(weights.items()), strict=True)
     except ValueError as e:
         raise FormatError(f"{folder}: the dense part does not match config.json: {e}") from None
     for name in list(weights):
         w = weights.pop(name)
-        if name in cast and w.dtype != cast[name]:
-            w = w.astype(cast[name])
+        if name in dtypes and w.dtype != dtypes[name]:
+            w = w.astype(dtypes[name])
             model.load_weights([(name, w)], strict=False)
         mx.eval(w)
     model.eval()

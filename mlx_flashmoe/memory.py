@@ -95,7 +95,6 @@ class Plan:
     dense: int
     slots: int
     slot_bytes: int
-    expert_bytes: int
     kv: int
     limit: int
     reason: str
@@ -120,7 +119,6 @@ def plan(
     expert_memory: str | int,
     *,
     dense: int,
-    expert_bytes: int,
     slot_bytes: int,
     experts: int,
     active: int,
@@ -132,7 +130,7 @@ def plan(
 
     Args:
         expert_memory: a size, "os" (slots only for the layer at work; the page cache does the rest), or "auto".
-        dense, expert_bytes, kv: bytes of the dense part in memory, of all experts, of the KV cache.
+        dense, kv: bytes of the dense part in memory, of the KV cache.
         slot_bytes: bytes of one slot.
         experts: in the whole model.
         active: experts a token uses in a layer.
@@ -170,7 +168,7 @@ def plan(
                 f"--expert-memory {expert_memory} holds {slots} experts of {show_size(slot_bytes)}, but a layer "
                 f"at work needs {least}: give at least {show_size(least * slot_bytes)}"
             )
-    result = Plan(dense, int(slots), slot_bytes, expert_bytes, kv, limit, reason)
+    result = Plan(dense, int(slots), slot_bytes, kv, limit, reason)
     if result.total > limit:
         raise MemoryPlanError(
             f"{result}: does not fit; the dense part and {least} experts need "

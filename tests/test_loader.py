@@ -143,7 +143,6 @@ def a_plan(expert_memory: str | int, limit: int, experts: int = 1000) -> Plan:
     return plan(
         expert_memory,
         dense=10**9,
-        expert_bytes=experts * 10**7,
         slot_bytes=10**7,
         experts=experts,
         active=10,
@@ -173,7 +172,6 @@ def test_one_array_is_no_larger_than_the_device_allows() -> None:
         return plan(
             expert_memory,
             dense=10**9,
-            expert_bytes=10**10,
             slot_bytes=10**7,
             experts=1000,
             active=10,

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from mlx_flashmoe.errors import FlashMoEError, RequestError
 from mlx_flashmoe.experts.store import READ_THREADS, ExpertStore
-from mlx_flashmoe.generate import generate_step
+from mlx_flashmoe.generate import generate_step, prefill
 from mlx_flashmoe.loader import Stats, StreamingModel, load
 from mlx_flashmoe.sizes import show_size
 
@@ -146,11 +146,9 @@ def _phase(
 def _prompt(model: StreamingModel, prompt: np.ndarray, name: str) -> Phase:
     """All of a prompt, in the chunks that generate would use."""
     cache = model.make_cache()
-    tokens = mx.array(prompt[None])
+    tokens = mx.array(prompt)
     before, started = model.stats(), perf_counter()
-    for start in range(0, prompt.size, model.prefill_chunk):
-        model(tokens[:, start : start + model.prefill_chunk], cache)
-        mx.eval([layer.state for layer in cache])
+    prefill(model, tokens, cache, model.prefill_chunk)
     seconds = perf_counter() - started
     spent = model.stats() - before
     return _phase(model, name, prompt.size, prompt.size, seconds, prompt.size / seconds, spent)

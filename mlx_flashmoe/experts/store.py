@@ -53,7 +53,7 @@ class ReadRequest:
 class _LayerFile:
     fd: int
     path: Path
-    blob_size: int
+    layout: BlobLayout
     num_experts: int
 
 
@@ -129,13 +129,13 @@ class ExpertStore:
         manifest: its manifest, already loaded.
 
     Attributes:
+        layers: the layers that have experts, ascending.
         bytes_read, reads: what has been read so far, successfully.
         busy_seconds: time during which anything was being read.
     """
 
     def __init__(self, folder: str | os.PathLike[str], manifest: Manifest):
         self._files: dict[int, _LayerFile] = {}
-        self._layouts: dict[int, BlobLayout] = {}
         self._lock = threading.Lock()
         self.bytes_read = 0
         self.reads = 0
@@ -152,19 +152,14 @@ class ExpertStore:
                     raise FormatError(
                         f"{path} (layer {entry.layer}) cannot be opened: {e.strerror}"
                     ) from None
-                self._files[entry.layer] = _LayerFile(fd, path, layout.blob_size, entry.num_experts)
-                self._layouts[entry.layer] = layout
+                self._files[entry.layer] = _LayerFile(fd, path, layout, entry.num_experts)
         except BaseException:
             self.close()
             raise
-
-    @property
-    def layers(self) -> list[int]:
-        """The layers that have experts, ascending."""
-        return sorted(self._files)
+        self.layers = sorted(self._files)
 
     def layout(self, layer: int) -> BlobLayout:
-        return self._layouts[layer]
+        return self._files[layer].layout
 
     def path(self, layer: int) -> Path:
         """The layer's expert file."""
@@ -184,7 +179,7 @@ class ExpertStore:
 
     def spans(self, layer: int, requests: int) -> list[tuple[int, int]]:
         """The byte ranges a blob of ``layer`` is read in when there are so many ``requests``."""
-        size = self._layouts[layer].blob_size
+        size = self._files[layer].layout.blob_size
         parts = max(1, min(READ_THREADS // requests, size // LEAST_PART))
         pages = size // PAGE
         bounds = [pages * i // parts * PAGE for i in range(parts + 1)]
@@ -197,7 +192,8 @@ class ExpertStore:
         if not 0 <= request.expert < file.num_experts:
             raise ReadError(f"{what}: the layer has only {file.num_experts} experts")
         into = slab.begin(request.slot, start, stop)
-        offset, done = request.expert * file.blob_size + start, 0
+        size = file.layout.blob_size
+        offset, done = request.expert * size + start, 0
         while start + done < stop:
             try:
                 n = os.preadv(file.fd, [into[done:]], offset + done)
@@ -205,7 +201,7 @@ class ExpertStore:
                 raise ReadError(f"{what}: reading failed: {e.strerror or e}") from e
             if n <= 0:
                 raise ReadError(
-                    f"{what}: the file ends after {start + done} of the blob's {file.blob_size} bytes; "
+                    f"{what}: the file ends after {start + done} of the blob's {size} bytes; "
                     "it was truncated or replaced: convert the checkpoint again"
                 )
             done += n

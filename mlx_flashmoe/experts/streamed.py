@@ -112,7 +112,7 @@ class StreamedExperts(nn.Module):
     def _prefill(self, x: mx.array, routed: mx.array, weights: mx.array) -> mx.array:
         """Every expert of the chunk is read at most once, in file order, in waves.
 
-        A wave fills one half of the arena while the other half's wave is computed. Rows are sorted by expert,
+        A wave is read while the one before it is computed. Rows are sorted by expert,
         so a wave is a range of rows; the sum over a token's experts is taken at the end, in the order the
         router gave them, so that it does not depend on where waves begin.
         """

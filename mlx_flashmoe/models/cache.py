@@ -5,19 +5,36 @@ from __future__ import annotations
 import mlx.core as mx
 
 
-class KVCache:
-    """Keys and values of a full-attention layer; grows in steps, so that appending rarely copies.
+class Cache:
+    """What every layer's cache has.
 
     Attributes:
-        offset: tokens held.
+        offset: tokens seen.
     """
+
+    offset = 0
+
+    def _arrays(self) -> tuple[mx.array | None, ...]:
+        raise NotImplementedError
+
+    @property
+    def state(self) -> list[mx.array]:
+        """The arrays held: evaluate them to finish the work that fills the cache."""
+        return [a for a in self._arrays() if a is not None]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in self.state)
+
+
+class KVCache(Cache):
+    """Keys and values of a full-attention layer; grows in steps, so that appending rarely copies."""
 
     step = 256
 
     def __init__(self) -> None:
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
-        self.offset = 0
 
     def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Appends keys and values [B, heads, T, head_dim] and returns all of them."""
@@ -36,38 +53,21 @@ class KVCache:
         room = -(-end // self.step) * self.step - self.offset
         return mx.concatenate([have, mx.zeros((batch, heads, room, dim), dtype=new.dtype)], axis=2)
 
-    @property
-    def state(self) -> list[mx.array]:
-        """The arrays held: evaluate them to finish the work that fills the cache."""
-        return [a for a in (self.keys, self.values) if a is not None]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(a.nbytes for a in self.state)
+    def _arrays(self) -> tuple[mx.array | None, ...]:
+        return self.keys, self.values
 
 
-class RecurrentCache:
+class RecurrentCache(Cache):
     """The state of a gated delta net layer: of constant size whatever the number of tokens.
 
     Attributes:
         conv: the last inputs of the convolution, [B, kernel - 1, channels].
         recurrent: the fast weights, float32 [B, value heads, value dim, key dim].
-        offset: tokens seen.
     """
 
     def __init__(self) -> None:
         self.conv: mx.array | None = None
         self.recurrent: mx.array | None = None
-        self.offset = 0
 
-    @property
-    def state(self) -> list[mx.array]:
-        """The arrays held: evaluate them to finish the work that fills the cache."""
-        return [a for a in (self.conv, self.recurrent) if a is not None]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(a.nbytes for a in self.state)
-
-
-Cache = KVCache | RecurrentCache
+    def _arrays(self) -> tuple[mx.array | None, ...]:
+        return self.conv, self.recurrent

@@ -23,20 +23,13 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
         return quantized_matmul(x, self.weight, self.scales, self.biases, self.group_size, self.bits)
 
 
-def quantize(model: nn.Module, modules: dict[str, tuple[int, int]]) -> None:
+def quantize(model: nn.Module, modules: dict[str, dict[str, int]]) -> None:
     """Replaces the named Linear and Embedding modules by quantized ones, to be filled with weights.
 
     Args:
-        modules: path -> (bits, group size).
+        modules: path -> {"bits", "group_size"}.
     """
-
-    def settings(path: str, module: nn.Module) -> bool | dict[str, int]:
-        if path not in modules:
-            return False
-        bits, group_size = modules[path]
-        return {"bits": bits, "group_size": group_size}
-
-    nn.quantize(model, class_predicate=settings)
+    nn.quantize(model, class_predicate=lambda path, module: modules.get(path, False))
     ours: dict[type, type] = {nn.QuantizedLinear: QuantizedLinear, nn.QuantizedEmbedding: QuantizedEmbedding}
     for _, module in model.named_modules():
         if type(module) in ours:
