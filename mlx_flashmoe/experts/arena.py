@@ -24,7 +24,7 @@ from mlx_flashmoe.errors import MemoryPlanError, ReadError
 from mlx_flashmoe.experts.policy import LRFU, Policy
 from mlx_flashmoe.experts.slab import make_slab
 from mlx_flashmoe.experts.store import ExpertStore, PendingReads, ReadRequest
-from mlx_flashmoe.experts.table import SlotTable
+from mlx_flashmoe.experts.table import make_table
 
 # Outputs remembered at most; older ones are evaluated (nearly always long since done) and forgotten.
 MAX_PENDING = 64
@@ -72,7 +72,7 @@ class SlotArena:
 
     Attributes:
         slot_of: int32 [layer rows, experts], -1 where an expert is not resident.
-        table: the same, for the device to look slots up in.
+        table: the same, where the device can look slots up.
         resident: every expert of the model is in its slot, for good (``load_all``).
         hits, misses: routed experts found resident and not, since the start.
         routing_seconds, reading_seconds: spent waiting for routers' choices and for reads, since the start.
@@ -91,7 +91,7 @@ class SlotArena:
         self.policy = policy or LRFU(rows, experts)
         self.slot_bytes = max(store.layout(layer).blob_size for layer in store.layers)
         self._slab = make_slab(self.capacity, self.slot_bytes)
-        self.table = SlotTable(rows, experts)
+        self.table = make_table(rows, experts)
         self.slot_of = self.table.host
         self._owner_row = np.full(self.capacity, -1, dtype=np.int32)
         self._owner_expert = np.full(self.capacity, -1, dtype=np.int32)

@@ -1,11 +1,18 @@
-"""What a discrete CUDA GPU needs to get bytes into its own memory without MLX's managed memory."""
+"""What a discrete CUDA GPU needs to get bytes in and small results out without MLX's managed memory.
+
+MLX hands a device array to the host by moving it to managed memory, whose pages then fault to and fro; for the
+few bytes of a router's choice that costs more than the choice. Pinned memory, which both sides see, does not.
+"""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from functools import cache
 from typing import Any, cast
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_flashmoe.errors import MemoryPlanError
 
@@ -31,6 +38,65 @@ def device_address(array: mx.array) -> int:
         output_dtypes=[mx.uint64],
     )
     return int(address.item())
+
+
+class HostCopy:
+    """Brings small integer arrays to the host, through pinned memory. One at a time.
+
+    Args:
+        most: elements an array has at most; larger ones go MLX's own way.
+    """
+
+    def __init__(self, most: int = 4096):
+        self._most = most
+        self._pinned = Runtime().pinned(4 * most)
+        self._host = np.frombuffer(self._pinned.view, dtype=np.int32)
+        self._address = address_array(self._pinned.address)
+
+    def __call__(self, array: mx.array) -> Callable[[], np.ndarray]:
+        """Starts computing an array of 32-bit integers; the result waits for it and gives its values.
+
+        No other may be started before that.
+        """
+        if array.size > self._most:
+            mx.async_eval(array)
+            return lambda: np.asarray(array).astype(np.int32)
+        (done,) = _export_kernel()(
+            inputs=[array, self._address],
+            template=[("N", array.size)],
+            grid=(array.size, 1, 1),
+            threadgroup=(min(array.size, 256), 1, 1),
+            output_shapes=[(1,)],
+            output_dtypes=[mx.int32],
+        )
+        mx.async_eval(done)
+
+        def values() -> np.ndarray:
+            mx.eval(done)
+            return self._host[: array.size].reshape(array.shape).copy()
+
+        return values
+
+
+def address_array(address: int) -> mx.array:
+    """uint64 [1], in the device's own memory: how a kernel is told of memory that is not an MLX array."""
+    array = mx.array([address], dtype=mx.uint64) + mx.array([0], dtype=mx.uint64)
+    mx.eval(array)
+    return array
+
+
+@cache
+def _export_kernel() -> Any:
+    return mx.fast.cuda_kernel(
+        name="flashmoe_export",
+        input_names=["values", "address"],
+        output_names=["done"],
+        source="""
+const int i = blockIdx.x * blockDim.x + threadIdx.x;
+if (i < N) reinterpret_cast<int*>(address[0])[i] = values[i];
+if (i == 0) done[0] = 1;
+""",
+    )
 
 
 class Pinned:

@@ -1,10 +1,9 @@
 """Decode: a layer's choice of experts comes to the host one layer late, while the next layer is being built.
 
 A layer's experts can be built on before they are known or read, because their slots are looked up when the
-graph is computed. So on Metal the wait for a layer's ids, the reading of what is missing, and only then the
+graph is computed. So on a GPU the wait for a layer's ids, the reading of what is missing, and only then the
 computing of what was built, happen when the *next* layer has its own ids ready to ask for: building a layer
-costs no GPU time. Nothing is deferred on the CPU, whose kernels compute at once, and on CUDA, where the slots
-are looked up in a copy.
+costs no GPU time. On the CPU, whose kernels compute at once, nothing is deferred.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from mlx_flashmoe.experts import cuda
 from mlx_flashmoe.experts.ahead import ReadAhead
 from mlx_flashmoe.experts.arena import SlotArena
 
@@ -25,7 +25,7 @@ class _Choice:
     """A layer's ids on their way to the host: [1, K], or [2, K] with a guess at the next layer's below."""
 
     layer: int
-    ids: mx.array
+    ids: Callable[[], np.ndarray]
     output: mx.array | None = None
 
 
@@ -40,7 +40,8 @@ class Decode:
     def __init__(self, arena: SlotArena, ahead: ReadAhead | None = None):
         self.arena = arena
         self.ahead = ahead
-        self.deferred = bool(mx.default_device() == mx.gpu) and arena.table.shared
+        self.deferred = bool(mx.default_device() == mx.gpu)
+        self._to_host = cuda.HostCopy() if cuda.is_current() else host_view
         self._pending: _Choice | None = None
 
     def step(
@@ -68,8 +69,7 @@ class Decode:
         self.settle()
         if likely is not None:
             ids = mx.concatenate([ids, likely.reshape(1, -1)])
-        choice = _Choice(layer, ids)
-        mx.async_eval(ids)
+        choice = _Choice(layer, self._to_host(ids))
         if self.deferred and layer != layers[-1]:
             choice.output = build()
             self._pending = choice
@@ -92,15 +92,18 @@ class Decode:
 
     def to_host(self, ids: mx.array) -> np.ndarray:
         """An integer array's values, evaluated; the time it takes is counted as routing."""
+        return self._timed(self._to_host(ids))
+
+    def _timed(self, ids: Callable[[], np.ndarray]) -> np.ndarray:
         started = time.perf_counter()
-        host = np.asarray(ids)  # the layer's one synchronisation
+        host = ids()  # the layer's one synchronisation
         self.arena.routing_seconds += time.perf_counter() - started
         return host
 
     def _bring(self, choice: _Choice) -> np.ndarray:
         """Makes a choice's experts resident; their slots."""
         arena, ahead = self.arena, self.ahead
-        ids = self.to_host(choice.ids)
+        ids = self._timed(choice.ids)
         if ahead is not None:
             ahead.stop()
         if not arena.touch(choice.layer, ids[0]):
@@ -109,3 +112,9 @@ class Decode:
         if ahead is not None and len(ids) > 1:
             ahead.start(choice.layer + 1, ids[1], slots)
         return slots
+
+
+def host_view(array: mx.array) -> Callable[[], np.ndarray]:
+    """``cuda.HostCopy`` where host and device share memory: starts computing; the result waits for the values."""
+    mx.async_eval(array)
+    return lambda: np.asarray(array)
