@@ -3,9 +3,10 @@
     python examples/against_mlx_lm.py --layers 4 --work DIR            needs 7.3 GB of disk a layer, and mlx-lm
 
 Each system runs in a process of its own, one after the other: mlx-lm with everything in memory, mlx-flashmoe likewise,
-and mlx-flashmoe with --expert-memory for the experts, at 10 and at 4 active experts. All are fed the same random
-tokens (a model of random weights would repeat itself, and with itself its experts). Medians of --repeats; the first
-run of everything compiles, and is left out. Page cache warm.
+the same but asking the host for every layer's experts as streaming does, and mlx-flashmoe with --expert-memory for the
+experts, at 10 and at 4 active experts. All are fed the same random tokens (a model of random weights would repeat
+itself, and with itself its experts). Medians of --repeats; the first run of everything compiles, and is left out. Page
+cache warm.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ SYSTEMS = {
     "mlx-lm, all in memory": ("mlx-lm", None, None),
     "mlx-lm, 4 experts": ("mlx-lm", None, 4),
     "all in memory": ("ours", "1000GB", None),
+    "host asked, nothing missing": ("ours, asking", "1000GB", None),
     "streamed": ("ours", "asked", None),
     "streamed, 4 experts": ("ours", "asked", 4),
 }
@@ -76,9 +78,11 @@ def measure(system: str, memory: str | None, active: int | None, work: Path, arg
         from mlx_flashmoe.generate import generate_step
 
         model, _ = load(work / "converted", args.expert_memory if memory == "asked" else memory, active)
+        if system == "ours, asking":
+            model.arena.resident = False
 
     def prefill() -> float:
-        if system == "ours" and not model.resident:
+        if memory == "asked":
             model.arena.clear()
         cache = model.make_cache()
         started = time.perf_counter()
@@ -94,7 +98,7 @@ def measure(system: str, memory: str | None, active: int | None, work: Path, arg
 
     prefill(), decode()
     mx.reset_peak_memory()
-    before = model.stats() if system == "ours" else None
+    before = model.stats() if memory is not None else None
     prefills = [prefill() for _ in range(args.repeats)]
     read = (model.stats() - before).reads / args.repeats if before is not None else 0
     decodes = [decode() for _ in range(args.repeats)]
@@ -125,7 +129,8 @@ def main() -> None:
         return
     work = Path(tempfile.mkdtemp(prefix="against-mlx-lm-", dir=args.work))
     console = Console()
-    table = Table("system", "prompt tok/s", "answer tok/s", "peak GB", "reads a prompt", box=None)
+    columns = ("system", "prompt tok/s", "answer tok/s", "ms a layer", "peak GB", "reads a prompt")
+    table = Table(*columns, box=None)
     try:
         prepare(work, args)
         for name in SYSTEMS:
@@ -133,10 +138,12 @@ def main() -> None:
             result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             figures = json.loads(result.stdout.splitlines()[-1])
             console.print(name, figures)
+            rate = statistics.median(figures["decode"])
             table.add_row(
                 name,
                 f"{statistics.median(figures['prefill']):.0f}",
-                f"{statistics.median(figures['decode']):.1f}",
+                f"{rate:.1f}",
+                f"{1e3 / rate / args.layers:.2f}",
                 f"{figures['peak'] / 1e9:.1f}",
                 f"{figures['reads']:.0f}",
             )

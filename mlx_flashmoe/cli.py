@@ -209,8 +209,8 @@ def _add_generate(commands: Any) -> None:
     parser.set_defaults(run=_generate)
 
 
-def _add_model_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="a folder that convert has written")
+def _add_model_flags(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument("--model", required=required, metavar="DIR", help="a folder that convert has written")
     parser.add_argument(
         "--expert-memory",
         default="auto",
@@ -224,6 +224,29 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="experts per token and layer; fewer are faster and change the answer (default: the model's own)",
     )
+    parser.add_argument(
+        "--experts-path",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="another folder that holds copies of expert files (DIR/experts/layer_000.bin and so on), best on "
+        "another disk: reads are spread over all copies. May be given more than once",
+    )
+    parser.add_argument(
+        "--direct-reads",
+        action="store_true",
+        help="read experts around the operating system's page cache, so that it keeps none of them",
+    )
+
+
+def _load_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What ``_add_model_flags`` has asked of ``load``, besides the model."""
+    return {
+        "expert_memory": arguments.expert_memory,
+        "active_experts": arguments.active_experts,
+        "experts_path": arguments.experts_path,
+        "direct_reads": arguments.direct_reads,
+    }
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -255,10 +278,9 @@ def _generate(arguments: argparse.Namespace) -> int:
     from mlx_flashmoe import load, stream_generate
     from mlx_flashmoe.console import PromptProgress, answer_view, print_note
 
-    model, tokenizer = load(
-        arguments.model, arguments.expert_memory, arguments.active_experts, announce=print_note
-    )
+    model, tokenizer = load(arguments.model, **_load_options(arguments), announce=print_note)
     tokens = _prompt_tokens(arguments, tokenizer, prompt)
+    model.reserve(len(tokens) + max(0, arguments.max_tokens))
 
     before = model.stats()
     response = None
@@ -312,10 +334,34 @@ def _prompt_tokens(arguments: argparse.Namespace, tokenizer: Tokenizer, prompt: 
 
 def _add_bench(commands: Any) -> None:
     parser = commands.add_parser(
-        "bench", allow_abbrev=False, help="measure a converted model, or the kernels, on this machine"
+        "bench",
+        allow_abbrev=False,
+        help="measure a converted model, or the kernels, on this machine",
+        description="Time a converted model on random prompts: with nothing in memory (cold), with the files in "
+        "the page cache (warm), and while answering; beside plain reads of the same files. Or, with `kernels`, "
+        "the expert kernels by themselves.",
     )
-    benches = parser.add_subparsers(title="benchmarks", metavar="WHAT", required=True)
-    _add_bench_model(benches)
+    _add_model_flags(parser, required=False)
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        nargs="+",
+        default=[32, 512],
+        metavar="N",
+        help="prompt lengths in tokens (default: 32 512)",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=48, metavar="N", help="tokens of an answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--no-read-ahead", action="store_true", help="never read the next layer's likely experts in advance"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    parser.set_defaults(run=_bench_model)
+    _add_bench_kernels(parser.add_subparsers(title="other benchmarks", metavar="[kernels]"))
+
+
+def _add_bench_kernels(benches: Any) -> None:
     parser = benches.add_parser(
         "kernels",
         allow_abbrev=False,
@@ -348,45 +394,13 @@ def _add_bench(commands: Any) -> None:
     parser.set_defaults(run=_bench_kernels)
 
 
-def _add_bench_model(benches: Any) -> None:
-    parser = benches.add_parser(
-        "model",
-        allow_abbrev=False,
-        help="a converted model: prompts cold and warm, answers, and where the time goes",
-        description="Time a converted model on random prompts: with nothing in memory (cold), with the files in "
-        "the page cache (warm), and while answering; beside plain reads of the same files.",
-    )
-    _add_model_flags(parser)
-    parser.add_argument(
-        "--prompts",
-        type=int,
-        nargs="+",
-        default=[32, 512],
-        metavar="N",
-        help="prompt lengths in tokens (default: 32 512)",
-    )
-    parser.add_argument(
-        "--tokens", type=int, default=48, metavar="N", help="tokens of an answer (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--no-read-ahead", action="store_true", help="never read the next layer's likely experts in advance"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
-    parser.set_defaults(run=_bench_model)
-
-
 def _bench_model(arguments: argparse.Namespace) -> int:
     from mlx_flashmoe.bench import model
 
-    model.run(
-        arguments.model,
-        arguments.expert_memory,
-        arguments.active_experts,
-        arguments.prompts,
-        arguments.tokens,
-        not arguments.no_read_ahead,
-        arguments.json,
-    )
+    if arguments.model is None:
+        raise RequestError("bench needs --model DIR, or: bench kernels")
+    options = {**_load_options(arguments), "read_ahead": not arguments.no_read_ahead}
+    model.run(arguments.model, arguments.prompts, arguments.tokens, arguments.json, **options)
     return 0
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,15 +66,30 @@ def prefill(
     """Fills ``cache`` with tokens [N], in chunks; their logits, [N, V] floats, are never computed.
 
     Args:
-        progress: called with the tokens done, after each chunk.
+        progress: called with the tokens done, after each chunk; and, where the model tells of its layers, in
+            between: a chunk of which half the layers are done counts as half its tokens.
     """
     for start in range(0, tokens.size, step_size):
         stop = min(start + step_size, tokens.size)
-        model(tokens[None, start:stop], cache)
-        mx.eval([layer.state for layer in cache])
+        with _layers_told(model, start, stop, progress):
+            model(tokens[None, start:stop], cache)
+            mx.eval([layer.state for layer in cache])
         mx.clear_cache()
         if progress is not None:
             progress(stop)
+
+
+@contextmanager
+def _layers_told(model: Any, start: int, stop: int, progress: Callable[[int], None] | None) -> Iterator[None]:
+    tell = getattr(model, "on_prefill_layer", None)
+    if tell is None or progress is None:
+        yield
+        return
+    tell(lambda done, layers: progress(start + (stop - start) * done // layers))
+    try:
+        yield
+    finally:
+        tell(None)
 
 
 def generate_step(

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -218,6 +218,14 @@ def expert_file(layer: int) -> str:
     return f"experts/layer_{layer:03d}.bin"
 
 
+def expert_files(
+    layer: int, folder: str | os.PathLike[str], also: Sequence[str | os.PathLike[str]] = ()
+) -> list[Path]:
+    """Every copy of a layer's expert file in these folders; where it should be if there is none."""
+    paths = [Path(f) / expert_file(layer) for f in (folder, *also)]
+    return [path for path in paths if path.exists()] or paths[:1]
+
+
 @dataclass(frozen=True)
 class Manifest:
     """flashmoe.json.
@@ -279,8 +287,11 @@ class Manifest:
             os.close(directory)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Manifest:
+    def load(cls, folder: str | os.PathLike[str], also: Sequence[str | os.PathLike[str]] = ()) -> Manifest:
         """Reads the manifest of a converted folder and checks it, and the presence and size of every file.
+
+        Args:
+            also: more folders that may hold expert files (see ``check_files``).
 
         Raises:
             FormatError: not a converted folder, another format version, a file missing or of another size.
@@ -302,7 +313,7 @@ class Manifest:
         except (ValueError, RecursionError) as e:
             raise FormatError(f"{path}: not valid JSON: {e}") from None
         manifest = cls.from_json(data, str(path))
-        manifest.check_files(folder)
+        manifest.check_files(folder, also)
         return manifest
 
     @classmethod
@@ -369,20 +380,29 @@ class Manifest:
             raise FormatError(f"{where}: a dense file is listed twice")
         return manifest
 
-    def check_files(self, folder: str | os.PathLike[str]) -> None:
-        """Raises FormatError for the first file that is missing or has another size than the manifest says."""
-        folder = Path(folder)
-        expected = [(d.file, d.size, "") for d in self.dense]
+    def check_files(
+        self, folder: str | os.PathLike[str], also: Sequence[str | os.PathLike[str]] = ()
+    ) -> None:
+        """Raises FormatError for the first file that is missing or has another size than the manifest says.
+
+        Args:
+            also: more folders that may hold expert files: one in any of them is enough.
+        """
+        for dense in self.dense:
+            self._check(Path(folder) / dense.file, dense.size, "")
         for entry in self.layers:
             blob_size = self.layout_of(entry).blob_size
             what = f" (layer {entry.layer}, {entry.num_experts} experts of {blob_size} bytes)"
-            expected.append((entry.file, entry.num_experts * blob_size, what))
-        for name, size, what in expected:
-            try:
-                actual = os.stat(folder / name).st_size
-            except (OSError, ValueError):
-                raise FormatError(f"{folder / name}{what} is missing; convert the checkpoint again") from None
-            if actual != size:
-                raise FormatError(
-                    f"{folder / name}{what} has {actual} bytes, but should have {size}; convert the checkpoint again"
-                )
+            for path in expert_files(entry.layer, folder, also):
+                self._check(path, entry.num_experts * blob_size, what)
+
+    @staticmethod
+    def _check(path: Path, size: int, what: str) -> None:
+        try:
+            actual = os.stat(path).st_size
+        except (OSError, ValueError):
+            raise FormatError(f"{path}{what} is missing; convert the checkpoint again") from None
+        if actual != size:
+            raise FormatError(
+                f"{path}{what} has {actual} bytes, but should have {size}; convert the checkpoint again"
+            )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from mlx_flashmoe.models.cache import Cache
 from mlx_flashmoe.models.quantized import quantize
 from mlx_flashmoe.tokenizer import Tokenizer
 
-# Tokens the memory plan counts the KV cache for; a longer context is possible, and takes more.
+# Tokens the memory plan counts the KV cache for, unless more are reserved.
 PLANNED_CONTEXT = 8192
 
 
@@ -59,11 +59,20 @@ class StreamingModel:
         prefill_chunk: prompt tokens to give it at once, at most, if the plan is to hold.
     """
 
-    def __init__(self, model: nn.Module, arena: SlotArena, plan: memory.Plan, prefill_chunk: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        decode: Decode,
+        plan: memory.Plan,
+        prefill_chunk: int,
+        kv_bytes: Callable[[int], int],
+    ):
         self.model = model
-        self.arena = arena
+        self.arena = decode.arena
         self.plan = plan
         self.prefill_chunk = prefill_chunk
+        self._decode = decode
+        self._kv_bytes = kv_bytes
 
     def __call__(self, tokens: mx.array, cache: list[Cache] | None = None) -> mx.array:
         """tokens: integer [B, T] -> logits [B, T, vocab]. ``cache`` (of ``make_cache``) is updated.
@@ -87,6 +96,25 @@ class StreamingModel:
         """An empty cache for one sequence, or for a batch of one length."""
         return self.model.make_cache()
 
+    def reserve(self, context: int) -> None:
+        """Counts the KV cache for ``context`` tokens into the plan, if it did not before. For what comes next.
+
+        Raises:
+            MemoryPlanError: there is no room for them.
+        """
+        kv = self._kv_bytes(context)
+        if kv > self.plan.kv:
+            wider = replace(self.plan, kv=kv)
+            if wider.total > wider.limit:
+                raise MemoryPlanError(
+                    f"{wider}: a context of {context} tokens does not fit; give fewer tokens or less --expert-memory"
+                )
+            self.plan = wider
+
+    def on_prefill_layer(self, done: Callable[[int, int], None] | None) -> None:
+        """``done`` is called as a prompt goes through, with (layers done, layers); None: no longer."""
+        self._decode.on_prefill_layer = done
+
     def stats(self) -> Stats:
         arena, store = self.arena, self.arena.store
         return Stats(
@@ -107,6 +135,8 @@ def load(
     dtype: mx.Dtype | None = None,
     announce: Callable[[str], None] | None = None,
     read_ahead: bool = True,
+    experts_path: Sequence[str | os.PathLike[str]] = (),
+    direct_reads: bool = False,
 ) -> tuple[StreamingModel, Tokenizer]:
     """Loads a converted folder. One without a tokenizer.json loads too; its tokenizer raises when used.
 
@@ -118,13 +148,22 @@ def load(
         dtype: of the activations; the checkpoint's own on a GPU and float32 on a CPU if None.
         announce: is given the memory plan, a line, before memory is taken.
         read_ahead: read the next layer's likely experts while this one computes, as long as that pays.
+        experts_path: more folders that hold copies of some or all of the expert files, best on other disks:
+            reads are spread over all copies, and ``path`` itself need not have those that are elsewhere.
+        direct_reads: read experts around the operating system's page cache.
 
     Raises:
         FormatError: not a complete converted folder, or its parts contradict each other.
         MemoryPlanError: it does not fit in memory as asked.
     """
     folder = Path(path)
-    manifest = Manifest.load(folder)
+    manifest = Manifest.load(folder, experts_path)
+    for other in experts_path:
+        if not any((Path(other) / entry.file).exists() for entry in manifest.layers):
+            raise FormatError(
+                f"--experts-path {other}: there is no {manifest.layers[0].file} in it, nor any other layer's; "
+                f"give a folder with copies of files of {folder / 'experts'}"
+            )
     config = _read_config(folder)
     arch = architecture(manifest.model_type)
     settings = arch.Config.from_dict(config)
@@ -140,7 +179,7 @@ def load(
         if dtype not in (mx.float32, mx.bfloat16, mx.float16):
             raise FormatError(f"{folder / 'config.json'}: dtype {settings.dtype!r} is not supported")
 
-    store = ExpertStore(folder, manifest)
+    store = ExpertStore(folder, manifest, experts_path, direct_reads)
     weights = _open_dense(folder, manifest)
     dtypes = {
         name: mx.float32 if arch.Model.keep_float32(name) else dtype
@@ -148,6 +187,11 @@ def load(
         if mx.issubdtype(w.dtype, mx.floating)
     }
     experts = sum(entry.num_experts for entry in manifest.layers)
+
+    def kv_bytes(tokens: int) -> int:
+        size: int = arch.kv_bytes(settings, tokens, dtype)
+        return size
+
     plan = memory.plan(
         expert_memory,
         dense=sum(w.size * dtypes.get(name, w.dtype).size for name, w in weights.items()),
@@ -155,7 +199,7 @@ def load(
         experts=experts,
         active=active,
         largest_buffer=memory.largest_buffer(),
-        kv=arch.kv_bytes(settings, PLANNED_CONTEXT, dtype),
+        kv=kv_bytes(PLANNED_CONTEXT),
     )
     if announce is not None:
         announce(str(plan))
@@ -169,7 +213,7 @@ def load(
     if plan.slots == experts:
         arena.load_all()
     chunk = memory.prefill_chunk(arch.activation_bytes(settings, active, dtype))
-    return StreamingModel(model, arena, plan, chunk), tokenizer
+    return StreamingModel(model, decode, plan, chunk, kv_bytes), tokenizer
 
 
 class _NoTokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,16 @@ def random_blob(rng: np.random.Generator, layout: BlobLayout) -> bytes:
 
 
 def write_experts(
-    folder: Path, *, layers: int, experts: int, hidden: int = 64, intermediate: int = 32, seed: int = 0
+    folder: Path,
+    *,
+    layers: int,
+    experts: int,
+    hidden: int = 64,
+    intermediate: int = 32,
+    seed: int = 0,
+    also: Sequence[Path] = (),
 ) -> tuple[ExpertStore, list[list[bytes]]]:
-    """Writes expert files and returns the open store and the blobs, [layer][expert]."""
+    """Writes expert files and returns the open store, over ``also`` too, and the blobs, [layer][expert]."""
     rng = np.random.default_rng(seed)
     quantization = {name: Quantization(4, 32) for name in PROJECTIONS}
     layout = BlobLayout.build(hidden, intermediate, quantization, "float32")
@@ -44,4 +52,4 @@ def write_experts(
         (folder / expert_file(layer)).write_bytes(b"".join(blobs[layer]))
         entries.append(LayerEntry(layer, experts, 0, tuple(zlib.crc32(b) for b in blobs[layer])))
     manifest = Manifest("test", {}, {}, (layout,), tuple(entries), ())
-    return ExpertStore(folder, manifest), blobs
+    return ExpertStore(folder, manifest, also), blobs

@@ -24,7 +24,7 @@ from mlx_flashmoe.experts.slab import Slab
 from mlx_flashmoe.experts.store import PendingReads, ReadRequest
 from mlx_flashmoe.experts.streamed import waves
 from mlx_flashmoe.kernels import reference
-from mlx_flashmoe.layout import BlobLayout, expert_file
+from mlx_flashmoe.layout import PAGE, BlobLayout, expert_file
 
 LAYERS, EXPERTS, HIDDEN, TOP_K = 3, 12, 64, 4
 
@@ -274,6 +274,30 @@ def test_a_truncated_file_is_named_with_layer_and_expert(tmp_path: Path) -> None
     arena.fetch(1, np.array([4, 5])).wait()
     slot = arena.slot_of[1, 5]
     assert np.asarray(arena.slab)[slot].tobytes() == blobs[1][5]
+
+
+@pytest.mark.parametrize("experts", [1, 5])
+def test_reads_are_spread_over_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experts: int) -> None:
+    """Many experts go whole to each copy in turn; the parts of a single one, too."""
+    write_experts(tmp_path, layers=LAYERS, experts=EXPERTS, hidden=256, intermediate=128)
+    store, blobs = write_experts(
+        tmp_path / "second", layers=LAYERS, experts=EXPERTS, hidden=256, intermediate=128, also=[tmp_path]
+    )
+    monkeypatch.setattr(store_module, "LEAST_PART", PAGE)
+    count = {fd: 0 for fd in store._files[2].fds}
+    preadv = os.preadv
+
+    def spy(fd: int, buffers: list[memoryview], offset: int) -> int:
+        count[fd] += 1
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(store_module.os, "preadv", spy)
+    arena = SlotArena(store, EXPERTS)
+    arena.fetch(2, np.arange(experts)).wait()
+    parts = experts * len(store.spans(2, experts))
+    assert parts > 1 and sorted(count.values()) == [parts // 2, parts - parts // 2]
+    for expert in range(experts):
+        assert np.asarray(arena.slab)[arena.slot_of[2, expert]].tobytes() == blobs[2][expert]
 
 
 def test_reads_may_come_in_pieces(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from checkpoints import Spec, write_checkpoint
 
-from mlx_flashmoe import convert, load
+from mlx_flashmoe import convert, load, memory
 from mlx_flashmoe.errors import FormatError, MemoryPlanError, RequestError
-from mlx_flashmoe.generate import generate_step
+from mlx_flashmoe.generate import generate_step, prefill
 from mlx_flashmoe.memory import Plan, parse_size, plan, prefill_chunk
 from mlx_flashmoe.sizes import show_size
 
@@ -53,9 +53,33 @@ def test_a_folder_without_tokenizer_loads_and_says_so_when_text_is_wanted(folder
 
 def test_expert_memory_changes_no_bit(folder: Path) -> None:
     want = logits(folder)
-    for memory in ("os", "200kB", 150_000):
-        assert np.array_equal(logits(folder, expert_memory=memory), want)
+    for expert_memory in ("os", "200kB", 150_000):
+        assert np.array_equal(logits(folder, expert_memory=expert_memory), want)
     assert np.array_equal(logits(folder, read_ahead=False, expert_memory="os"), want)
+
+
+def test_experts_on_several_disks(copy: Path, tmp_path: Path) -> None:
+    """A copy of one layer beside all of them, then each layer in one place only: the same bits."""
+    want = logits(copy)
+    other = tmp_path / "other"
+    (other / "experts").mkdir(parents=True)
+    here, there = (base / "experts" / "layer_001.bin" for base in (copy, other))
+    there.write_bytes(here.read_bytes())
+    for options in ({}, {"expert_memory": "os"}, {"expert_memory": "os", "direct_reads": True}):
+        assert np.array_equal(logits(copy, experts_path=[other], **options), want)
+    here.unlink()
+    assert np.array_equal(logits(copy, experts_path=[other], expert_memory="os"), want)
+    os.truncate(there, there.stat().st_size - 1)
+    with pytest.raises(FormatError, match=rf"{there}.*bytes, but should have"):
+        load(copy, experts_path=[other])
+    there.unlink()
+    with pytest.raises(FormatError, match=r"layer_001\.bin.*is missing"):
+        load(copy, experts_path=[other])
+
+
+def test_a_path_without_expert_files_is_no_experts_path(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=rf"--experts-path {tmp_path}: there is no experts/layer_000\.bin"):
+        load(folder, experts_path=[tmp_path])
 
 
 def test_fewer_active_experts_is_another_answer(folder: Path) -> None:
@@ -108,6 +132,15 @@ def test_config_and_manifest_must_agree(copy: Path) -> None:
     (copy / "config.json").write_text("{")
     with pytest.raises(FormatError, match=r"config\.json"):
         load(copy)
+
+
+def test_a_prompts_progress_is_told_layer_by_layer(folder: Path) -> None:
+    model, _ = load(folder, expert_memory="os")
+    seen: list[int] = []
+    prefill(model, mx.array([1, 2, 3, 4, 5, 6, 7]), model.make_cache(), 4, seen.append)
+    assert seen == [2, 4, 4, 5, 7, 7]  # half a chunk after one of two layers
+    model(mx.array([[1, 2]]))
+    assert len(seen) == 6
 
 
 def test_token_ids_outside_the_vocabulary_are_refused(folder: Path) -> None:
@@ -165,6 +198,20 @@ def test_plans_never_exceed_the_limit() -> None:
             a_plan(expert_memory, limit)
     with pytest.raises(MemoryPlanError, match="give at least 100 MB"):
         a_plan("50MB", 10**10)
+
+
+def test_a_longer_context_is_counted_and_refused_where_it_does_not_fit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "memory_limit", lambda: 600 * 10**6)
+    model, _ = load(folder, expert_memory="os")
+    before = model.plan
+    model.reserve(100)
+    assert model.plan == before
+    model.reserve(100_000)
+    assert model.plan.kv > before.kv and model.plan.arena == before.arena
+    with pytest.raises(MemoryPlanError, match="a context of 10000000 tokens does not fit"):
+        model.reserve(10_000_000)
 
 
 def test_one_array_is_no_larger_than_the_device_allows() -> None:

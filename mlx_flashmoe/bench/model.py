@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -62,15 +63,14 @@ class Phase:
 
 
 def run(
-    folder: str,
-    expert_memory: str,
-    active_experts: int | None,
-    prompts: Sequence[int],
-    tokens: int,
-    read_ahead: bool,
-    json_file: str | None,
+    folder: str, prompts: Sequence[int], tokens: int, json_file: str | None = None, **options: Any
 ) -> None:
     """Measures, prints a table, and writes the figures to ``json_file`` if given.
+
+    Args:
+        prompts: their lengths in tokens.
+        tokens: of an answer.
+        options: of ``load``.
 
     Raises:
         FlashMoEError: the folder cannot be used, a read failed, or a run that had to read has read nothing.
@@ -80,7 +80,7 @@ def run(
             "bench needs prompts of at least 1 token (--prompts) and 2 tokens or more (--tokens)"
         )
     console = Console()
-    model, _ = load(folder, expert_memory, active_experts, announce=console.print, read_ahead=read_ahead)
+    model, _ = load(folder, announce=console.print, **options)
     vocabulary = model.vocab_size
     rng = np.random.default_rng(0)
     # Kernels are compiled at their first use: not part of anything measured.
@@ -171,7 +171,7 @@ def _answer(model: StreamingModel, prompt: np.ndarray, tokens: int) -> Phase:
 
 
 def plain_reads(store: ExpertStore, experts: int = 64, repeats: int = 3) -> dict[str, float]:
-    """GB/s of os.preadv of whole experts into ordinary memory, with the store's number of threads.
+    """GB/s of os.preadv of whole experts into ordinary memory, with the store's number of threads and disks.
 
     Args:
         experts: how many to read at a time, spread over all layers.
@@ -184,16 +184,17 @@ def plain_reads(store: ExpertStore, experts: int = 64, repeats: int = 3) -> dict
     layers = store.layers
     size = max(store.layout(layer).blob_size for layer in layers)
     buffers = [bytearray(size) for _ in range(READ_THREADS)]
-    files = {layer: os.open(store.path(layer), os.O_RDONLY) for layer in layers}
+    files = {layer: [os.open(path, os.O_RDONLY) for path in store.paths(layer)] for layer in layers}
 
     def timed(chosen: list[tuple[int, int]]) -> float:
-        work = iter(chosen)
+        work = enumerate(chosen)
 
         def drain(buffer: bytearray) -> int:
             done = 0
-            for layer, expert in work:
+            for turn, (layer, expert) in work:
                 blob = store.layout(layer).blob_size
-                done += os.preadv(files[layer], [memoryview(buffer)[:blob]], expert * blob)
+                fd = files[layer][turn % len(files[layer])]
+                done += os.preadv(fd, [memoryview(buffer)[:blob]], expert * blob)
             return done
 
         started = perf_counter()
@@ -216,8 +217,9 @@ def plain_reads(store: ExpertStore, experts: int = 64, repeats: int = 3) -> dict
                     timed(chosen)
                 rates["page cache"].append(timed(chosen))
     finally:
-        for fd in files.values():
-            os.close(fd)
+        for fds in files.values():
+            for fd in fds:
+                os.close(fd)
     return {kind: statistics.median(values) for kind, values in rates.items() if values}
 
 

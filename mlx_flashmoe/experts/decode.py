@@ -35,6 +35,9 @@ class Decode:
     Args:
         arena: the model's.
         ahead: reads of the following layer's likely experts; None for none.
+
+    Attributes:
+        on_prefill_layer: called as a prompt goes through, with (layers whose experts are read, layers).
     """
 
     def __init__(self, arena: SlotArena, ahead: ReadAhead | None = None):
@@ -43,6 +46,7 @@ class Decode:
         self.deferred = bool(mx.default_device() == mx.gpu)
         self._to_host = cuda.HostCopy() if cuda.is_current() else host_view
         self._pending: _Choice | None = None
+        self.on_prefill_layer: Callable[[int, int], None] | None = None
 
     def step(
         self, layer: int, ids: mx.array, likely: mx.array | None, build: Callable[[], mx.array]

@@ -6,6 +6,7 @@ Knows files, offsets and threads; nothing of which expert is where, or of models
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import os
 import threading
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from mlx_flashmoe.errors import FormatError, ReadError
 from mlx_flashmoe.experts.slab import Slab
-from mlx_flashmoe.layout import PAGE, BlobLayout, Manifest
+from mlx_flashmoe.layout import PAGE, BlobLayout, Manifest, expert_files
 
 # Enough to keep an NVMe queue busy with reads of several MB; more threads only contend for memory bandwidth.
 READ_THREADS = max(4, min(16, os.cpu_count() or 4))
@@ -51,16 +52,37 @@ class ReadRequest:
 
 @dataclass(frozen=True)
 class _LayerFile:
-    fd: int
-    path: Path
+    """A layer's experts: the same file on one disk or on several."""
+
+    fds: tuple[int, ...]
+    paths: tuple[Path, ...]
     layout: BlobLayout
     num_experts: int
+
+
+def open_for_reading(path: Path, direct: bool) -> int:
+    """A file descriptor. ``direct``: reads go around the operating system's page cache.
+
+    Raises:
+        OSError: it cannot be opened, or not in this way.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
+    if not direct:
+        return os.open(path, flags)
+    if hasattr(os, "O_DIRECT"):
+        return os.open(path, flags | os.O_DIRECT)
+    if not hasattr(fcntl, "F_NOCACHE"):
+        raise OSError(0, "this system has no direct reads")
+    fd = os.open(path, flags)
+    fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
+    return fd
 
 
 class PendingReads:
     """Reads under way. Made by :meth:`ExpertStore.start`.
 
     Parts are handed out to the threads one by one, in order, so that a slow read does not hold others back.
+    Where a layer is on several disks, its parts are read from each in turn.
     """
 
     def __init__(self, store: ExpertStore, requests: Sequence[ReadRequest], slab: Slab):
@@ -71,7 +93,7 @@ class PendingReads:
             for i, request in enumerate(requests)
             for span in store.spans(request.layer, len(requests))
         ]
-        self._queue = iter(parts)
+        self._queue = enumerate(parts)
         self._left = [0] * len(requests)
         for i, _, _ in parts:
             self._left[i] += 1
@@ -109,11 +131,11 @@ class PendingReads:
             self._read_parts()
 
     def _read_parts(self) -> None:
-        for i, request, (start, stop) in self._queue:
+        for turn, (i, request, (start, stop)) in self._queue:
             if self._cancelled:
                 return
             try:
-                self._store.read(request, start, stop, self._slab)
+                self._store.read(request, start, stop, self._slab, turn)
             except BaseException:
                 self.cancel()
                 raise
@@ -127,6 +149,8 @@ class ExpertStore:
     Args:
         folder: a converted model.
         manifest: its manifest, already loaded.
+        also: more folders, best on other disks, that hold copies of some or all expert files.
+        direct: read around the operating system's page cache.
 
     Attributes:
         layers: the layers that have experts, ascending.
@@ -134,7 +158,13 @@ class ExpertStore:
         busy_seconds: time during which anything was being read.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], manifest: Manifest):
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        manifest: Manifest,
+        also: Sequence[str | os.PathLike[str]] = (),
+        direct: bool = False,
+    ):
         self._files: dict[int, _LayerFile] = {}
         self._lock = threading.Lock()
         self.bytes_read = 0
@@ -144,15 +174,20 @@ class ExpertStore:
         self._reading_since = 0.0
         try:
             for entry in manifest.layers:
-                path = Path(folder) / entry.file
+                paths = tuple(expert_files(entry.layer, folder, also))
+                fds = []
+                for path in paths:
+                    try:
+                        fds.append(open_for_reading(path, direct))
+                    except OSError as e:
+                        for fd in fds:
+                            os.close(fd)
+                        how = " for direct reads" if direct else ""
+                        raise FormatError(
+                            f"{path} (layer {entry.layer}) cannot be opened{how}: {e.strerror}"
+                        ) from None
                 layout = manifest.layout_of(entry)
-                try:
-                    fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-                except OSError as e:
-                    raise FormatError(
-                        f"{path} (layer {entry.layer}) cannot be opened: {e.strerror}"
-                    ) from None
-                self._files[entry.layer] = _LayerFile(fd, path, layout, entry.num_experts)
+                self._files[entry.layer] = _LayerFile(tuple(fds), paths, layout, entry.num_experts)
         except BaseException:
             self.close()
             raise
@@ -161,9 +196,9 @@ class ExpertStore:
     def layout(self, layer: int) -> BlobLayout:
         return self._files[layer].layout
 
-    def path(self, layer: int) -> Path:
-        """The layer's expert file."""
-        return self._files[layer].path
+    def paths(self, layer: int) -> tuple[Path, ...]:
+        """The layer's expert file, wherever there is a copy."""
+        return self._files[layer].paths
 
     def num_experts(self, layer: int) -> int:
         return self._files[layer].num_experts
@@ -185,10 +220,15 @@ class ExpertStore:
         bounds = [pages * i // parts * PAGE for i in range(parts + 1)]
         return list(itertools.pairwise(bounds))
 
-    def read(self, request: ReadRequest, start: int, stop: int, slab: Slab) -> None:
-        """Reads bytes [start, stop) of a blob into its slot, in this thread. Raises ReadError."""
+    def read(self, request: ReadRequest, start: int, stop: int, slab: Slab, turn: int = 0) -> None:
+        """Reads bytes [start, stop) of a blob into its slot, in this thread. Raises ReadError.
+
+        Args:
+            turn: which copy of the file to read, counted on and on.
+        """
         file = self._files[request.layer]
-        what = f"{file.path}: layer {request.layer}, expert {request.expert}"
+        copy = turn % len(file.fds)
+        what = f"{file.paths[copy]}: layer {request.layer}, expert {request.expert}"
         if not 0 <= request.expert < file.num_experts:
             raise ReadError(f"{what}: the layer has only {file.num_experts} experts")
         into = slab.begin(request.slot, start, stop)
@@ -196,7 +236,7 @@ class ExpertStore:
         offset, done = request.expert * size + start, 0
         while start + done < stop:
             try:
-                n = os.preadv(file.fd, [into[done:]], offset + done)
+                n = os.preadv(file.fds[copy], [into[done:]], offset + done)
             except OSError as e:
                 raise ReadError(f"{what}: reading failed: {e.strerror or e}") from e
             if n <= 0:
@@ -230,12 +270,14 @@ class ExpertStore:
         if not hasattr(os, "posix_fadvise"):
             return False
         for file in self._files.values():
-            os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            for fd in file.fds:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         return True
 
     def close(self) -> None:
         for file in self._files.values():
-            os.close(file.fd)
+            for fd in file.fds:
+                os.close(fd)
         self._files = {}
 
     def __del__(self) -> None:

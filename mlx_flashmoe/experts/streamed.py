@@ -139,6 +139,8 @@ class StreamedExperts(nn.Module):
             self._arena.used(slots, y)
             pairs[begin:end] = y
             mx.async_eval(pairs)
+        if self._decode.on_prefill_layer is not None:
+            self._decode.on_prefill_layer(self._row + 1, len(self._arena.row_of))
 
         place = np.empty((tokens, top_k), dtype=np.int32)
         place.reshape(-1)[order] = np.arange(flat.size, dtype=np.int32)
