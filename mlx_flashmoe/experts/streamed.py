@@ -22,6 +22,8 @@ from mlx_flashmoe.experts.decode import Decode
 # Experts a wave has at most: enough to keep the disk busy, few enough that neither the first wave's reading
 # nor the last wave's computing, which nothing overlaps, weighs much.
 MAX_WAVE = 64
+# Rows computed at once are as many as there are tokens, and at least this: kernels want some.
+LEAST_PIECE = 512
 
 
 def waves(arena: SlotArena, layer: int, experts: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -51,6 +53,27 @@ def waves(arena: SlotArena, layer: int, experts: np.ndarray) -> Iterator[tuple[i
     finally:
         with contextlib.suppress(ReadError):
             fetch.wait()
+
+
+def pieces(bounds: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
+    """Cuts runs of rows, run i being rows [bounds[i], bounds[i + 1]), into pieces of whole runs.
+
+    Yields:
+        (first, last): runs[first:last] are a piece; they have at most ``most`` rows, or are one run.
+    """
+    first = 0
+    for i in range(1, len(bounds)):
+        if i == len(bounds) - 1 or bounds[i + 1] - bounds[first] > most:
+            yield first, i
+            first = i
+
+
+def one_a_token(tokens: np.ndarray) -> Iterator[np.ndarray]:
+    """Every token's first row, then every token's second, and so on; ``tokens`` is the token of each row."""
+    order = np.argsort(tokens, kind="stable")
+    _, starts, counts = np.unique(tokens[order], return_index=True, return_counts=True)
+    for nth in range(counts.max()):
+        yield order[starts[counts > nth] + nth]
 
 
 class StreamedExperts(nn.Module):
@@ -112,9 +135,9 @@ class StreamedExperts(nn.Module):
     def _prefill(self, x: mx.array, routed: mx.array, weights: mx.array) -> mx.array:
         """Every expert of the chunk is read at most once, in file order, in waves.
 
-        A wave is read while the one before it is computed. Rows are sorted by expert,
-        so a wave is a range of rows; the sum over a token's experts is taken at the end, in the order the
-        router gave them, so that it does not depend on where waves begin.
+        A wave is read while the one before it is computed. Rows, one for each expert of a token, are sorted by
+        expert, so a wave is a range of rows. A token's experts are added up one by one in that same order, so
+        that the sum does not depend on where waves begin, and only one piece's rows are held at a time.
         """
         self._decode.abandon()
         if self._decode.ahead is not None:
@@ -125,26 +148,25 @@ class StreamedExperts(nn.Module):
         flat = ids.reshape(-1)
         order = np.argsort(flat, kind="stable")
         experts, starts = np.unique(flat[order], return_index=True)
-        stops = np.append(starts[1:], flat.size)
+        bounds = np.append(starts, flat.size)
         self._arena.touch(self._layer, experts)
 
-        pairs = mx.zeros((flat.size, x.shape[1]), dtype=x.dtype)
+        shares = weights.reshape(-1)
+        y = mx.zeros(x.shape, dtype=mx.float32)
         for first, last, slots in waves(self._arena, self._layer, experts):
-            begin, end = int(starts[first]), int(stops[last - 1])
-            rows = order[begin:end]
-            row_slots = np.repeat(slots, stops[first:last] - starts[first:last])
-            y = kernels.expert_rows(
-                x[mx.array(rows // top_k)], self._arena.slab, mx.array(row_slots), self._layout
-            )
-            self._arena.used(slots, y)
-            pairs[begin:end] = y
-            mx.async_eval(pairs)
+            for a, b in pieces(bounds[first : last + 1], max(tokens, LEAST_PIECE)):
+                rows = order[bounds[first + a] : bounds[first + b]]
+                row_slots = np.repeat(slots[a:b], np.diff(bounds[first + a : first + b + 1]))
+                out = kernels.expert_rows(
+                    x[mx.array(rows // top_k)], self._arena.slab, mx.array(row_slots), self._layout
+                )
+                for chosen in one_a_token(rows // top_k):
+                    share = shares[mx.array(rows[chosen]), None]
+                    y = y.at[mx.array(rows[chosen] // top_k)].add(
+                        share * out[mx.array(chosen)].astype(mx.float32)
+                    )
+                self._arena.used(slots[a:b], y)
+                mx.async_eval(y)
         if self._decode.on_prefill_layer is not None:
             self._decode.on_prefill_layer(self._row + 1, len(self._arena.row_of))
-
-        place = np.empty((tokens, top_k), dtype=np.int32)
-        place.reshape(-1)[order] = np.arange(flat.size, dtype=np.int32)
-        y = mx.zeros(x.shape, dtype=mx.float32)
-        for k in range(top_k):
-            y = y + weights[:, k : k + 1] * pairs[mx.array(place[:, k])].astype(mx.float32)
         return y.astype(x.dtype)
