@@ -121,18 +121,21 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--expert-memory", default="4GiB")
-    parser.add_argument("--work", type=Path, help="folder for the weights; default: a temporary one")
+    parser.add_argument(
+        "--work", type=Path, help="folder for the weights, kept for another run; default: none"
+    )
     parser.add_argument("--one", choices=SYSTEMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(*SYSTEMS[args.one], args.work, args)))
         return
-    work = Path(tempfile.mkdtemp(prefix="against-mlx-lm-", dir=args.work))
+    work = args.work or Path(tempfile.mkdtemp(prefix="against-mlx-lm-"))
     console = Console()
     columns = ("system", "prompt tok/s", "answer tok/s", "ms a layer", "peak GB", "reads a prompt")
     table = Table(*columns, box=None)
     try:
-        prepare(work, args)
+        if not (work / "converted").exists():
+            prepare(work, args)
         for name in SYSTEMS:
             command = [sys.executable, __file__, *sys.argv[1:], "--work", str(work), "--one", name]
             result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -148,7 +151,8 @@ def main() -> None:
                 f"{figures['reads']:.0f}",
             )
     finally:
-        shutil.rmtree(work)
+        if args.work is None:
+            shutil.rmtree(work)
     console.print(table)
 
 
