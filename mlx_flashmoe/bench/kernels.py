@@ -83,8 +83,8 @@ def _random_slab(layout: BlobLayout, slots: int) -> mx.array:
 def _mlx_path(slab: mx.array, layout: BlobLayout, dtype: mx.Dtype) -> Path_:
     """MLX's own operations: three gather_qmm over all slots, SwiGLU, weighting, sum.
 
-    Over views of the slab on a GPU, where they cost nothing. The CPU would copy all of them in every call: there
-    MLX gets contiguous arrays, with scales in the activations' dtype.
+    Over views of the slab on Metal, where they cost nothing. The CPU would copy all of them in every call, and CUDA
+    refuses them: there MLX gets contiguous arrays, on the CPU with scales in the activations' dtype.
     """
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
 
@@ -93,9 +93,9 @@ def _mlx_path(slab: mx.array, layout: BlobLayout, dtype: mx.Dtype) -> Path_:
         first = component.offset // kind.size
         count = component.shape[0] * component.shape[1]
         view = slab.view(kind)[:, first : first + count].reshape(slab.shape[0], *component.shape)
-        if on_cpu:
-            view = mx.contiguous(view if kind == mx.uint32 else view.astype(dtype))
-        return view
+        if on_cpu and kind != mx.uint32:
+            view = view.astype(dtype)
+        return view if mx.metal.is_available() and not on_cpu else mx.contiguous(view)
 
     parts = {n: [part(c) for c in p.components.values()] for n, p in layout.projections.items()}
     mx.eval(parts)
