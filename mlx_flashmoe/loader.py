@@ -189,7 +189,7 @@ def load(
     experts = sum(entry.num_experts for entry in manifest.layers)
 
     def kv_bytes(tokens: int) -> int:
-        size: int = arch.kv_bytes(settings, tokens, dtype)
+        size: int = settings.kv_bytes(tokens, dtype)
         return size
 
     plan = memory.plan(
@@ -212,7 +212,7 @@ def load(
     tokenizer = _load_tokenizer(folder)
     if plan.slots == experts:
         arena.load_all()
-    chunk = memory.prefill_chunk(arch.activation_bytes(settings, active, dtype))
+    chunk = memory.prefill_chunk(settings.activation_bytes(active, dtype))
     return StreamingModel(model, decode, plan, chunk, kv_bytes), tokenizer
 
 

@@ -1,4 +1,7 @@
-"""The architectures: one file each, dense layers in mlx.nn, the names of their tensors, nothing about disks."""
+"""The architectures: one file each, dense layers in mlx.nn, the names of their tensors, nothing about disks.
+
+What architectures share is beside them, a file each: ``decoder``, ``attention``, ``delta_net``, ``moe``, …
+"""
 
 from types import ModuleType
 

@@ -1,0 +1,68 @@
+"""Grouped-query attention with normalized queries and keys, plain and with an output gate."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_flashmoe.models.cache import KVCache
+from mlx_flashmoe.models.config import BaseConfig
+from mlx_flashmoe.models.fused import gated
+from mlx_flashmoe.models.norm import RMSNorm
+from mlx_flashmoe.models.rope import RotaryEmbedding
+
+
+class Attention(nn.Module):
+    """x [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, config: BaseConfig):
+        super().__init__()
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        dims, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(dims, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(dims, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(dims, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, dims, bias=bias)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.rope = RotaryEmbedding(config.rope)
+
+    def __call__(self, x: mx.array, cache: KVCache | None) -> mx.array:
+        B, T, _ = x.shape
+        q = self.q_proj(x).reshape(B, T, self.heads, -1)
+        return self.o_proj(self.attend(q, x, cache))
+
+    def attend(self, q: mx.array, x: mx.array, cache: KVCache | None) -> mx.array:
+        """Queries [B, T, heads, head_dim] against the keys and values of x and of what came before it.
+
+        Returns:
+            [B, T, heads * head_dim].
+        """
+        B, T, _ = x.shape
+        k = self.k_proj(x).reshape(B, T, self.kv_heads, -1)
+        v = self.v_proj(x).reshape(B, T, self.kv_heads, -1).transpose(0, 2, 1, 3)
+        offset = cache.offset if cache is not None else 0
+        q = self.rope(self.q_norm(q).transpose(0, 2, 1, 3), offset)
+        k = self.rope(self.k_norm(k).transpose(0, 2, 1, 3), offset)
+        if cache is not None:
+            k, v = cache.update(k, v)
+        y = mx.fast.scaled_dot_product_attention(
+            q, k, v, scale=self.head_dim**-0.5, mask="causal" if T > 1 else None
+        )
+        return y.transpose(0, 2, 1, 3).reshape(B, T, -1)
+
+
+class GatedAttention(Attention):
+    """Attention whose output is multiplied by the sigmoid of a gate that ``q_proj`` gives beside the queries."""
+
+    def __init__(self, config: BaseConfig):
+        super().__init__(config)
+        # Each head's query and gate lie next to each other.
+        queries_and_gates = 2 * self.heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries_and_gates, bias=config.attention_bias)
+
+    def __call__(self, x: mx.array, cache: KVCache | None) -> mx.array:
+        B, T, _ = x.shape
+        q, gate = mx.split(self.q_proj(x).reshape(B, T, self.heads, -1), 2, axis=-1)
+        return self.o_proj(gated(self.attend(q, x, cache), gate.reshape(B, T, -1)))

@@ -1,0 +1,93 @@
+"""What the architectures have in common: embedding, a stack of pre-norm layers, head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_flashmoe.models.attention import Attention
+from mlx_flashmoe.models.cache import Cache, KVCache
+from mlx_flashmoe.models.config import BaseConfig
+from mlx_flashmoe.models.moe import MoE
+from mlx_flashmoe.models.norm import RMSNorm
+
+
+class DecoderLayer(nn.Module):
+    """x + mix(norm(x)), then x + mlp(norm(x)). What mixes tokens has its own name in every subclass."""
+
+    def __init__(self, config: BaseConfig, mlp: MoE):
+        super().__init__()
+        self.mlp = mlp
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def mix(self, x: mx.array, cache: Any) -> mx.array:
+        raise NotImplementedError
+
+    def make_cache(self) -> Cache:
+        raise NotImplementedError
+
+    def __call__(self, x: mx.array, cache: Cache | None, following: DecoderLayer | None) -> mx.array:
+        x = x + self.mix(self.input_layernorm(x), cache)
+        likely = None
+        if following is not None and self.mlp.wants_guess(x):
+            likely = following.guess(x)
+        return x + self.mlp(self.post_attention_layernorm(x), likely)
+
+    def guess(self, x: mx.array) -> mx.array:
+        """The experts this layer will probably want, from an earlier residual x: ids [..., K]."""
+        return self.mlp.route(self.post_attention_layernorm(x))[0]
+
+
+class AttentionLayer(DecoderLayer):
+    def __init__(self, config: BaseConfig, attention: Attention, mlp: MoE):
+        super().__init__(config, mlp)
+        self.self_attn = attention
+
+    def mix(self, x: mx.array, cache: KVCache | None) -> mx.array:
+        return self.self_attn(x, cache)
+
+    def make_cache(self) -> Cache:
+        return KVCache()
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: BaseConfig, layers: list[DecoderLayer]):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = layers
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def __call__(self, tokens: mx.array, cache: list[Cache] | None) -> mx.array:
+        x = self.embed_tokens(tokens)
+        for i, layer in enumerate(self.layers):
+            following = self.layers[i + 1] if i + 1 < len(self.layers) else None
+            x = layer(x, cache[i] if cache is not None else None, following)
+        return self.norm(x)
+
+
+class CausalLM(nn.Module):
+    """A language model. Architectures derive theirs: ``Model(config, experts, active_experts)``."""
+
+    def __init__(self, config: BaseConfig, layers: list[DecoderLayer]):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config, layers)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def __call__(self, tokens: mx.array, cache: list[Cache] | None = None) -> mx.array:
+        """tokens [B, T] -> logits [B, T, vocab]; ``cache`` (of ``make_cache``) is updated."""
+        x = self.model(tokens, cache)
+        return self.model.embed_tokens.as_linear(x) if self.config.tie_word_embeddings else self.lm_head(x)
+
+    def make_cache(self) -> list[Cache]:
+        """An empty cache, one entry a layer."""
+        return [layer.make_cache() for layer in self.model.layers]
+
+    @staticmethod
+    def keep_float32(path: str) -> bool:
+        """Whether a parameter stays in float32 whatever the activations' dtype."""
+        return False

@@ -1,0 +1,101 @@
+"""Linear attention by the gated delta rule of Yang et al., "Gated Delta Networks" (arXiv:2412.06464)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_flashmoe.kernels.gated_delta import gated_delta_update
+from mlx_flashmoe.models.cache import RecurrentCache
+from mlx_flashmoe.models.config import BaseConfig
+from mlx_flashmoe.models.fused import decay_and_beta, silu
+from mlx_flashmoe.models.norm import GatedRMSNorm, l2_normalize
+
+
+@dataclass(frozen=True)
+class DeltaNetConfig(BaseConfig):
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_conv_kernel_dim: int
+
+    @property
+    def keys(self) -> int:
+        """Dims of all keys together."""
+        return self.linear_num_key_heads * self.linear_key_head_dim
+
+    @property
+    def values(self) -> int:
+        """Dims of all values together."""
+        return self.linear_num_value_heads * self.linear_value_head_dim
+
+    def state_bytes(self, dtype: mx.Dtype) -> int:
+        """Bytes of a layer's ``RecurrentCache`` for one sequence."""
+        recurrent = self.values * self.linear_key_head_dim * 4
+        return recurrent + (self.linear_conv_kernel_dim - 1) * (2 * self.keys + self.values) * dtype.size
+
+    def _mixing_bytes(self, dtype: mx.Dtype) -> int:
+        # Before and after the convolution, and the delta rule's inputs and outputs in float32.
+        keys, values = self.keys, self.values
+        return (5 * (2 * keys + values) + 2 * values) * dtype.size + (2 * keys + 2 * values) * 4
+
+
+class GatedDeltaNet(nn.Module):
+    """x [B, T, D] -> [B, T, D], with a recurrent state. Architectures differ in ``project``, and derive theirs."""
+
+    def __init__(self, config: DeltaNetConfig):
+        super().__init__()
+        self.key_heads, self.key_dim = config.linear_num_key_heads, config.linear_key_head_dim
+        self.value_heads, self.value_dim = config.linear_num_value_heads, config.linear_value_head_dim
+        self.splits = [config.keys, 2 * config.keys]
+        channels = 2 * config.keys + config.values
+        self.conv1d = nn.Conv1d(
+            channels, channels, config.linear_conv_kernel_dim, groups=channels, bias=False
+        )
+        self.A_log = mx.zeros((self.value_heads,))
+        self.dt_bias = mx.ones((self.value_heads,))
+        self.norm = GatedRMSNorm(self.value_dim, config.rms_norm_eps)
+        self.out_proj = nn.Linear(config.values, config.hidden_size, bias=False)
+
+    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        """What the rule computes with.
+
+        Returns:
+            queries, keys and values [B, T, 2 * keys + values], each with its heads in order;
+            z [B, T, values], the output's gate;
+            b and a, [B, T, value heads] each, which beta and the decay are made from.
+        """
+        raise NotImplementedError
+
+    def __call__(self, x: mx.array, cache: RecurrentCache | None) -> mx.array:
+        B, T, _ = x.shape
+        qkv, z, b, a = self.project(x)
+        q, k, v = mx.split(self._convolve(qkv, cache), self.splits, axis=-1)
+        q = l2_normalize(q.reshape(B, T, self.key_heads, self.key_dim), self.key_dim**-0.5)
+        k = l2_normalize(k.reshape(B, T, self.key_heads, self.key_dim))
+        v = v.reshape(B, T, self.value_heads, self.value_dim).astype(mx.float32)
+        decay, beta = decay_and_beta(a, b, self.A_log, self.dt_bias)
+        state = cache.recurrent if cache is not None else None
+        if state is None:
+            state = mx.zeros((B, self.value_heads, self.value_dim, self.key_dim))
+        y, state = gated_delta_update(q, k, v, decay, beta, state)
+        if cache is not None:
+            cache.recurrent = state
+            cache.offset += T
+        z = z.reshape(B, T, self.value_heads, self.value_dim)
+        return self.out_proj(self.norm(y.astype(x.dtype), z).reshape(B, T, -1))
+
+    def _convolve(self, x: mx.array, cache: RecurrentCache | None) -> mx.array:
+        """Causal depthwise convolution and silu; [B, T, channels] -> the same."""
+        past = self.conv1d.weight.shape[1] - 1
+        before = cache.conv if cache is not None else None
+        if before is None:
+            before = mx.zeros((x.shape[0], past, x.shape[2]), dtype=x.dtype)
+        x = mx.concatenate([before, x], axis=1)
+        if cache is not None:
+            # A copy: a slice would keep the whole prompt's activations alive.
+            cache.conv = mx.contiguous(x[:, x.shape[1] - past :])
+        return silu(self.conv1d(x))

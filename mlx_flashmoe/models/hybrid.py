@@ -1,0 +1,96 @@
+"""Qwen3-Next and its successors: gated delta net layers, every so often gated attention, all with experts.
+
+Every layer has routed experts and one that every token uses. Norms are published as weight - 1, except the one
+inside the delta net.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_flashmoe.errors import FormatError
+from mlx_flashmoe.models.attention import GatedAttention
+from mlx_flashmoe.models.cache import Cache, RecurrentCache
+from mlx_flashmoe.models.decoder import AttentionLayer, CausalLM, DecoderLayer
+from mlx_flashmoe.models.delta_net import DeltaNetConfig, GatedDeltaNet
+from mlx_flashmoe.models.moe import Experts, MoE, SharedExpertMoE
+
+ROTARY_SHARE = 0.25  # of each head's dims, where config.json does not say; as in transformers
+
+
+@dataclass(frozen=True)
+class HybridConfig(DeltaNetConfig):
+    shared_expert_intermediate_size: int
+    layer_types: tuple[str, ...]
+    norm_topk_prob: bool
+
+    @classmethod
+    def derive(cls, text: dict[str, Any]) -> dict[str, Any]:
+        layers = int(text["num_hidden_layers"])
+        interval = int(text.get("full_attention_interval", 4))
+        pattern = text.get("layer_types") or [
+            "full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(layers)
+        ]
+        if len(pattern) != layers or not set(pattern) <= {"linear_attention", "full_attention"}:
+            raise FormatError(f"config.json: layer_types does not describe {layers} layers")
+        derived = super().derive({"partial_rotary_factor": ROTARY_SHARE, **text})
+        return {**derived, "layer_types": tuple(pattern)}
+
+    def kv_bytes(self, tokens: int, dtype: mx.Dtype) -> int:
+        attention, recurrent = self._layer_kv_bytes(tokens, dtype), self.state_bytes(dtype)
+        return sum(attention if kind == "full_attention" else recurrent for kind in self.layer_types)
+
+
+class DeltaNetLayer(DecoderLayer):
+    def __init__(self, config: HybridConfig, delta_net: GatedDeltaNet, mlp: MoE):
+        super().__init__(config, mlp)
+        self.linear_attn = delta_net
+
+    def mix(self, x: mx.array, cache: RecurrentCache | None) -> mx.array:
+        return self.linear_attn(x, cache)
+
+    def make_cache(self) -> Cache:
+        return RecurrentCache()
+
+
+class HybridModel(CausalLM):
+    """The language model.
+
+    Args:
+        config: of the checkpoint.
+        experts: layer number -> that layer's routed experts, a callable (x, ids, weights) -> y.
+        active_experts: routed experts a token uses; the checkpoint's own number if None.
+        delta_net: makes a layer's, as the architecture has it.
+    """
+
+    def __init__(
+        self,
+        config: HybridConfig,
+        experts: Callable[[int], Experts],
+        active_experts: int | None,
+        delta_net: Callable[[HybridConfig], GatedDeltaNet],
+    ):
+        def layer(i: int, kind: str) -> DecoderLayer:
+            mlp = SharedExpertMoE(
+                config.hidden_size,
+                config.num_experts,
+                experts(i),
+                active_experts or config.num_experts_per_tok,
+                config.norm_topk_prob,
+                config.shared_expert_intermediate_size,
+            )
+            if kind == "linear_attention":
+                return DeltaNetLayer(config, delta_net(config), mlp)
+            return AttentionLayer(config, GatedAttention(config), mlp)
+
+        super().__init__(config, [layer(i, kind) for i, kind in enumerate(config.layer_types)])
+
+    @staticmethod
+    def keep_float32(path: str) -> bool:
+        return path.endswith((".A_log", ".dt_bias")) or (
+            path.endswith("norm.weight") and not path.endswith("linear_attn.norm.weight")
+        )

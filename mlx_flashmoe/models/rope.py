@@ -1,0 +1,112 @@
+"""Rotary position embedding: plain, or stretched to longer contexts by YaRN (Peng et al., arXiv:2309.00071)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_flashmoe.errors import FormatError
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """Rotations that turn fewer than ``beta_slow`` times within the original context are stretched by ``factor``,
+    those that turn more than ``beta_fast`` times are not, and between the two it goes gradually.
+
+    Attributes:
+        attention_factor: rotated queries and keys are multiplied by it.
+        truncate: the two bounds are rounded to whole rotations.
+    """
+
+    factor: float
+    original_context: int
+    attention_factor: float
+    beta_fast: float
+    beta_slow: float
+    truncate: bool
+
+    @classmethod
+    def from_config(cls, rope: dict[str, Any], text: dict[str, Any]) -> Yarn:
+        if rope.get("mscale") and rope.get("mscale_all_dim"):
+            raise FormatError("config.json: mscale and mscale_all_dim of rope type 'yarn' are not supported")
+        factor, attention = float(rope["factor"]), rope.get("attention_factor")
+        if attention is None:
+            attention = 0.1 * math.log(factor) + 1 if factor > 1 else 1
+        yarn = cls(
+            factor,
+            int(rope.get("original_max_position_embeddings") or text["max_position_embeddings"]),
+            float(attention),
+            float(rope.get("beta_fast") or 32),
+            float(rope.get("beta_slow") or 1),
+            bool(rope.get("truncate", True)),
+        )
+        if min(factor, yarn.original_context, yarn.beta_fast, yarn.beta_slow) <= 0:
+            raise ValueError("rope_parameters")
+        return yarn
+
+    def stretched(self, dims: int, theta: float) -> mx.array:
+        """How much each of the dims / 2 rotations is stretched: 0 not at all, 1 by all of ``factor``."""
+
+        def rotation(turns: float) -> float:
+            """Which rotation turns so many times within the original context."""
+            return dims * math.log(self.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+        low, high = rotation(self.beta_fast), rotation(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dims - 1)
+        if low == high:
+            high += 0.001
+        return mx.clip((mx.arange(dims // 2, dtype=mx.float32) - low) / (high - low), 0, 1)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """What config.json says of the rotary embedding.
+
+    Attributes:
+        dims: leading dims of each head that are rotated.
+        theta: base of the rotations' periods.
+    """
+
+    dims: int
+    theta: float
+    yarn: Yarn | None
+
+    @classmethod
+    def from_config(cls, text: dict[str, Any]) -> Rope:
+        """Raises FormatError for a kind that is not supported; KeyError, TypeError or ValueError if malformed."""
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "mrope", "yarn"):
+            raise FormatError(f"config.json: rope type {kind!r} is not supported; default and yarn are")
+        partial = rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0))
+        return cls(
+            dims=int(int(text["head_dim"]) * partial),
+            theta=float(rope["rope_theta"] if "rope_theta" in rope else text["rope_theta"]),
+            yarn=Yarn.from_config(rope, text) if kind == "yarn" else None,
+        )
+
+
+class RotaryEmbedding:
+    """Rotates the first ``rope.dims`` of each head of x [B, heads, T, head_dim] by its position."""
+
+    def __init__(self, rope: Rope):
+        exponent = mx.arange(0, rope.dims, 2, dtype=mx.float32) / rope.dims
+        periods = rope.theta**exponent
+        if rope.yarn is not None:
+            share = rope.yarn.stretched(rope.dims, rope.theta)
+            periods = 1 / (share / (rope.yarn.factor * periods) + (1 - share) / periods)
+        self._dims = rope.dims
+        self._periods = periods
+        self._factor = rope.yarn.attention_factor if rope.yarn is not None else 1.0
+
+    def __call__(self, x: mx.array, offset: int) -> mx.array:
+        if self._factor != 1.0:
+            x = mx.concatenate([self._factor * x[..., : self._dims], x[..., self._dims :]], axis=-1)
+        return mx.fast.rope(
+            x, self._dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._periods
+        )
