@@ -11,8 +11,8 @@ Three layouts of the same model are in the wild, told apart by the names of the 
     per expert  …mlp.experts.E.{gate,up,down}_proj.weight
     stacked     …mlp.switch_mlp.{gate,up,down}_proj.{weight,scales,biases} [E, …], as mlx-lm writes it
 
-The first two are Hugging Face's: there, RMS norms hold weight - 1 and a convolution is [C, 1, K]. In the third,
-1 is added already and a convolution is [C, K, 1].
+The first two are Hugging Face's: there, the RMS norms of some architectures hold weight - 1, and a convolution is
+[C, 1, K]. In the third, 1 is added already and a convolution is [C, K, 1].
 """
 
 from __future__ import annotations
@@ -168,36 +168,81 @@ def qwen3_5_moe(config: dict[str, Any], where: str) -> Architecture:
     if not isinstance(text, dict):
         raise SourceError(f"{where}: text_config is not an object")
     c = Settings(text, where if text is config else f"{where} (text_config)")
-    hidden = c.size("hidden_size")
-    vocabulary = c.size("vocab_size")
+    # The model's own flag is the outer one; transformers goes by it, and so do published files.
+    tied = Settings(config, where).flag("tie_word_embeddings", c.flag("tie_word_embeddings", False))
+
+    def projections(at: str, net: _DeltaNet) -> list[DenseModule]:
+        return [
+            DenseModule(f"{at}.in_proj_qkv", (2 * net.keys + net.values, net.hidden), "linear"),
+            DenseModule(f"{at}.in_proj_z", (net.values, net.hidden), "linear"),
+            DenseModule(f"{at}.in_proj_a", (net.value_heads, net.hidden), "linear"),
+            DenseModule(f"{at}.in_proj_b", (net.value_heads, net.hidden), "linear"),
+        ]
+
+    return _hybrid(c, tied, projections)
+
+
+def qwen3_next(config: dict[str, Any], where: str) -> Architecture:
+    """Qwen3-Next: as Qwen3.5-MoE, with fused projections. Names and shapes as in modeling_qwen3_next.py."""
+    c = Settings(config, where)
+
+    def projections(at: str, net: _DeltaNet) -> list[DenseModule]:
+        return [
+            DenseModule(f"{at}.in_proj_qkvz", (2 * (net.keys + net.values), net.hidden), "linear"),
+            DenseModule(f"{at}.in_proj_ba", (2 * net.value_heads, net.hidden), "linear"),
+        ]
+
+    return _hybrid(c, c.flag("tie_word_embeddings", False), projections)
+
+
+def qwen3_moe(config: dict[str, Any], where: str) -> Architecture:
+    """Qwen3-MoE: attention layers, all with routed experts. Names and shapes as in modeling_qwen3_moe.py."""
+    c = Settings(config, where)
+    _all_layers_have_experts(c)
+    hidden, heads = c.size("hidden_size"), c.size("num_attention_heads")
+    # Published configurations have the first name, those that transformers writes the second.
+    experts = c.size("num_experts" if "num_experts" in config else "num_local_experts", 1 << 16)
+    head = c.size("head_dim") if config.get("head_dim") is not None else hidden // heads
+    layers = c.size("num_hidden_layers", 4096)
+    tied = c.flag("tie_word_embeddings", False)
+    modules = _ends(c, tied, "plain")
+    for i in range(layers):
+        layer = f"model.layers.{i}"
+        modules += _attention(c, f"{layer}.self_attn", head, heads * head, "plain")
+        modules += _norms(("input_layernorm", "post_attention_layernorm"), layer, hidden, "plain")
+        modules.append(DenseModule(f"{layer}.mlp.gate", (experts, hidden), "router"))
+    return _architecture(c, modules, layers, experts, tied)
+
+
+@dataclass(frozen=True)
+class _DeltaNet:
+    """Dims of a gated delta net: of all keys and all values together."""
+
+    hidden: int
+    keys: int
+    values: int
+    value_heads: int
+
+
+def _hybrid(
+    c: Settings, tied: bool, projections: Callable[[str, _DeltaNet], list[DenseModule]]
+) -> Architecture:
+    """Gated delta net layers, whose inputs are ``projections``, and gated attention layers."""
+    _all_layers_have_experts(c)
+    hidden, heads, head = c.size("hidden_size"), c.size("num_attention_heads"), c.size("head_dim")
     experts, shared = c.size("num_experts", 1 << 16), c.size("shared_expert_intermediate_size")
-    if c.size("num_experts_per_tok") > experts:
-        raise SourceError(f"{c.where}: num_experts_per_tok is more than the {experts} of num_experts")
-    heads, kv_heads, head = c.size("num_attention_heads"), c.size("num_key_value_heads"), c.size("head_dim")
     value_heads, value_head = c.size("linear_num_value_heads"), c.size("linear_value_head_dim")
     keys = c.size("linear_num_key_heads") * c.size("linear_key_head_dim")
     values = value_heads * value_head
     kernel = c.size("linear_conv_kernel_dim")
-    attention_bias = c.flag("attention_bias", False)
-    # The model's own flag is the outer one; transformers goes by it, and so do published files.
-    tied = Settings(config, where).flag("tie_word_embeddings", c.flag("tie_word_embeddings", False))
-
-    modules = [
-        DenseModule("model.embed_tokens", (vocabulary, hidden), "linear"),
-        DenseModule("model.norm", (hidden,), "norm"),
-    ]
-    if not tied:
-        modules.append(DenseModule("lm_head", (vocabulary, hidden), "linear"))
+    modules = _ends(c, tied, "norm")
     kinds = _layer_types(c)
     for i, kind in enumerate(kinds):
         layer = f"model.layers.{i}"
         if kind == "linear_attention":
             at = f"{layer}.linear_attn"
+            modules += projections(at, _DeltaNet(hidden, keys, values, value_heads))
             modules += [
-                DenseModule(f"{at}.in_proj_qkv", (2 * keys + values, hidden), "linear"),
-                DenseModule(f"{at}.in_proj_z", (values, hidden), "linear"),
-                DenseModule(f"{at}.in_proj_a", (value_heads, hidden), "linear"),
-                DenseModule(f"{at}.in_proj_b", (value_heads, hidden), "linear"),
                 DenseModule(f"{at}.out_proj", (hidden, values), "linear"),
                 DenseModule(f"{at}.conv1d", (2 * keys + values, kernel, 1), "conv"),
                 DenseModule(f"{at}.A_log", (value_heads,), "plain"),
@@ -205,31 +250,69 @@ def qwen3_5_moe(config: dict[str, Any], where: str) -> Architecture:
                 DenseModule(f"{at}.norm.weight", (value_head,), "plain"),
             ]
         else:
-            at = f"{layer}.self_attn"
-            shapes = {
-                "q_proj": (2 * heads * head, hidden),  # query and gate, interleaved head by head
-                "k_proj": (kv_heads * head, hidden),
-                "v_proj": (kv_heads * head, hidden),
-                "o_proj": (hidden, heads * head),
-            }
-            modules += [DenseModule(f"{at}.{name}", shape, "linear") for name, shape in shapes.items()]
-            if attention_bias:
-                modules += [
-                    DenseModule(f"{at}.{name}.bias", (shape[0],), "plain") for name, shape in shapes.items()
-                ]
-            modules += [DenseModule(f"{at}.{name}", (head,), "norm") for name in ("q_norm", "k_norm")]
+            # Query and gate, interleaved head by head.
+            modules += _attention(c, f"{layer}.self_attn", head, 2 * heads * head, "norm")
+        modules += _norms(("input_layernorm", "post_attention_layernorm"), layer, hidden, "norm")
         modules += [
-            DenseModule(f"{layer}.input_layernorm", (hidden,), "norm"),
-            DenseModule(f"{layer}.post_attention_layernorm", (hidden,), "norm"),
             DenseModule(f"{layer}.mlp.gate", (experts, hidden), "router"),
             DenseModule(f"{layer}.mlp.shared_expert.gate_proj", (shared, hidden), "linear"),
             DenseModule(f"{layer}.mlp.shared_expert.up_proj", (shared, hidden), "linear"),
             DenseModule(f"{layer}.mlp.shared_expert.down_proj", (hidden, shared), "linear"),
             DenseModule(f"{layer}.mlp.shared_expert_gate", (1, hidden), "router"),
         ]
-    return Architecture(
-        modules, list(range(len(kinds))), experts, hidden, c.size("moe_intermediate_size"), tied
+    return _architecture(c, modules, len(kinds), experts, tied)
+
+
+def _architecture(
+    c: Settings, modules: list[DenseModule], layers: int, experts: int, tied: bool
+) -> Architecture:
+    if c.size("num_experts_per_tok") > experts:
+        raise SourceError(f"{c.where}: num_experts_per_tok is more than the {experts} of num_experts")
+    inner = c.size("moe_intermediate_size")
+    return Architecture(modules, list(range(layers)), experts, c.size("hidden_size"), inner, tied)
+
+
+def _ends(c: Settings, tied: bool, norm: Kind) -> list[DenseModule]:
+    """What comes before the first layer and after the last."""
+    vocabulary, hidden = c.size("vocab_size"), c.size("hidden_size")
+    modules = [DenseModule("model.embed_tokens", (vocabulary, hidden), "linear")]
+    modules += _norms(("norm",), "model", hidden, norm)
+    if not tied:
+        modules.append(DenseModule("lm_head", (vocabulary, hidden), "linear"))
+    return modules
+
+
+def _attention(c: Settings, at: str, head: int, queries: int, norm: Kind) -> list[DenseModule]:
+    """Attention whose q_proj has ``queries`` rows."""
+    hidden, heads, kv_heads = (
+        c.size("hidden_size"),
+        c.size("num_attention_heads"),
+        c.size("num_key_value_heads"),
     )
+    shapes = {
+        "q_proj": (queries, hidden),
+        "k_proj": (kv_heads * head, hidden),
+        "v_proj": (kv_heads * head, hidden),
+        "o_proj": (hidden, heads * head),
+    }
+    modules = [DenseModule(f"{at}.{name}", shape, "linear") for name, shape in shapes.items()]
+    if c.flag("attention_bias", False):
+        modules += [DenseModule(f"{at}.{name}.bias", (shape[0],), "plain") for name, shape in shapes.items()]
+    return modules + _norms(("q_norm", "k_norm"), at, head, norm)
+
+
+def _norms(names: Iterable[str], at: str, dims: int, kind: Kind) -> list[DenseModule]:
+    """RMS norms: of kind "norm" where the architecture publishes weight - 1, else "plain"."""
+    end = ".weight" if kind == "plain" else ""
+    return [DenseModule(f"{at}.{name}{end}", (dims,), kind) for name in names]
+
+
+def _all_layers_have_experts(c: Settings) -> None:
+    # No published checkpoint of these architectures has a layer without.
+    if c.data.get("mlp_only_layers") or c.data.get("decoder_sparse_step", 1) != 1:
+        raise SourceError(
+            f"{c.where}: layers without experts (mlp_only_layers, decoder_sparse_step) are not supported"
+        )
 
 
 def _layer_types(c: Settings) -> list[str]:
@@ -263,6 +346,8 @@ FAMILIES = (
         ("mtp.", "model.mtp.", "visual.", "model.visual.", "vision_tower.", "model.vision_tower."),
         qwen3_5_moe,
     ),
+    Family(("qwen3_next",), ("mtp.", "model.mtp."), qwen3_next),
+    Family(("qwen3_moe",), (), qwen3_moe),
 )
 
 

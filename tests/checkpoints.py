@@ -190,9 +190,9 @@ class Spec:
         """The tensors as a checkpoint of that layout has them (stacked: unquantized, as mlx-lm writes them)."""
         weights = self.weights()
         if layout == "fused":
-            weights = _stack(weights, self, fuse=True)
+            weights = stack(weights, self, fuse=True)
         elif layout == "stacked":
-            weights = {name: self._mlx(name, a) for name, a in _stack(weights, self, fuse=False).items()}
+            weights = {name: self._mlx(name, a) for name, a in stack(weights, self, fuse=False).items()}
         named = {self._publish(name, layout): a for name, a in weights.items()}
         if self.extras and not self.text_only:
             extra = array(np.ones((3, 5), np.float32), self.dtype)
@@ -218,7 +218,7 @@ class Spec:
         return a
 
 
-def _stack(weights: dict[str, Array], spec: Spec, *, fuse: bool) -> dict[str, Array]:
+def stack(weights: dict[str, Array], spec: Spec, *, fuse: bool) -> dict[str, Array]:
     """Experts of a layer in one tensor: gate_up_proj and down_proj (fuse), or switch_mlp's three."""
     out = {name: a for name, a in weights.items() if ".mlp.experts." not in name}
     for i in range(spec.layers):

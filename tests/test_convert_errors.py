@@ -72,7 +72,7 @@ BAD_SOURCES: list[tuple[Callable[[Path], Any], str]] = [
     (lambda s: (s / "config.json").write_text("[1]"), r"config\.json: not a JSON object"),
     (
         top_config(model_type="llama"),
-        "model_type 'llama' is not supported; supported: qwen3_5_moe, qwen3_5_moe_text",
+        "model_type 'llama' is not supported; supported: qwen3_5_moe, qwen3_5_moe_text, qwen3_next, qwen3_moe",
     ),
     (top_config(model_type=None), "model_type None is not supported"),
     (top_config(model_type=["x"] * 9000), r"model_type \[.{,80}\] is not supported"),

@@ -6,12 +6,14 @@ What architectures share is beside them, a file each: ``decoder``, ``attention``
 from types import ModuleType
 
 from mlx_flashmoe.errors import FormatError
-from mlx_flashmoe.models import qwen3_5_moe
+from mlx_flashmoe.models import qwen3_5_moe, qwen3_moe, qwen3_next
 
 # A checkpoint's model_type -> the module with its Config and Model.
 ARCHITECTURES: dict[str, ModuleType] = {
     "qwen3_5_moe": qwen3_5_moe,
     "qwen3_5_moe_text": qwen3_5_moe,
+    "qwen3_moe": qwen3_moe,
+    "qwen3_next": qwen3_next,
 }
 
 

@@ -1,9 +1,10 @@
-"""Small random Qwen3.5-MoE models made by transformers, saved in each layout that is in the wild."""
+"""Small random models of each architecture made by transformers, saved in each layout that is in the wild."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,71 +13,157 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 from mlx_flashmoe.layout import PROJECTIONS, Manifest
 
 ROPE = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [4, 2, 2]}
-BASE: dict[str, Any] = dict(
+COMMON: dict[str, Any] = dict(
     vocab_size=320,
     hidden_size=128,
     num_hidden_layers=4,
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=64,
+    moe_intermediate_size=64,
+    num_experts=16,
+    num_experts_per_tok=4,
+    eos_token_id=None,
+    attn_implementation="eager",
+)
+DELTA_NET: dict[str, Any] = dict(
     linear_num_key_heads=2,
     linear_num_value_heads=4,
     linear_key_head_dim=32,
     linear_value_head_dim=32,
     linear_conv_kernel_dim=4,
-    moe_intermediate_size=64,
     shared_expert_intermediate_size=64,
-    num_experts=16,
-    num_experts_per_tok=4,
-    rope_parameters=ROPE,
-    eos_token_id=None,
-    attn_implementation="eager",
+)
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e6}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture in transformers, a small shape of it, and the layouts it comes in.
+
+    Layouts: "fused" and "released", as Qwen publishes it (experts stacked, or one tensor an expert); "per expert",
+    as transformers writes it.
+    """
+
+    config: type[PreTrainedConfig]
+    model: type[PreTrainedModel]
+    base: dict[str, Any]
+    layouts: tuple[str, ...]
+
+
+QWEN3_5 = Family(
+    Qwen3_5MoeTextConfig,
+    Qwen3_5MoeForCausalLM,
+    {**COMMON, **DELTA_NET, "rope_parameters": ROPE},
+    ("fused", "per expert"),
+)
+QWEN3_NEXT = Family(
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+    {**COMMON, **DELTA_NET, "rope_parameters": {**PLAIN_ROPE, "partial_rotary_factor": 0.25}},
+    ("released", "per expert"),
+)
+QWEN3_MOE = Family(
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    {**COMMON, "norm_topk_prob": True, "rope_parameters": PLAIN_ROPE},
+    ("released", "per expert"),
 )
 
-# Heads, groups, layer patterns, expert counts, tied embeddings: what differs from BASE.
-SHAPES: dict[str, dict[str, Any]] = {
-    "base": {},
-    "tied, one kv head, many experts": dict(
-        tie_word_embeddings=True, num_key_value_heads=1, num_experts=40, num_experts_per_tok=10
+# Heads, groups, layer patterns, expert counts, tied embeddings: what differs from the family's base.
+SHAPES: dict[str, tuple[Family, dict[str, Any]]] = {
+    "base": (QWEN3_5, {}),
+    "tied, one kv head, many experts": (
+        QWEN3_5,
+        dict(tie_word_embeddings=True, num_key_value_heads=1, num_experts=40, num_experts_per_tok=10),
     ),
-    "odd pattern, wide values": dict(
-        num_hidden_layers=5,
-        layer_types=[
-            "full_attention",
-            "linear_attention",
-            "linear_attention",
-            "full_attention",
-            "linear_attention",
-        ],
-        linear_num_key_heads=2,
-        linear_num_value_heads=8,
-        linear_value_head_dim=64,
-        linear_key_head_dim=64,
-        shared_expert_intermediate_size=32,
+    "odd pattern, wide values": (
+        QWEN3_5,
+        dict(
+            num_hidden_layers=5,
+            layer_types=[
+                "full_attention",
+                "linear_attention",
+                "linear_attention",
+                "full_attention",
+                "linear_attention",
+            ],
+            linear_num_key_heads=2,
+            linear_num_value_heads=8,
+            linear_value_head_dim=64,
+            linear_key_head_dim=64,
+            shared_expert_intermediate_size=32,
+        ),
     ),
-    "equal heads, bias, top-1, kernel 3": dict(
-        linear_num_key_heads=4,
-        attention_bias=True,
-        num_experts_per_tok=1,
-        num_experts=6,
-        linear_conv_kernel_dim=3,
-        num_attention_heads=6,
-        head_dim=32,
-        rope_parameters={**ROPE, "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    "equal heads, bias, top-1, kernel 3": (
+        QWEN3_5,
+        dict(
+            linear_num_key_heads=4,
+            attention_bias=True,
+            num_experts_per_tok=1,
+            num_experts=6,
+            linear_conv_kernel_dim=3,
+            num_attention_heads=6,
+            head_dim=32,
+            rope_parameters={**ROPE, "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        ),
+    ),
+    "Qwen3-Next": (QWEN3_NEXT, {}),
+    "Qwen3-Next, wide values, tied, weights as they are, YaRN": (
+        QWEN3_NEXT,
+        dict(
+            linear_num_value_heads=8,
+            linear_value_head_dim=64,
+            linear_num_key_heads=2,
+            tie_word_embeddings=True,
+            norm_topk_prob=False,
+            rope_parameters={**YARN, "partial_rotary_factor": 0.5},
+        ),
+    ),
+    "Qwen3-Next, equal heads, bias, kernel 3": (
+        QWEN3_NEXT,
+        dict(linear_num_key_heads=4, attention_bias=True, linear_conv_kernel_dim=3, num_experts_per_tok=1),
+    ),
+    "Qwen3-MoE": (QWEN3_MOE, {}),
+    "Qwen3-MoE, many heads, weights as they are": (
+        QWEN3_MOE,
+        dict(
+            num_attention_heads=8,
+            num_key_value_heads=1,
+            head_dim=32,
+            norm_topk_prob=False,
+            num_experts=40,
+            num_experts_per_tok=8,
+        ),
+    ),
+    "Qwen3-MoE, tied, bias, YaRN": (
+        QWEN3_MOE,
+        dict(tie_word_embeddings=True, attention_bias=True, rope_parameters=YARN),
     ),
 }
 
 
-def random_model(shape: str, seed: int = 0) -> Qwen3_5MoeForCausalLM:
+def random_model(shape: str, seed: int = 0) -> PreTrainedModel:
     """A float32 model whose logits have a standard deviation near 1 and whose norms are not all one."""
     torch.manual_seed(seed)
+    family, changes = SHAPES[shape]
     # transformers' own generate must not stop early: no end token.
-    model = Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**{**BASE, **SHAPES[shape]})).eval().float()
+    model = family.model(family.config(**{**family.base, **changes})).eval().float()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim > 1:
@@ -86,12 +173,10 @@ def random_model(shape: str, seed: int = 0) -> Qwen3_5MoeForCausalLM:
     return model
 
 
-def save(model: Qwen3_5MoeForCausalLM, folder: Path, layout: str, dtype: torch.dtype = torch.float32) -> Path:
-    """Writes ``model`` as a checkpoint: "fused" as released, "per expert" by transformers itself, or "mlx"."""
+def save(model: PreTrainedModel, folder: Path, layout: str, dtype: torch.dtype = torch.float32) -> Path:
+    """Writes ``model`` as a checkpoint in a layout of its family."""
     folder.mkdir(parents=True)
-    if layout == "per expert":
-        model.to(dtype).save_pretrained(folder, max_shard_size="2MB")
-    else:
+    if layout == "fused":
         config = {"model_type": "qwen3_5_moe", "text_config": model.config.to_dict()}
         config["tie_word_embeddings"] = model.config.tie_word_embeddings
         config["text_config"]["dtype"] = str(dtype).removeprefix("torch.")
@@ -105,11 +190,36 @@ def save(model: Qwen3_5MoeForCausalLM, folder: Path, layout: str, dtype: torch.d
         tensors["model.visual.patch_embed.proj.weight"] = torch.zeros(4, 4)
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config))
+    else:
+        model.to(dtype).save_pretrained(folder, max_shard_size="2MB")
+        if layout == "released":
+            (folder / "config.json").write_text(json.dumps(released_config(model)))
+            if isinstance(model, Qwen3NextForCausalLM):
+                save_file({"mtp.fc.weight": torch.zeros(4, 4)}, folder / "mtp.safetensors")
+                index = json.loads((folder / "model.safetensors.index.json").read_text())
+                index["weight_map"]["mtp.fc.weight"] = "mtp.safetensors"
+                (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     words = {f"w{i}": i for i in range(model.config.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+def released_config(model: PreTrainedModel) -> dict[str, Any]:
+    """config.json as Qwen publishes it: names that transformers has changed since."""
+    config = model.config.to_dict()
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    config["rope_scaling"] = rope if rope["rope_type"] == "yarn" else None
+    config["torch_dtype"] = config.pop("dtype")
+    config["num_experts"] = model.config.num_experts
+    config.pop("num_local_experts", None)
+    if config.pop("layer_types", None):
+        config["full_attention_interval"] = 4
+    return config
 
 
 def dequantized_state(folder: Path) -> dict[str, torch.Tensor]:
@@ -126,12 +236,13 @@ def dequantized_state(folder: Path) -> dict[str, torch.Tensor]:
         path, _, part = name.rpartition(".")
         if part in ("scales", "biases"):
             continue
-        if path in manifest.dense_quantization:
+        if part == "weight" and path in manifest.dense_quantization:
             q = manifest.dense_quantization[path]
             w = mx.dequantize(w, raw[f"{path}.scales"], raw[f"{path}.biases"], q.group_size, q.bits)
         if name.endswith("conv1d.weight"):
             w = w.moveaxis(1, 2)
-        if name.endswith("norm.weight") and "linear_attn" not in name:
+        zero_centred = manifest.model_type != "qwen3_moe" and "linear_attn" not in name
+        if name.endswith("norm.weight") and zero_centred:
             w = w.astype(mx.float32) - 1
         state[name] = to_torch(w)
     for entry in manifest.layers:
@@ -162,9 +273,9 @@ def to_torch(w: mx.array) -> torch.Tensor:
     return torch.from_numpy(np.array(w.astype(mx.float32)))
 
 
-def with_weights(model: Qwen3_5MoeForCausalLM, state: Mapping[str, torch.Tensor]) -> Qwen3_5MoeForCausalLM:
+def with_weights(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
     """A float32 copy of ``model`` that computes with ``state``."""
-    copy = Qwen3_5MoeForCausalLM(model.config).eval().float()
+    copy = type(model)(model.config).eval().float()
     missing, unexpected = copy.load_state_dict(dict(state), strict=False)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     assert set(missing) <= tied and not unexpected
@@ -173,6 +284,6 @@ def with_weights(model: Qwen3_5MoeForCausalLM, state: Mapping[str, torch.Tensor]
     return copy
 
 
-def reference_logits(model: Qwen3_5MoeForCausalLM, tokens: np.ndarray) -> np.ndarray:
+def reference_logits(model: PreTrainedModel, tokens: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         return model(torch.from_numpy(tokens)).logits.numpy()

@@ -11,15 +11,27 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is the reference; pip install .[ref
 
 import mlx.core as mx
 import numpy as np
-from checkpoints_hf import random_model, save
+from checkpoints_hf import SHAPES, random_model, save
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
 from mlx_flashmoe import convert, load
 
 
-@pytest.mark.parametrize(("bits", "group"), [(4, 64), (8, 32), (3, 32), (None, None)])
-def test_mlx_community_checkpoint(tmp_path: Path, bits: int | None, group: int | None) -> None:
-    source = save(random_model("base"), tmp_path / "src", "fused")
+@pytest.mark.parametrize(
+    ("shape", "bits", "group"),
+    [
+        ("base", 4, 64),
+        ("base", 8, 32),
+        ("base", 3, 32),
+        ("base", None, None),
+        ("Qwen3-Next", 4, 64),
+        ("Qwen3-Next, equal heads, bias, kernel 3", None, None),
+        ("Qwen3-MoE", 4, 64),
+        ("Qwen3-MoE, many heads, weights as they are", None, None),
+    ],
+)
+def test_mlx_community_checkpoint(tmp_path: Path, shape: str, bits: int | None, group: int | None) -> None:
+    source = save(random_model(shape), tmp_path / "src", SHAPES[shape][0].layouts[0])
     theirs, config = load_model(source, lazy=True)
     if bits is not None:
         theirs, config = quantize_model(theirs, config, group, bits)

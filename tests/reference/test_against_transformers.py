@@ -41,8 +41,10 @@ def greedy(model, prompt: np.ndarray) -> list[int]:
     return tokens
 
 
-@pytest.mark.parametrize("layout", ["fused", "per expert"])
-@pytest.mark.parametrize("shape", sorted(SHAPES))
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [(shape, layout) for shape, (family, _) in SHAPES.items() for layout in family.layouts],
+)
 def test_unquantized(tmp_path: Path, shape: str, layout: str) -> None:
     reference = random_model(shape)
     convert(save(reference, tmp_path / "src", layout), tmp_path / "dst", q_bits=16)
@@ -74,11 +76,16 @@ def test_unquantized(tmp_path: Path, shape: str, layout: str) -> None:
         ("base", 8, 64),
         ("odd pattern, wide values", 4, 32),
         ("tied, one kv head, many experts", 4, 64),
+        ("Qwen3-Next", 4, 64),
+        ("Qwen3-Next, wide values, tied, weights as they are, YaRN", 3, 32),
+        ("Qwen3-MoE", 4, 64),
+        ("Qwen3-MoE, tied, bias, YaRN", 8, 32),
     ],
 )
 def test_quantized(tmp_path: Path, shape: str, bits: int, group: int) -> None:
     original = random_model(shape)
-    convert(save(original, tmp_path / "src", "fused"), tmp_path / "dst", q_bits=bits, q_group_size=group)
+    source = save(original, tmp_path / "src", SHAPES[shape][0].layouts[0])
+    convert(source, tmp_path / "dst", q_bits=bits, q_group_size=group)
     reference = with_weights(original, dequantized_state(tmp_path / "dst"))
     model, _ = load(tmp_path / "dst")
     tokens = tokens_for(original.config.vocab_size)
@@ -89,10 +96,12 @@ def test_quantized(tmp_path: Path, shape: str, bits: int, group: int) -> None:
     assert greedy(model, prompt) == theirs[0, 20:].tolist()
 
 
-def test_released_in_bfloat16(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", ["base", "Qwen3-Next", "Qwen3-MoE"])
+def test_released_in_bfloat16(tmp_path: Path, shape: str) -> None:
     """bfloat16 weights are those of the reference exactly; (1 + weight) norms lose nothing."""
-    original = random_model("base").to(torch.bfloat16)
-    convert(save(original, tmp_path / "src", "fused", torch.bfloat16), tmp_path / "dst", q_bits=16)
+    original = random_model(shape).to(torch.bfloat16)
+    source = save(original, tmp_path / "src", SHAPES[shape][0].layouts[0], torch.bfloat16)
+    convert(source, tmp_path / "dst", q_bits=16)
     model, _ = load(tmp_path / "dst")
     # Not original.float(): .to(bfloat16) has rounded the rotary frequencies too, which are no weights.
     # That alone is 4e-3 on these logits.
@@ -101,9 +110,10 @@ def test_released_in_bfloat16(tmp_path: Path) -> None:
     assert_same(np.asarray(model(mx.array(tokens))), reference_logits(reference, tokens), tolerance=2e-4)
 
 
-def test_fewer_active_experts(tmp_path: Path) -> None:
-    reference = random_model("base")
-    convert(save(reference, tmp_path / "src", "fused"), tmp_path / "dst", q_bits=16)
+@pytest.mark.parametrize("shape", ["base", "Qwen3-MoE, many heads, weights as they are"])
+def test_fewer_active_experts(tmp_path: Path, shape: str) -> None:
+    reference = random_model(shape)
+    convert(save(reference, tmp_path / "src", "per expert"), tmp_path / "dst", q_bits=16)
     model, _ = load(tmp_path / "dst", active_experts=2)
     for layer in reference.model.layers:
         layer.mlp.gate.top_k = 2
@@ -111,9 +121,10 @@ def test_fewer_active_experts(tmp_path: Path) -> None:
     assert_same(np.asarray(model(mx.array(tokens))), reference_logits(reference, tokens), tolerance=2e-4)
 
 
-def test_residency_never_changes_a_bit(tmp_path: Path) -> None:
-    original = random_model("tied, one kv head, many experts")
-    convert(save(original, tmp_path / "src", "fused"), tmp_path / "dst", q_bits=4, q_group_size=32)
+@pytest.mark.parametrize("shape", ["tied, one kv head, many experts", "Qwen3-Next", "Qwen3-MoE"])
+def test_residency_never_changes_a_bit(tmp_path: Path, shape: str) -> None:
+    original = random_model(shape)
+    convert(save(original, tmp_path / "src", "per expert"), tmp_path / "dst", q_bits=4, q_group_size=32)
     tokens = mx.array(tokens_for(original.config.vocab_size))
     want = None
     for memory in ("auto", "os", "400kB", "1MB"):

@@ -1,0 +1,48 @@
+"""Qwen3-MoE (235B-A22B, 30B-A3B, Coder-480B-A35B): attention without a gate, no expert that every token uses.
+
+Checked against ``Qwen3MoeForCausalLM`` of Hugging Face transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_flashmoe.errors import FormatError
+from mlx_flashmoe.models.attention import Attention
+from mlx_flashmoe.models.config import BaseConfig
+from mlx_flashmoe.models.decoder import AttentionLayer, CausalLM
+from mlx_flashmoe.models.moe import Experts, MoE
+
+
+@dataclass(frozen=True)
+class Config(BaseConfig):
+    norm_topk_prob: bool
+
+    @classmethod
+    def derive(cls, text: dict[str, Any]) -> dict[str, Any]:
+        if text.get("use_sliding_window"):
+            raise FormatError("config.json: use_sliding_window is not supported")
+        heads, head_dim = int(text["num_attention_heads"]), text.get("head_dim")
+        text = {**text, "head_dim": head_dim or int(text["hidden_size"]) // heads}
+        return {
+            **super().derive(text),
+            "head_dim": int(text["head_dim"]),
+            # Published configurations have the first name, those that transformers writes the second.
+            "num_experts": int(text["num_experts"] if "num_experts" in text else text["num_local_experts"]),
+            "norm_topk_prob": bool(text["norm_topk_prob"]),
+        }
+
+
+class Model(CausalLM):
+    """The language model; arguments as those of ``HybridModel``."""
+
+    def __init__(self, config: Config, experts: Callable[[int], Experts], active_experts: int | None = None):
+        active = active_experts or config.num_experts_per_tok
+
+        def mlp(layer: int) -> MoE:
+            return MoE(config.hidden_size, config.num_experts, experts(layer), active, config.norm_topk_prob)
+
+        layers = range(config.num_hidden_layers)
+        super().__init__(config, [AttentionLayer(config, Attention(config), mlp(i)) for i in layers])
