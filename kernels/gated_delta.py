@@ -13,6 +13,9 @@ import mlx.core as mx
 
 SEGMENT = 16  # tokens of the fallback evaluated at once
 ROWS = 4  # rows of the state a CUDA block takes, one a warp
+# (Hk, Dk, Hv, Dv) that MLX is known to have Metal kernels for: Qwen3-Next's, and the 397B's. At others it may fall
+# back without saying so.
+ON_METAL = ((16, 128, 32, 128), (16, 128, 64, 128))
 
 
 def gated_delta_update(
@@ -30,8 +33,7 @@ def gated_delta_update(
         y float32 [B, T, Hv, Dv], and S after the last token.
     """
     on_gpu, metal = mx.default_device() == mx.gpu, mx.metal.is_available()
-    # The one shape MLX is known to have kernels for; at others it may fall back without saying so.
-    if on_gpu and metal and (*k.shape[2:], *v.shape[2:]) == (16, 128, 64, 128):
+    if on_gpu and metal and (*k.shape[2:], *v.shape[2:]) in ON_METAL:
         y, state = mx.fast.gated_delta_update(q, k, v, decay, beta, state)
         return y, state
     if on_gpu and not metal and k.shape[-1] % 32 == 0 and v.shape[-1] % ROWS == 0:

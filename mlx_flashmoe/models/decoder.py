@@ -69,7 +69,12 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """A language model. Architectures derive theirs: ``Model(config, experts, active_experts)``."""
+    """A language model. Every architecture's own is ``Model(config, experts, active_experts)``, with
+
+    config: its Config, of the checkpoint;
+    experts: layer number -> that layer's routed experts, a callable (x, ids, weights) -> y;
+    active_experts: routed experts a token uses; the checkpoint's own number if None.
+    """
 
     def __init__(self, config: BaseConfig, layers: list[DecoderLayer]):
         super().__init__()

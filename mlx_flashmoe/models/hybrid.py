@@ -58,14 +58,7 @@ class DeltaNetLayer(DecoderLayer):
 
 
 class HybridModel(CausalLM):
-    """The language model.
-
-    Args:
-        config: of the checkpoint.
-        experts: layer number -> that layer's routed experts, a callable (x, ids, weights) -> y.
-        active_experts: routed experts a token uses; the checkpoint's own number if None.
-        delta_net: makes a layer's, as the architecture has it.
-    """
+    """``delta_net`` makes a layer's, as the architecture has it."""
 
     def __init__(
         self,

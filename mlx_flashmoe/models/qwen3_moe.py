@@ -36,8 +36,6 @@ class Config(BaseConfig):
 
 
 class Model(CausalLM):
-    """The language model; arguments as those of ``HybridModel``."""
-
     def __init__(self, config: Config, experts: Callable[[int], Experts], active_experts: int | None = None):
         active = active_experts or config.num_experts_per_tok
 

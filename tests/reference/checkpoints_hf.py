@@ -123,6 +123,7 @@ SHAPES: dict[str, tuple[Family, dict[str, Any]]] = {
             rope_parameters={**ROPE, "rope_theta": 1e4, "partial_rotary_factor": 0.5},
         ),
     ),
+    "YaRN": (QWEN3_5, dict(rope_parameters={**ROPE, **YARN})),
     "Qwen3-Next": (QWEN3_NEXT, {}),
     "Qwen3-Next, wide values, tied, weights as they are, YaRN": (
         QWEN3_NEXT,
