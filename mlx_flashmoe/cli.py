@@ -62,6 +62,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_generate(commands)
     _add_bench(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -416,4 +417,67 @@ def _bench_kernels(arguments: argparse.Namespace) -> int:
         arguments.seconds,
         arguments.json,
     )
+    return 0
+
+
+# doctor
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        allow_abbrev=False,
+        help="what to expect of a model on this machine, or on another",
+        description="Measure this machine (half a minute, and 256 MB on the disk in question meanwhile), read a "
+        "model's headers, and say what memory it takes and how fast it will be, with the arithmetic. Of a model on "
+        "the hub nothing but headers is fetched. Options --sim-... answer for another machine.",
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a folder that convert has written, a checkpoint's, or a repository on the Hugging Face hub",
+    )
+    parser.add_argument(
+        "--expert-memory",
+        default="auto",
+        metavar="SIZE",
+        help="as of generate; what the arithmetic is shown for (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--context",
+        type=int,
+        default=8192,
+        metavar="N",
+        help="tokens of prompt and answer to count memory for (default: %(default)s)",
+    )
+    parser.add_argument("--sim-memory", metavar="SIZE", help="of another machine: its memory, as 48GB")
+    parser.add_argument("--sim-disk", metavar="RATE", help="how fast its disk reads, as 17.5GB/s")
+    parser.add_argument(
+        "--sim-bandwidth",
+        metavar="RATE",
+        help="how fast its GPU reads memory, as 400GB/s; what else a Mac's speed depends on is then as published",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from mlx_flashmoe.doctor import report
+    from mlx_flashmoe.memory import parse_size
+
+    def given(flag: str, text: str | None, rate: bool) -> int | None:
+        if text is None:
+            return None
+        size = parse_size(text.removesuffix("/s") if rate else text, flag, "/s" if rate else "")
+        if size <= 0:
+            raise RequestError(f"{flag} {text}: more than nothing is needed")
+        return size
+
+    other = report.Other(
+        given("--sim-memory", arguments.sim_memory, False),
+        given("--sim-disk", arguments.sim_disk, True),
+        given("--sim-bandwidth", arguments.sim_bandwidth, True),
+    )
+    report.run(arguments.model, arguments.expert_memory, arguments.context, other, arguments.json)
     return 0

@@ -164,7 +164,7 @@ def load(
                 f"--experts-path {other}: there is no {manifest.layers[0].file} in it, nor any other layer's; "
                 f"give a folder with copies of files of {folder / 'experts'}"
             )
-    config = _read_config(folder)
+    config = read_config(folder)
     arch = architecture(manifest.model_type)
     settings = arch.Config.from_dict(config)
     _check_experts(manifest, settings, folder)
@@ -235,7 +235,8 @@ def _load_tokenizer(folder: Path) -> Tokenizer:
         return cast(Tokenizer, _NoTokenizer(e))
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a converted folder; raises FormatError if it cannot be read."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -25,18 +25,26 @@ MAX_CHUNK = 4096
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
-def parse_size(text: str | int) -> int:
-    """Bytes of "8GB" (10^9), "8GiB" (2^30), "800MB" or a plain number."""
+def parse_size(text: str | int, flag: str = "--expert-memory", otherwise: str = ", or auto, or os") -> int:
+    """Bytes of "8GB" (10^9), "8GiB" (2^30), "800MB" or a plain number.
+
+    Raises:
+        MemoryPlanError: it is none; names ``flag``, and what else it takes.
+    """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?I?)B?\s*", str(text).upper())
     if not match or match[2] not in _UNITS:
-        raise MemoryPlanError(f"--expert-memory {text!r} is not a size; give one like 8GB, or auto, or os")
+        raise MemoryPlanError(f"{flag} {text!r} is not a size; give one like 8GB{otherwise}")
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+def physical_memory() -> int:
+    """Bytes of memory, or of a control group's limit on it: programs and page cache together."""
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_cgroup_limits()])
+
+
 def memory_limit() -> int:
-    """Bytes this process may take: physical memory, or a control group's limit, or the GPU's working set."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    limits += _cgroup_limits()
+    """Bytes this process may take: of memory, or of the GPU's working set."""
+    limits = [physical_memory()]
     if mx.default_device() == mx.gpu:
         info = mx.device_info()
         size = info.get("max_recommended_working_set_size") or info.get("memory_size")

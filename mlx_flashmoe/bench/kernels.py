@@ -32,7 +32,7 @@ from rich.table import Table
 
 from mlx_flashmoe.errors import FlashMoEError, RequestError
 from mlx_flashmoe.kernels import reference
-from mlx_flashmoe.layout import PROJECTIONS, BlobLayout, Projection, Quantization
+from mlx_flashmoe.layout import PROJECTIONS, BlobLayout, Component, Projection, Quantization
 
 TOKENS = (1, 4, 16)
 TOP_K = (4, 10)
@@ -61,19 +61,25 @@ class Figure:
     rounds: int
 
 
-def _random_slab(layout: BlobLayout, slots: int) -> mx.array:
+def random_slab(layout: BlobLayout, slots: int) -> mx.array:
     """uint32 [slots, blob_size / 4] of random experts whose outputs are about as large as their inputs."""
     rng = np.random.default_rng(0)
     slab = rng.integers(0, 2**32, (slots, layout.blob_size // 4), dtype=np.uint32)
+
+    def put(component: Component, values: np.ndarray) -> None:
+        typed = mx.array(values.astype(np.float32)).astype(reference.DTYPES[component.dtype])
+        words = np.asarray(typed.view(mx.uint32))
+        slab[:, component.offset // 4 : component.offset // 4 + words.shape[-1]] = words
+
     for p in layout.projections.values():
         if p.scales is None or p.biases is None:
-            raise RequestError("bench kernels measures quantized experts: --bits 2, 3, 4, 6 or 8")
+            put(p.weight, rng.standard_normal(p.out_dims * p.in_dims) / p.in_dims**0.5)
+            continue
         levels = 2**p.bits - 1
         shape = (slots, p.scales.shape[0] * p.scales.shape[1])
-        scales = mx.array(rng.uniform(0.5, 1.5, shape).astype(np.float32) * 6 / levels / p.in_dims**0.5)
-        for component, values in ((p.scales, scales), (p.biases, scales * (-levels / 2))):
-            words = np.asarray(values.astype(reference.DTYPES[component.dtype]).view(mx.uint32))
-            slab[:, component.offset // 4 : component.offset // 4 + words.shape[1]] = words
+        scales = rng.uniform(0.5, 1.5, shape) * 6 / levels / p.in_dims**0.5
+        put(p.scales, scales)
+        put(p.biases, scales * (-levels / 2))
     # Computed rather than handed over, so that a GPU has it in its own memory.
     device = mx.array(slab) | mx.array(0, mx.uint32)
     mx.eval(device)
@@ -137,7 +143,7 @@ def _our_paths(slab: mx.array, layout: BlobLayout) -> dict[str, Path_]:
     return {f"{backend} {f}": bind(module.expert_ffn, formulation=f) for f in formulations}
 
 
-def _memory_reader(slab: mx.array, nbytes: int) -> Callable[[], float]:
+def memory_reader(slab: mx.array, nbytes: int) -> Callable[[], float]:
     """A function that measures the memory and returns bytes per second; on a CPU it reads ``nbytes``."""
     if mx.default_device().type != mx.DeviceType.cpu:
         source = slab.reshape(-1)[: 1 << 28]  # 1 GiB: launching takes no time beside it
@@ -218,7 +224,7 @@ def _measure(
 
     distinct = min(tokens * top_k, slab.shape[0])
     nbytes = distinct * sum(c.nbytes for _, _, c in layout.components())
-    memory = _memory_reader(slab, nbytes)
+    memory = memory_reader(slab, nbytes)
     memory()
     taken: dict[str, list[float]] = {name: [] for name in [MEMORY, *paths]}
     started = perf_counter()
@@ -292,7 +298,7 @@ def run(
         layout = BlobLayout.build(hidden, intermediate, quantization, "bfloat16")
     except ValueError as e:
         raise RequestError(f"bench kernels: {e}") from None
-    slab = _random_slab(layout, slots)
+    slab = random_slab(layout, slots)
     dtype = mx.float32 if mx.default_device().type == mx.DeviceType.cpu else mx.bfloat16
     paths = {BASELINE: _mlx_path(slab, layout, dtype), **_our_paths(slab, layout)}
     console = console or Console()

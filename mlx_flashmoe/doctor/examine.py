@@ -1,0 +1,194 @@
+"""What a model takes, from its headers alone: a converted folder's, a checkpoint's, or a repository's on the hub.
+
+A checkpoint counts as ``convert`` would make it, with its default bits. Of a repository on the hub only config.json,
+the index and the headers are fetched, over HTTP range requests.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+
+from mlx_flashmoe.convert.families import bind
+from mlx_flashmoe.convert.plan import make_plan
+from mlx_flashmoe.convert.safetensors import DTYPE_BITS, SafetensorsFile, Tensor
+from mlx_flashmoe.convert.source import Checkpoint, open_checkpoint
+from mlx_flashmoe.errors import SourceError
+from mlx_flashmoe.layout import MANIFEST, BlobLayout, Manifest, Quantization
+from mlx_flashmoe.loader import read_config
+from mlx_flashmoe.models import architecture
+
+FLOATS = ("F32", "F16", "BF16")
+EMBEDDING = "model.embed_tokens."  # a token reads one row of it
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a model takes.
+
+    Attributes:
+        state: "converted", or how it would be.
+        settings: an architecture's Config.
+        layout: of the largest expert.
+        layers: with experts.
+        expert_bytes, dense_bytes: on disk.
+        dense_in_memory: bytes, as they are held.
+        dense_read: bytes of them that a token goes through, and ``dense_parameters`` numbers.
+        converted: whether it is in a folder that can be run.
+    """
+
+    model_type: str
+    state: str
+    settings: Any
+    layout: BlobLayout
+    layers: int
+    expert_bytes: int
+    dense_bytes: int
+    dense_in_memory: int
+    dense_read: int
+    dense_parameters: int
+    converted: bool
+
+
+def examine(model: str, dtype: mx.Dtype) -> Needs:
+    """Reads the headers of ``model``: a folder, or the name of a repository on the Hugging Face hub.
+
+    Args:
+        dtype: of the activations, in which unquantized numbers of the dense part are held.
+
+    Raises:
+        FlashMoEError: it is not there, or not a model that is supported.
+    """
+    folder = Path(model)
+    if (folder / MANIFEST).exists():
+        return _converted(folder, dtype)
+    if folder.exists():
+        with open_checkpoint(folder) as checkpoint:
+            return _to_convert(checkpoint, dtype)
+    return _to_convert(_on_the_hub(model), dtype)
+
+
+def _converted(folder: Path, dtype: mx.Dtype) -> Needs:
+    manifest = Manifest.load(folder)
+    tensors = []
+    for entry in manifest.dense:
+        file = SafetensorsFile(folder / entry.file)
+        tensors += [(t.name, t.dtype, t.shape) for t in file.tensors.values()]
+        file.close()
+    return _needs(
+        manifest.model_type,
+        "converted",
+        read_config(folder),
+        tensors,
+        manifest.dense_quantization,
+        manifest.layouts,
+        len(manifest.layers),
+        manifest.expert_bytes,
+        manifest.dense_bytes,
+        dtype,
+        converted=True,
+    )
+
+
+def _to_convert(checkpoint: Checkpoint, dtype: mx.Dtype) -> Needs:
+    bound = bind(checkpoint)
+    plan = make_plan(bound, None, None)
+    modules = list(plan.modules())
+    bits = {p.bits for layout in plan.layouts for p in layout.projections.values()}
+    return _needs(
+        bound.model_type,
+        f"as convert would make it, {' and '.join(map(str, sorted(bits)))} bits",
+        checkpoint.config,
+        [tensor for module in modules for tensor in module.outputs],
+        {m.path: m.quantization for m in modules if m.quantization.quantized},
+        plan.layouts,
+        len(plan.layers),
+        plan.expert_bytes,
+        plan.dense_bytes,
+        dtype,
+        converted=False,
+    )
+
+
+def _needs(
+    model_type: str,
+    state: str,
+    config: dict[str, Any],
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]],
+    quantization: dict[str, Quantization],
+    layouts: Iterable[BlobLayout],
+    layers: int,
+    expert_bytes: int,
+    dense_bytes: int,
+    dtype: mx.Dtype,
+    converted: bool,
+) -> Needs:
+    arch = architecture(model_type)
+    settings = arch.Config.from_dict(config)
+    in_memory = embedding = parameters = 0
+    for name, stored, shape in tensors:
+        count = math.prod(shape)
+        size = count * DTYPE_BITS[stored] // 8
+        if stored in FLOATS:
+            size = count * (4 if arch.Model.keep_float32(name) else dtype.size)
+        in_memory += size
+        path, _, part = name.rpartition(".")
+        if name.startswith(EMBEDDING) and not settings.tie_word_embeddings:
+            embedding += size
+        elif part == "weight":
+            parameters += count * 32 // quantization[path].bits if path in quantization else count
+    return Needs(
+        model_type=model_type,
+        state=state,
+        settings=settings,
+        layout=max(layouts, key=lambda layout: layout.blob_size),
+        layers=layers,
+        expert_bytes=expert_bytes,
+        dense_bytes=dense_bytes,
+        dense_in_memory=in_memory,
+        dense_read=in_memory - embedding,
+        dense_parameters=parameters,
+        converted=converted,
+    )
+
+
+class _RemoteFile:
+    """Stands for a file on the hub in messages; its tensors cannot be read."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+
+def _on_the_hub(name: str) -> Checkpoint:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        raise SourceError(f"{name}: no such folder, and not a Hugging Face id (org/name)")
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    try:
+        config = read_config(Path(hf_hub_download(name, "config.json")).parent)
+        metadata = HfApi().get_safetensors_metadata(name)
+    # The hub's client raises its own, its HTTP library's and the system's errors: all mean the same here.
+    except Exception as e:
+        reason = " ".join(str(e).split())
+        raise SourceError(
+            f"{name}: no such folder, and reading its headers on Hugging Face failed: {type(e).__name__}: "
+            f"{reason[:300]}"
+        ) from None
+    tensors: dict[str, Tensor] = {}
+    for file_name, file in metadata.files_metadata.items():
+        remote = cast(SafetensorsFile, _RemoteFile(f"{name}/{file_name}"))
+        for tensor_name, info in file.tensors.items():
+            if info.dtype not in DTYPE_BITS:
+                raise SourceError(f"{remote.path}: tensor {tensor_name!r}: unknown dtype {info.dtype!r}")
+            tensors[tensor_name] = Tensor(
+                remote, tensor_name, str(info.dtype), tuple(info.shape), info.data_offsets[0]
+            )
+    return Checkpoint(Path(name), name, None, config, tensors)

@@ -1,0 +1,265 @@
+"""What this machine does in a second, measured with the code that will run: reads, products, a layer of the model.
+
+Nothing of a model's weights is needed, only its shapes. Random experts are written to a file of some hundred MB on
+the disk in question (and removed), and a model of the same architecture that is cut down to 128 wide is run: what
+its layers still take is what a layer takes apart from its weights.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_flashmoe import kernels, memory
+from mlx_flashmoe.bench.kernels import memory_reader, random_slab
+from mlx_flashmoe.doctor.predict import Rates
+from mlx_flashmoe.errors import FlashMoEError
+from mlx_flashmoe.experts import Decode, ExpertStore, SlotArena, StreamedExperts
+from mlx_flashmoe.experts.slab import make_slab
+from mlx_flashmoe.experts.store import ReadRequest
+from mlx_flashmoe.layout import PROJECTIONS, BlobLayout, LayerEntry, Manifest, Quantization, expert_file
+from mlx_flashmoe.models import architecture
+from mlx_flashmoe.models.quantized import quantize
+
+PROBE_BYTES = 256 * 10**6  # of experts that are written, read and computed with, about
+NARROW = 128  # width of the model whose layers are timed, and its number of layers at most
+NARROW_LAYERS = 4
+PROMPT_TOKENS = 64  # that products and narrow layers are timed with
+ROWS = 8  # of each expert; a prompt of 400 tokens has as many with 10 of 512 experts
+LEAST_WIDTH = 2048  # of dense products: narrower ones measure nothing but calls
+MOST_READS = 100  # of a token's experts in a layer, in one measurement
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Attributes:
+    memory: bytes; a control group's limit counts.
+    usable: bytes of it that a model may take: less where a GPU may not use all.
+    disk_free: bytes.
+    copying, reading: bytes a second that copying memory copies, and that the device reads from its own.
+    """
+
+    memory: int
+    usable: int
+    disk_free: int
+    copying: float
+    reading: float
+
+
+def measure_machine(folder: Path) -> Machine:
+    """``folder``: on the disk whose space counts."""
+    source, target = np.ones(PROBE_BYTES // 8), np.ones(PROBE_BYTES // 8)
+
+    def copy() -> float:
+        started = perf_counter()
+        np.copyto(target, source)
+        return source.nbytes / (perf_counter() - started)
+
+    read = memory_reader(mx.zeros((PROBE_BYTES // 4,), dtype=mx.uint32), PROBE_BYTES)
+    return Machine(
+        memory=memory.physical_memory(),
+        usable=memory.memory_limit(),
+        disk_free=disk_free(folder),
+        copying=_median(copy),
+        reading=_median(read),
+    )
+
+
+def disk_free(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def measure_reads(layout: BlobLayout, active: int, folder: Path) -> tuple[float, float]:
+    """Bytes a second of reading ``active`` experts at a time: from disk, and from the page cache.
+
+    Args:
+        folder: on the disk that is measured.
+
+    Raises:
+        FlashMoEError: ``folder`` cannot be written to, or is full.
+    """
+    count = max(3 * active, PROBE_BYTES // layout.blob_size)
+    with _on_disk(random_slab(layout, count), layout, folder) as (probe, manifest):
+        page_cache = _reads(ExpertStore(probe, manifest), active, from_disk=False)
+        return _reads(ExpertStore(probe, manifest), active, from_disk=True), page_cache
+
+
+def measure_rates(model_type: str, settings: Any, layout: BlobLayout, active: int, folder: Path) -> Rates:
+    """Everything that a prediction needs, in ten seconds or so.
+
+    Args:
+        model_type, settings: of the model; an architecture's Config.
+        layout: of its experts.
+        active: experts that a token uses of a layer.
+        folder: on the disk whose reads are measured.
+
+    Raises:
+        FlashMoEError: ``folder`` cannot be written to, or is full.
+    """
+    dtype = mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32
+    disk, page_cache = measure_reads(layout, active, folder)
+    layer, prompt_token = _narrow_layer(model_type, settings, active, dtype)
+    dense, dense_flops = _dense_products(max(settings.hidden_size, LEAST_WIDTH), dtype)
+    experts, expert_flops = _expert_products(layout, active, dtype)
+    return Rates(disk, page_cache, dense, experts, dense_flops, expert_flops, layer, prompt_token)
+
+
+@contextmanager
+def _on_disk(slab: mx.array, layout: BlobLayout, folder: Path) -> Iterator[tuple[Path, Manifest]]:
+    """The slab's experts as a converted folder of one layer, for a while."""
+    count = slab.shape[0]
+    manifest = Manifest("probe", {}, {}, (layout,), (LayerEntry(0, count, 0, (0,) * count),), ())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".flashmoe-doctor-", dir=folder) as name:
+            path = Path(name) / expert_file(0)
+            path.parent.mkdir()
+            with open(path, "wb") as f:
+                f.write(np.asarray(slab).data)
+                f.flush()
+                os.fsync(f.fileno())
+            yield Path(name), manifest
+    except OSError as e:
+        raise FlashMoEError(
+            f"{folder}: {PROBE_BYTES // 10**6} MB cannot be written there to measure the disk: {e.strerror}; "
+            "free some space, or run from a folder on the disk that will hold the model"
+        ) from None
+
+
+def _reads(store: ExpertStore, active: int, from_disk: bool) -> float:
+    """Bytes a second when ``active`` experts are read at a time, from a page cache that has all of them or none."""
+    layout, count = store.layout(0), store.num_experts(0)
+    into = make_slab(active, layout.blob_size)
+    groups = [range(i, i + active) for i in range(0, count - active + 1, active)][:MOST_READS]
+
+    def read() -> float:
+        if from_disk:
+            store.drop_page_cache()
+        started = perf_counter()
+        for group in groups:
+            store.start([ReadRequest(0, expert, slot) for slot, expert in enumerate(group)], into).wait()
+        return len(groups) * active * layout.blob_size / (perf_counter() - started)
+
+    read()
+    return _median(read)
+
+
+def _narrow_layer(model_type: str, settings: Any, active: int, dtype: mx.Dtype) -> tuple[float, float]:
+    """Seconds of a layer for one token, and for each token of a prompt, in a model that has next to no weights."""
+    layers = min(NARROW_LAYERS, settings.num_hidden_layers)
+    narrow = {
+        "hidden_size": NARROW,
+        "vocab_size": NARROW,
+        "num_hidden_layers": layers,
+        "layer_types": getattr(settings, "layer_types", ())[:layers],
+        "shared_expert_intermediate_size": NARROW,
+    }
+    settings = replace(settings, **{name: v for name, v in narrow.items() if hasattr(settings, name)})
+    q = Quantization(4, 64)
+    layout = BlobLayout.build(NARROW, NARROW, dict.fromkeys(PROJECTIONS, q), "bfloat16")
+    count = settings.num_experts
+    entries = tuple(LayerEntry(i, count, 0, (0,) * count) for i in range(layers))
+    with tempfile.TemporaryDirectory() as name:
+        for entry in entries:
+            path = Path(name) / entry.file
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+            os.truncate(path, count * layout.blob_size)
+        store = ExpertStore(name, Manifest(model_type, {}, {}, (layout,), entries, ()))
+    arena = SlotArena(store, layers * count)
+    arena.load_all()
+    arena.resident = (
+        False  # the router's choice shall come to the host, as it does when experts may be missing
+    )
+    decode = Decode(arena)
+    model = architecture(model_type).Model(settings, lambda i: StreamedExperts(decode, i), active)
+    model.set_dtype(dtype)
+    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    quantize(model, {path: {"bits": q.bits, "group_size": q.group_size} for path in linear})
+
+    def prompt() -> float:
+        tokens = mx.zeros((1, PROMPT_TOKENS), mx.int32)
+        started = perf_counter()
+        mx.eval(model(tokens, model.make_cache()))
+        return (perf_counter() - started) / layers / PROMPT_TOKENS
+
+    cache = model.make_cache()
+
+    def token() -> float:
+        started = perf_counter()
+        mx.eval(model(mx.zeros((1, 1), mx.int32), cache))
+        return (perf_counter() - started) / layers
+
+    prompt(), token()
+    return _median(token, 5 * REPEATS), _median(prompt)
+
+
+def _dense_products(width: int, dtype: mx.Dtype) -> tuple[float, float]:
+    """Bytes of weights a second with one token, and operations a second with a prompt's."""
+    q = Quantization(4, 64)
+    weights = []
+    for _ in range(3):  # in turn, so that none is left in a cache
+        packed, scales, biases = mx.quantize(mx.random.normal((4 * width, width)), q.group_size, q.bits)
+        weights.append((packed, scales.astype(dtype), biases.astype(dtype)))
+    nbytes = sum(part.nbytes for part in weights[0])
+    mx.eval(weights)
+
+    def seconds(tokens: int, calls: int) -> float:
+        x = mx.random.normal((tokens, width)).astype(dtype)
+        mx.eval(x)
+        started = perf_counter()
+        for i in range(calls):
+            y = kernels.quantized_matmul(x, *weights[i % 3], q.group_size, q.bits)
+            x = x + 1e-3 * y[:, :width]  # each works on the one before
+        mx.eval(x)
+        return (perf_counter() - started) / calls
+
+    seconds(1, 3), seconds(PROMPT_TOKENS, 1)
+    one, many = _median(lambda: seconds(1, 12)), _median(lambda: seconds(PROMPT_TOKENS, 3), 3)
+    return nbytes / one, 2 * PROMPT_TOKENS * 4 * width * width / many
+
+
+def _expert_products(layout: BlobLayout, active: int, dtype: mx.Dtype) -> tuple[float, float]:
+    """Bytes of experts a second with one token, and operations a second with a few rows of each."""
+    slab = random_slab(layout, max(3 * active, PROBE_BYTES // layout.blob_size))
+    count, width = slab.shape[0], layout.hidden_size
+    weights = mx.full((1, active), 1 / active)
+
+    def token(calls: int = 6) -> float:
+        x = mx.random.normal((1, width)).astype(dtype)
+        started = perf_counter()
+        for i in range(calls):
+            slots = (mx.arange(i * active, (i + 1) * active, dtype=mx.int32) % count).reshape(1, -1)
+            x = x + 1e-3 * kernels.expert_ffn(x, slab, slots, weights, layout)
+        mx.eval(x)
+        return (perf_counter() - started) / calls
+
+    used = min(count, 16)
+    slots = mx.array(np.repeat(np.arange(used, dtype=np.int32), ROWS))
+
+    def rows() -> float:
+        x = mx.random.normal((used * ROWS, width)).astype(dtype)
+        mx.eval(x)
+        started = perf_counter()
+        mx.eval(kernels.expert_rows(x, slab, slots, layout))
+        return perf_counter() - started
+
+    token(1), rows()
+    parameters = sum(p.out_dims * p.in_dims for p in layout.projections.values())
+    return active * layout.blob_size / _median(token), 2 * used * ROWS * parameters / _median(rows, 3)
+
+
+def _median(measure: Callable[[], float], repeats: int = REPEATS) -> float:
+    return statistics.median(measure() for _ in range(repeats))
