@@ -261,12 +261,17 @@ def test_too_little_memory_is_said_plainly_with_what_would_fit(
     little = ["--sim-memory", "700MB", *SIMULATED[2:]]
     assert main(["doctor", str(checkpoint), *little, "--context", "1000000"]) == 2
     error = capsys.readouterr().err
-    assert "does not fit" in error and "--context 65536 would fit" in error
+    assert "does not fit" in error and re.search(r"with --context \d+ 5\d\d MB, which would fit", error)
     assert main(["doctor", str(checkpoint), "--sim-memory", "300MB", *SIMULATED[2:]]) == 2
     error = capsys.readouterr().err
     assert (
-        "The least it takes is 50" in error and "may take 225 MB here" in error and "would fit" not in error
+        "of 225 MB: does not fit" in error and "no setting fits here" in error and "which would" not in error
     )
+    assert (
+        main(["doctor", str(checkpoint), "--sim-memory", "700MB", *SIMULATED[2:], "--expert-memory", "1kB"])
+        == 2
+    )
+    assert capsys.readouterr().err.rstrip().endswith("give at least 98.3 kB")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mlx_flashmoe import memory
 from mlx_flashmoe.doctor.examine import Needs, examine
@@ -120,9 +121,10 @@ def run(
     except MemoryPlanError as e:
         raise MemoryPlanError(f"{e}{_what_would_fit(needs, context, usable, dtype)}") from None
     chosen = rows[0]
-    console.print(str(chosen.plan))
+    console.print(_facts({"plan": str(chosen.plan).removeprefix("memory: ")}))
     console.print()
-    console.print(_rows_table(rows, context))
+    console.print(_rows_table(rows))
+    console.print(Text(_ASSUMPTIONS.format(prompt=min(PROMPT, context)), style="dim"))
     console.print()
     console.print(_arithmetic(chosen, rates))
     if json_file is not None:
@@ -226,7 +228,7 @@ def _rows(
 
 
 def _what_would_fit(needs: Needs, context: int, usable: int, dtype: mx.Dtype) -> str:
-    """The least that the model takes, and whether a shorter context would be enough."""
+    """The rest of the sentence, where not even the smallest arena fits."""
     settings = needs.settings
 
     def least(tokens: int) -> int:
@@ -234,12 +236,13 @@ def _what_would_fit(needs: Needs, context: int, usable: int, dtype: mx.Dtype) ->
         fixed = needs.dense_in_memory + memory.WORKING_BYTES
         return fixed + experts + int(settings.kv_bytes(tokens, dtype))
 
-    said = (
-        f". The least it takes is {show_size(least(context))}, and a model may take {show_size(usable)} here"
-    )
+    if least(context) <= usable:
+        return ""
     fitting = (n for n in (65536, 32768, 8192, 2048) if n < context and least(n) <= usable)
-    shorter = next(fitting, None) if least(context) > usable else None
-    return said + (f"; --context {shorter} would fit" if shorter is not None else "")
+    shorter = next(fitting, None)
+    if shorter is not None:
+        return f", with --context {shorter} {show_size(least(shorter))}, which would fit"
+    return ": no setting fits here, it takes a machine on which a model may have that much"
 
 
 # Drawing
@@ -260,15 +263,17 @@ def _rate_lines(needs: Needs, rates: Rates, total: int, usable: int, other: Othe
         return ", as given" if value is not None else ""
 
     active, size = needs.settings.num_experts_per_tok, show_size(needs.layout.blob_size)
+    weights = f"{_rate(rates.dense)} dense, {_rate(rates.experts)} of experts"
+    if rates.dense == rates.experts:
+        weights = _rate(rates.dense)
     published = ", as published of an M3 Max" if other.bandwidth is not None else ""
     return {
         "memory": f"{show_size(total)}{given(other.memory)}, of which a model may take {show_size(usable)}",
         "disk": f"{_rate(rates.disk)}, {active} experts of {size} at a time"
         + (f": a third of {_rate(other.disk)}, as given" if other.disk is not None else ""),
         "page cache": f"{_rate(rates.page_cache)}, the same{published and ', as four threads copy'}",
-        "weights": f"{_rate(rates.dense)} dense, {_rate(rates.experts)} experts, through products with one token"
-        f"{given(other.bandwidth)}",
-        "a layer": f"{1e3 * rates.layer:.2g} ms apart from its weights{published}",
+        "weights": f"{weights} go through products with one token{given(other.bandwidth)}",
+        "a layer": f"{1e3 * rates.layer:.3g} ms apart from its weights{published}",
     }
 
 
@@ -288,7 +293,15 @@ def _model_lines(model: str, needs: Needs, folder: Path, other: Other) -> dict[s
     return lines
 
 
-def _rows_table(rows: list[Row], context: int) -> Table:
+_ASSUMPTIONS = (
+    "arena, page cache, disk: where a token's experts are found if few of them do most of the work, as was published "
+    f"of the 397B: {100 * PUBLISHED_HITS:.0f}% were in {100 * PUBLISHED_SHARE:.0f}% of the memory that all would take. "
+    "At least: tok/s if all are equally likely. First token: after a prompt of {prompt} tokens, no expert being in "
+    "memory yet."
+)
+
+
+def _rows_table(rows: list[Row]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     columns = ("active", "experts in", "arena", "page cache", "disk", "tok/s", "at least", "first token")
     for column in columns:
@@ -304,13 +317,6 @@ def _rows_table(rows: list[Row], context: int) -> Table:
             f"{row.first_token:.3g} s",
             style="bold" if row is rows[0] else "",
         )
-    table.caption = (
-        "arena, page cache, disk: where a token's experts are found if few do most of the work, as was published of "
-        f"the 397B ({100 * PUBLISHED_HITS:.0f}% of them in {100 * PUBLISHED_SHARE:.0f}% of the memory that all take). "
-        f"At least: tok/s if all are equally likely. First token: after a prompt of {min(PROMPT, context)} tokens, "
-        "with no expert in memory."
-    )
-    table.caption_justify = "left"
     return table
 
 
@@ -323,7 +329,7 @@ def _arithmetic(row: Row, rates: Rates) -> Table:
     table.add_column()
     table.add_column(justify="right", no_wrap=True)
     lines = [
-        (f"{work.layers} layers x {1e3 * rates.layer:.2g} ms", token.layers),
+        (f"{work.layers} layers x {1e3 * rates.layer:.3g} ms", token.layers),
         (
             f"{show_size(work.dense_bytes)} of dense weights + {show_size(work.kv_bytes)} of KV cache, "
             f"at {_rate(rates.dense)}",
