@@ -18,6 +18,7 @@ from mlx_flashmoe.experts import Decode, ExpertStore, ReadAhead, SlotArena, Stre
 from mlx_flashmoe.layout import Manifest
 from mlx_flashmoe.models import architecture
 from mlx_flashmoe.models.cache import Cache
+from mlx_flashmoe.models.decoder import mixed_at_once
 from mlx_flashmoe.models.quantized import quantize
 from mlx_flashmoe.tokenizer import Tokenizer
 
@@ -212,8 +213,13 @@ def load(
     tokenizer = _load_tokenizer(folder)
     if plan.slots == experts:
         arena.load_all()
-    chunk = memory.prefill_chunk(settings.activation_bytes(active, dtype))
-    return StreamingModel(model, decode, plan, chunk, kv_bytes), tokenizer
+    return StreamingModel(model, decode, plan, prefill_chunk(settings, dtype), kv_bytes), tokenizer
+
+
+def prefill_chunk(settings: Any, dtype: mx.Dtype) -> int:
+    """Prompt tokens that a model of these settings (an architecture's Config) is given at once, at most."""
+    mixing = mixed_at_once() * settings.mixing_bytes(dtype)
+    return memory.prefill_chunk(settings.activation_bytes(dtype), besides=mixing)
 
 
 class _NoTokenizer:

@@ -90,9 +90,10 @@ def _cgroup_limits() -> list[int]:
     return limits
 
 
-def prefill_chunk(activation_bytes: int) -> int:
-    """Prompt tokens in one call such that their activations, so many bytes a token, stay within the plan."""
-    room = WORKING_BYTES - CACHE_LIMIT - PROCESS_BYTES[mx.default_device().type]
+def prefill_chunk(activation_bytes: int, besides: int = 0) -> int:
+    """Prompt tokens in one call such that their activations, so many bytes a token and some besides, stay within
+    the plan."""
+    room = WORKING_BYTES - CACHE_LIMIT - PROCESS_BYTES[mx.default_device().type] - besides
     return max(64, min(MAX_CHUNK, room // activation_bytes // 64 * 64))
 
 

@@ -15,6 +15,7 @@ from mlx_flashmoe import convert, load, memory
 from mlx_flashmoe.errors import FormatError, MemoryPlanError, RequestError
 from mlx_flashmoe.generate import generate_step, prefill
 from mlx_flashmoe.memory import Plan, parse_size, plan, prefill_chunk
+from mlx_flashmoe.models import decoder
 from mlx_flashmoe.sizes import show_size
 
 
@@ -236,3 +237,12 @@ def test_chunks_are_whole_and_bounded() -> None:
     assert prefill_chunk(10**9) == 64
     assert prefill_chunk(1) == 4096
     assert prefill_chunk(200_000) % 64 == 0
+    assert prefill_chunk(20_000, besides=50 * 10**6) < prefill_chunk(20_000)
+
+
+def test_a_long_prompt_mixes_in_slices(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = mx.array(np.random.default_rng(0).integers(0, 96, (1, 50)))
+    model, _ = load(folder)
+    want = np.asarray(model(tokens, model.make_cache()))
+    monkeypatch.setattr(decoder, "MIXED", {mx.DeviceType.cpu: 7, mx.DeviceType.gpu: 7})
+    assert np.allclose(np.asarray(model(tokens, model.make_cache())), want, atol=1e-5)

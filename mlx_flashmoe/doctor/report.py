@@ -36,7 +36,7 @@ from mlx_flashmoe.doctor.predict import (
 )
 from mlx_flashmoe.errors import MemoryPlanError, RequestError
 from mlx_flashmoe.layout import PROJECTIONS, BlobLayout, Quantization
-from mlx_flashmoe.loader import PLANNED_CONTEXT
+from mlx_flashmoe.loader import PLANNED_CONTEXT, prefill_chunk
 from mlx_flashmoe.sizes import show_size
 
 FEWER = 4  # active experts: what the original system uses
@@ -192,7 +192,7 @@ def _rows(
             dense_bytes=needs.dense_read,
             dense_parameters=needs.dense_parameters,
             kv_bytes=kv,
-            chunk=memory.prefill_chunk(settings.activation_bytes(active, dtype)),
+            chunk=prefill_chunk(settings, dtype),
         )
         seen: set[int] = set()
         for size in dict.fromkeys(sizes):

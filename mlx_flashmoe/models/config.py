@@ -75,15 +75,14 @@ class BaseConfig:
         held = -(-tokens // KVCache.step) * KVCache.step
         return 2 * self.num_key_value_heads * self.head_dim * dtype.size * held
 
-    def activation_bytes(self, active: int, dtype: mx.Dtype) -> int:
-        """Bytes a prompt's token takes while a chunk goes through a layer, at the widest place of all."""
-        return max(self._mixing_bytes(dtype), self._expert_bytes(active, dtype))
+    def activation_bytes(self, dtype: mx.Dtype) -> int:
+        """Bytes a prompt's token takes while a chunk goes through a layer, but for its mixing."""
+        # The residual before and after, its norm, a row of an expert and its result; in float32 that row weighted and
+        # the sum of a token's experts, old and new; the router's scores.
+        return self.hidden_size * (5 * dtype.size + 3 * 4) + 3 * 4 * self.num_experts
 
-    def _mixing_bytes(self, dtype: mx.Dtype) -> int:
+    def mixing_bytes(self, dtype: mx.Dtype) -> int:
+        """Bytes a token takes while it mixes with others, at the widest place of all."""
         # Queries, keys and values as projected, normalized and rotated, and attention's output.
         width = (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
         return (3 * width + self.num_attention_heads * self.head_dim) * dtype.size
-
-    def _expert_bytes(self, active: int, dtype: mx.Dtype) -> int:
-        # One row for each of a token's experts, and their sum.
-        return (active + 2) * self.hidden_size * dtype.size + 2 * self.hidden_size * 4

@@ -13,6 +13,15 @@ from mlx_flashmoe.models.config import BaseConfig
 from mlx_flashmoe.models.moe import MoE
 from mlx_flashmoe.models.norm import RMSNorm
 
+# Tokens of a prompt that mix at once: what a layer holds for them is several times wider than all else, and where
+# memory is shared with much else a chunk is to be long all the same, because its experts are read once.
+MIXED = {mx.DeviceType.cpu: 64, mx.DeviceType.gpu: 256}
+
+
+def mixed_at_once() -> int:
+    """Tokens that mix at once on the current device."""
+    return MIXED[mx.default_device().type]
+
 
 class DecoderLayer(nn.Module):
     """x + mix(norm(x)), then x + mlp(norm(x)). What mixes tokens has its own name in every subclass."""
@@ -30,11 +39,22 @@ class DecoderLayer(nn.Module):
         raise NotImplementedError
 
     def __call__(self, x: mx.array, cache: Cache | None, following: DecoderLayer | None) -> mx.array:
-        x = x + self.mix(self.input_layernorm(x), cache)
+        x = x + self._mixed(x, cache)
         likely = None
         if following is not None and self.mlp.wants_guess(x):
             likely = following.guess(x)
         return x + self.mlp(self.post_attention_layernorm(x), likely)
+
+    def _mixed(self, x: mx.array, cache: Cache | None) -> mx.array:
+        """mix(norm(x)), of a prompt that goes into a cache a slice at a time."""
+        tokens, step = x.shape[1], mixed_at_once()
+        if cache is None or tokens <= step:
+            return self.mix(self.input_layernorm(x), cache)
+        slices = []
+        for start in range(0, tokens, step):
+            slices.append(self.mix(self.input_layernorm(x[:, start : start + step]), cache))
+            mx.eval(slices[-1], cache.state)  # or what all slices hold would be held at once
+        return mx.concatenate(slices, axis=1)
 
     def guess(self, x: mx.array) -> mx.array:
         """The experts this layer will probably want, from an earlier residual x: ids [..., K]."""

@@ -37,7 +37,8 @@ class DeltaNetConfig(BaseConfig):
         recurrent = self.values * self.linear_key_head_dim * 4
         return recurrent + (self.linear_conv_kernel_dim - 1) * (2 * self.keys + self.values) * dtype.size
 
-    def _mixing_bytes(self, dtype: mx.Dtype) -> int:
+    def mixing_bytes(self, dtype: mx.Dtype) -> int:
+        """As of attention; a delta net is wider."""
         # Before and after the convolution, and the delta rule's inputs and outputs in float32.
         keys, values = self.keys, self.values
         return (5 * (2 * keys + values) + 2 * values) * dtype.size + (2 * keys + 2 * values) * 4
