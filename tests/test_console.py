@@ -17,10 +17,10 @@ from mlx_flashmoe.console import (
     PlainAnswer,
     PromptProgress,
     TerminalAnswer,
-    ThinkingSplitter,
     figures,
 )
 from mlx_flashmoe.generate import GenerationResponse
+from mlx_flashmoe.thinking import ThinkingSplitter
 
 CODES = re.compile(r"\x1b\[(\??[0-9;]*)([A-Za-z])|\x1b\]8;[^\x1b]*\x1b\\")
 
