@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -57,6 +59,7 @@ class StreamingModel:
         arena: where its experts are.
         plan: the memory it takes.
         prefill_chunk: prompt tokens to give it at once, at most, if the plan is to hold.
+        identity: what its outputs depend on, bit for bit, as a hexadecimal digest.
     """
 
     def __init__(
@@ -66,11 +69,13 @@ class StreamingModel:
         plan: memory.Plan,
         prefill_chunk: int,
         kv_bytes: Callable[[int], int],
+        identity: str,
     ):
         self.model = model
         self.arena = decode.arena
         self.plan = plan
         self.prefill_chunk = prefill_chunk
+        self.identity = identity
         self._decode = decode
         self._kv_bytes = kv_bytes
 
@@ -137,6 +142,7 @@ def load(
     read_ahead: bool = True,
     experts_path: Sequence[str | os.PathLike[str]] = (),
     direct_reads: bool = False,
+    prefix_memory: int = 0,
 ) -> tuple[StreamingModel, Tokenizer]:
     """Loads a converted folder. One without a tokenizer.json loads too; its tokenizer raises when used.
 
@@ -151,6 +157,7 @@ def load(
         experts_path: more folders that hold copies of some or all of the expert files, best on other disks:
             reads are spread over all copies, and ``path`` itself need not have those that are elsewhere.
         direct_reads: read experts around the operating system's page cache.
+        prefix_memory: bytes that the plan leaves for a ``PrefixCache``.
 
     Raises:
         FormatError: not a complete converted folder, or its parts contradict each other.
@@ -200,6 +207,7 @@ def load(
         active=active,
         largest_buffer=memory.largest_buffer(),
         kv=kv_bytes(PLANNED_CONTEXT),
+        prefixes=prefix_memory,
     )
     if announce is not None:
         announce(str(plan))
@@ -213,7 +221,16 @@ def load(
     if plan.slots == experts:
         arena.load_all()
     chunk = memory.prefill_chunk(arch.activation_bytes(settings, active, dtype))
-    return StreamingModel(model, decode, plan, chunk, kv_bytes), tokenizer
+    identity = _identity(manifest, config, active, dtype)
+    return StreamingModel(model, decode, plan, chunk, kv_bytes, identity), tokenizer
+
+
+def _identity(manifest: Manifest, config: dict[str, Any], active: int, dtype: mx.Dtype) -> str:
+    """A digest of the weights, the settings, the code that computes with them and the device it does so on."""
+    weights = {**manifest.to_json(), "source": None}
+    code = [version("mlx"), version("mlx-flashmoe"), str(mx.default_device().type)]
+    text = json.dumps([weights, config, active, str(dtype), code], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class _NoTokenizer:

@@ -235,6 +235,19 @@ class Tokenizer:
             raise RequestError(f"the chat template cannot render these messages: {e}") from None
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
+    @property
+    def message_start_id(self) -> int | None:
+        """The special token that the chat template begins the model's message with; None if there is none such."""
+        try:
+            messages = [{"role": "user", "content": "?"}]
+            asked = self.apply_chat_template(messages, add_generation_prompt=False, tokenize=False)
+            opened = self.apply_chat_template(messages, tokenize=False)
+        except RequestError:
+            return None
+        opening = self.encode(opened.removeprefix(asked), add_special_tokens=False)
+        begins = opened.startswith(asked) and bool(opening) and opening[0] in self._hidden
+        return opening[0] if begins else None
+
     def _template(self, name: str) -> jinja2.Template:
         if name not in self.chat_templates:
             there = ", ".join(sorted(self.chat_templates))

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_flashmoe.models.cache import Cache
 from mlx_flashmoe.tokenizer import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -25,16 +26,11 @@ def tokenizer() -> Tokenizer:
     )
 
 
-class FakeCache:
-    """Holds a number, as an array, and counts how often it was looked at."""
+class FakeCache(Cache):
+    """Holds a number, as an array."""
 
     def __init__(self) -> None:
         self.value = mx.array(0)
-        self.offset = 0
-
-    @property
-    def state(self) -> list[mx.array]:
-        return [self.value]
 
 
 class FakeModel:
