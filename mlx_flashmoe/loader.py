@@ -59,6 +59,7 @@ class StreamingModel:
         arena: where its experts are.
         plan: the memory it takes.
         prefill_chunk: prompt tokens to give it at once, at most, if the plan is to hold.
+        context_length: tokens of prompt and answer it was made for, at most; None if config.json does not say.
         identity: what its outputs depend on, bit for bit, as a hexadecimal digest.
     """
 
@@ -69,12 +70,14 @@ class StreamingModel:
         plan: memory.Plan,
         prefill_chunk: int,
         kv_bytes: Callable[[int], int],
+        context_length: int | None,
         identity: str,
     ):
         self.model = model
         self.arena = decode.arena
         self.plan = plan
         self.prefill_chunk = prefill_chunk
+        self.context_length = context_length
         self.identity = identity
         self._decode = decode
         self._kv_bytes = kv_bytes
@@ -222,7 +225,8 @@ def load(
         arena.load_all()
     chunk = memory.prefill_chunk(arch.activation_bytes(settings, active, dtype))
     identity = _identity(manifest, config, active, dtype)
-    return StreamingModel(model, decode, plan, chunk, kv_bytes, identity), tokenizer
+    context_length = config.get("text_config", config).get("max_position_embeddings")
+    return StreamingModel(model, decode, plan, chunk, kv_bytes, context_length, identity), tokenizer
 
 
 def _identity(manifest: Manifest, config: dict[str, Any], active: int, dtype: mx.Dtype) -> str:

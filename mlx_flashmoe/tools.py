@@ -88,6 +88,11 @@ class AnswerParser:
         self._begun = False  # the part has shown something
         self._space = ""  # whitespace that counts if the part goes on
 
+    @property
+    def in_call(self) -> bool:
+        """A call is being written: nothing of it comes before its end."""
+        return self._call.startswith(CALL_START)
+
     def feed(self, text: str) -> list[Event]:
         """What one more piece of text settles. Text may come in several events."""
         return [
