@@ -172,6 +172,10 @@ class Tokenizer:
             self._pieces[token] = piece
         return piece
 
+    def to_json(self) -> str:
+        """The text of its tokenizer.json."""
+        return self._tokenizer.to_str()
+
     # Chat
 
     @property

@@ -17,14 +17,13 @@ of the answer and the whitespace after it, which belong to the form.
 
 from __future__ import annotations
 
-import ast
 import json
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_flashmoe.schema import property_schema, read_json, typed_value, value_types
 from mlx_flashmoe.thinking import ThinkingSplitter, overlap
 
 CALL_START = "<tool_call>"
@@ -195,149 +194,22 @@ def _parse_tags(body: str, schemas: Mapping[str, Any]) -> tuple[str, dict[str, A
             return None
         key = parameter[1].strip()
         value = parameter[2].removeprefix("\n").removesuffix("\n")
-        arguments[key] = _typed(value, _types(_property(schema, key, schema), schema))
+        arguments[key] = typed_value(value, value_types(property_schema(schema, key), schema))
         place = parameter.end()
     return name, arguments
 
 
 def _parse_json(body: str) -> tuple[str, dict[str, Any]] | None:
     try:
-        call = _read_json(body)
+        call = read_json(body)
     except ValueError:
         return None
     name, arguments = call.get("name"), call.get("arguments")
     if isinstance(arguments, str):  # JSON within JSON, as the OpenAI API has it
         try:
-            arguments = _read_json(arguments)
+            arguments = read_json(arguments)
         except ValueError:
             return None
     if arguments is None:
         arguments = {}
     return (name, arguments) if name and isinstance(name, str) and isinstance(arguments, dict) else None
-
-
-# Types of values
-
-
-def _property(schema: Any, key: str, root: Any) -> Any:
-    """The schema of one property of an object's schema; None if it says nothing about it."""
-    for part in _alternatives(schema, root):
-        properties = part.get("properties")
-        if isinstance(properties, dict) and key in properties:
-            return properties[key]
-    return None
-
-
-def _alternatives(schema: Any, root: Any) -> list[dict[str, Any]]:
-    """A schema and those it is made of: what ``$ref`` within ``root``, ``anyOf``, ``oneOf`` and ``allOf`` name."""
-    parts: dict[int, dict[str, Any]] = {}
-    todo = [schema]
-    while todo:
-        part = todo.pop()
-        if not isinstance(part, dict) or id(part) in parts:
-            continue
-        parts[id(part)] = part
-        for key in ("anyOf", "oneOf", "allOf"):
-            inner = part.get(key)
-            todo += inner if isinstance(inner, list) else ()
-        ref = part.get("$ref")
-        if isinstance(ref, str) and ref.startswith("#"):
-            target = root
-            for step in ref.split("/")[1:]:
-                step = step.replace("~1", "/").replace("~0", "~")
-                target = target.get(step) if isinstance(target, dict) else None
-            todo.append(target)
-    return list(parts.values())
-
-
-# What people write by hand for JSON's own names.
-_ALIASES = {"int": "integer", "float": "number", "bool": "boolean", "dict": "object", "list": "array"}
-_PYTHON_TYPES: dict[str, tuple[type, ...]] = {
-    "null": (type(None),),
-    "boolean": (bool,),
-    "integer": (int,),
-    "number": (int, float),
-    "array": (list,),
-    "object": (dict,),
-}
-
-
-def _types(schema: Any, root: Any) -> set[str]:
-    """Names of the JSON types a schema allows; none if it does not say."""
-    types: set[str] = set()
-    for part in _alternatives(schema, root):
-        named = part.get("type")
-        types |= {
-            _ALIASES.get(t, t) for t in (named if isinstance(named, list) else [named]) if isinstance(t, str)
-        }
-        listed = part.get("enum")
-        for value in [
-            *(listed if isinstance(listed, list) else ()),
-            *([part["const"]] if "const" in part else ()),
-        ]:
-            types |= {"string"} if isinstance(value, str) else {t for t in _PYTHON_TYPES if _is(value, t)}
-    return types
-
-
-def _typed(text: str, types: set[str]) -> Any:
-    """A parameter's text as a value of one of the types; text stays text where it cannot be one."""
-    if not types:
-        return None if text.strip().lower() == "null" else text
-    if types == {"string"}:
-        return text
-    try:
-        value = _read_value(text)
-    except ValueError:
-        return text
-    if isinstance(value, float) and value.is_integer() and "integer" in types:
-        value = int(value)
-    # A wrong type is given as it is, for whoever checks the call to complain of; a string takes anything.
-    if isinstance(value, str) or ("string" in types and not any(_is(value, t) for t in types)):
-        return text
-    return value
-
-
-def _is(value: Any, json_type: str) -> bool:
-    if isinstance(value, bool) and json_type != "boolean":
-        return False
-    return isinstance(value, _PYTHON_TYPES.get(json_type, ()))
-
-
-_WORDS = {"true": True, "false": False, "null": None, "none": None}
-
-
-def _read_value(text: str) -> Any:
-    """A value written as JSON or as Python would write it. ValueError if it is neither."""
-    text = text.strip()
-    if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
-    try:
-        return _read_json(text)
-    except ValueError:
-        pass
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the compiler has remarks on some strings
-            value = ast.literal_eval(text)
-        # Through JSON, which has no tuples and no keys but strings.
-        return json.loads(json.dumps(value, allow_nan=False))
-    except (SyntaxError, TypeError, MemoryError, RecursionError) as e:
-        raise ValueError(str(e)) from None
-
-
-def _read_json(text: str) -> Any:
-    """JSON, but line breaks may stand in strings. ValueError for what has no place in JSON, infinity included."""
-
-    def finite(number: str) -> float:
-        value = float(number)
-        if value in (float("inf"), float("-inf")):
-            raise ValueError(f"{number} is too large")
-        return value
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        return json.loads(text, strict=False, parse_float=finite, parse_constant=refuse)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None

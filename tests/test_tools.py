@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from typing import Any
 
@@ -107,7 +108,6 @@ def test_without_tools_nothing_is_a_call() -> None:
         '{"name": "", "arguments": {}}',
         '{"name": 1}',
         '{"name": "weather", "arguments": {"days": NaN}}',
-        '{"name": "weather", "arguments": {"days": 1e999}}',
         pytest.param('{"name": "weather", "arguments": {"place": ' + "[" * 100_000, id="deep"),
     ],
 )
@@ -149,7 +149,8 @@ def test_values_may_look_like_the_form() -> None:
         ({"type": "number"}, "4.5", 4.5),
         ({"type": "number"}, "1e3", 1000.0),
         ({"type": "number"}, "NaN", "NaN"),
-        ({"type": "number"}, "1e999", "1e999"),
+        ({"type": "number"}, "-1e999", -sys.float_info.max),
+        ({"type": "integer"}, "9" * 5000, int(sys.float_info.max)),
         ({"type": "boolean"}, "True", True),
         ({"type": "boolean"}, "false", False),
         ({"type": "boolean"}, "yes", "yes"),
