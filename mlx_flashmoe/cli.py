@@ -62,6 +62,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_generate(commands)
     _add_chat(commands)
+    _add_serve(commands)
     _add_bench(commands)
     return parser
 
@@ -464,6 +465,92 @@ def _chat(arguments: argparse.Namespace) -> int:
     if arguments.resume is not None:
         view.note(f"{session.path}: {len(session.messages)} messages")
     chat(conversation, reader, view)
+    return 0
+
+
+# serve
+
+
+def _add_serve(commands: Any) -> None:
+    parser = commands.add_parser(
+        "serve",
+        allow_abbrev=False,
+        help="answer clients of OpenAI's and Anthropic's APIs",
+        description="Serve a converted model over HTTP, with the APIs of OpenAI (/v1/chat/completions, "
+        "/v1/completions, /v1/models) and Anthropic (/v1/messages). One request is answered at a time; others "
+        "wait in a queue. /metrics has figures for Prometheus, /openapi.json the whole description.",
+    )
+    _add_model_flags(parser)
+    _add_prefix_flags(parser)
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="where to listen; 0.0.0.0 lets other machines connect, and wants an --api-key (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--port", type=int, default=8080, metavar="N", help="0 takes a free one (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--api-key",
+        default=os.environ.get("MLX_FLASHMOE_API_KEY") or None,
+        metavar="KEY",
+        help="what clients have to send; other users of this machine can see it here, but not in the environment "
+        "variable MLX_FLASHMOE_API_KEY (default: that variable, or none)",
+    )
+    parser.add_argument(
+        "--without-api-key", action="store_true", help="let anybody in that --host lets connect"
+    )
+    parser.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let web pages from there call, for example https://example.org; * for all. May be given more than "
+        "once (default: none)",
+    )
+    parser.add_argument(
+        "--queue",
+        type=int,
+        default=8,
+        metavar="N",
+        help="requests that wait while one is answered; more are refused (default: %(default)s)",
+    )
+    parser.set_defaults(run=_serve)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from mlx_flashmoe import load
+    from mlx_flashmoe.console import print_note
+    from mlx_flashmoe.prefix_cache import PrefixCache
+
+    try:
+        from mlx_flashmoe.server.app import serve, suggested_sampling
+    except ModuleNotFoundError as e:
+        raise RequestError(f"serve needs the extra: pip install 'mlx-flashmoe[server]' ({e})") from None
+    if arguments.queue < 0:
+        raise RequestError(f"--queue should be at least 0, but is {arguments.queue}")
+
+    folder = Path(arguments.model)
+    prefixes = _prefix_options(arguments)
+    options = {**_load_options(arguments), "prefix_memory": prefixes["memory_bytes"]}
+    serve(
+        lambda: load(folder, **options, announce=print_note),
+        folder.resolve().name,
+        host=arguments.host,
+        port=arguments.port,
+        api_key=arguments.api_key,
+        without_key=arguments.without_api_key,
+        origins=arguments.allow_origin,
+        queue_size=arguments.queue,
+        sampling=suggested_sampling(folder),
+        make_prefix_cache=lambda model, tokenizer: PrefixCache(
+            model.identity, tokenizer.message_start_id, **prefixes, note=print_note
+        ),
+        announce=print_note,
+    )
     return 0
 
 

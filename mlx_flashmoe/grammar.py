@@ -3,7 +3,7 @@
 The grammar engine is llguidance (the extra ``grammar``). Here stands what the grammars are, calls of the offered
 tools or JSON of a schema, and how an answer keeps to one within its number of tokens:
 
-- Thinking comes before the grammar: it is free, until ``</think>``.
+- Thinking comes before the grammar: it is free until ``</think>``, but may not be all there is.
 - A call has the form that the model was trained on, tags around plain text, if its values' schemas can be kept
   to in plain text; else it is a JSON object, which every schema can.
 - When tokens run short, thinking is ended, and a token is only let through if the rest of the answer still fits
@@ -101,7 +101,7 @@ class Constraint:
     """Lets only the tokens of a grammar through. Use it for one answer, as a logits processor."""
 
     # How many of the likeliest tokens are looked at when tokens run short.
-    CANDIDATES = 8
+    CANDIDATES = 4
 
     def __init__(self, constrainer: Constrainer, grammar: str, max_tokens: int, thinking: bool) -> None:
         from llguidance import LLMatcher
@@ -131,7 +131,10 @@ class Constraint:
         left = self._max_tokens - (tokens.size - self._prompt) if self._max_tokens >= 0 else None
         short = left is not None and left <= self._short
         if self._thinking:
-            return _only([self._tokenizer.think_end_id], logits) if short else logits
+            if short:
+                return _only([self._tokenizer.think_end_id], logits)
+            ends = mx.array(sorted(self._tokenizer.eos_token_ids))[None]
+            return mx.put_along_axis(logits, ends, mx.array(-mx.inf, logits.dtype), axis=-1)
         if self._matcher.is_stopped():
             return _only(self._tokenizer.eos_token_ids, logits)
         allowed = self._allowed(logits.shape[-1])

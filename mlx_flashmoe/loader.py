@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import os
@@ -118,6 +119,15 @@ class StreamingModel:
                     f"{wider}: a context of {context} tokens does not fit; give fewer tokens or less --expert-memory"
                 )
             self.plan = wider
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of a prompt and its answer: what the model was made for, and what there is memory for."""
+        longest = self.context_length or PLANNED_CONTEXT
+        room = self.plan.kv + self.plan.limit - self.plan.total
+        if self._kv_bytes(longest) <= room:
+            return longest
+        return bisect.bisect_right(range(longest), room, key=self._kv_bytes) - 1
 
     def on_prefill_layer(self, done: Callable[[int, int], None] | None) -> None:
         """``done`` is called as a prompt goes through, with (layers done, layers); None: no longer."""

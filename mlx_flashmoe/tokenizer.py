@@ -172,6 +172,12 @@ class Tokenizer:
             self._pieces[token] = piece
         return piece
 
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one token, which need not be whole characters."""
+        if self._byte_level and token not in self._hidden:
+            return self._piece(token)
+        return (self._tokenizer.id_to_token(token) or "").encode()
+
     def to_json(self) -> str:
         """The text of its tokenizer.json."""
         return self._tokenizer.to_str()

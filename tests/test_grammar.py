@@ -116,8 +116,8 @@ def test_one_of_several_tools(constrainer: Constrainer) -> None:
 
 
 def test_thinking_is_free_and_ends_in_time(constrainer: Constrainer) -> None:
-    for seed in range(3):
-        text, finish = answer(constrainer, 250, seed, tools=TOOLS[:1], thinking=True)
+    for seed in range(8):  # 300 tokens of thinking each, of which one in 700 would end the answer
+        text, finish = answer(constrainer, 400, seed, tools=TOOLS[:1], thinking=True)
         thinking, *calls = parse_answer(text, TOOLS[:1], thinking=True)
         assert isinstance(thinking, Thinking) and finish == "stop"
         check_calls(calls, TOOLS[:1])

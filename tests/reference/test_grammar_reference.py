@@ -34,7 +34,7 @@ def test_500_of_500_required_calls_are_valid(tmp_path: Path) -> None:
         # One tool or a choice of all, with and without thinking, in few tokens and in many.
         thinking = answers % 3 == 0
         offered = TOOLS if answers % 2 else [TOOLS[answers // 2 % len(TOOLS)]]
-        max_tokens = (230, 300, 400)[answers // 3 % 3]
+        max_tokens = (200, 240)[answers // 3 % 2]
         constraint = constrainer.constraint(max_tokens, tools=offered, thinking=thinking)
         text = "".join(
             step.text
