@@ -49,6 +49,9 @@ async def read_body(request: Request, validator: Draft202012Validator) -> dict[s
         error = best_match(validator.iter_errors(data))
     except RecursionError:
         raise ApiError(400, "the body is not usable JSON: it is nested too deeply") from None
+    while error is not None and error.context and {"type": "null"} in error.validator_value:
+        # "Neither this nor null": what is wrong with this?
+        error = best_match([e for e in error.context if e.relative_schema_path[0] == 0])
     if error is not None:
         place = ".".join(str(step) for step in error.absolute_path)
         message = error.message if len(error.message) <= 300 else error.message[:300] + " …"
