@@ -88,6 +88,7 @@ def serve(
                 server_header=False,
                 timeout_graceful_shutdown=2,
             )
+            listener.listen()  # who comes before the loop runs waits for it
             place = f"[{host}]" if ":" in host else host
             announce(f"{name}: http://{place}:{listener.getsockname()[1]}/v1 answers; Ctrl-C ends it")
             uvicorn.Server(config).run(sockets=[listener])

@@ -217,7 +217,7 @@ def openapi(title: str, version: str, keyed: bool) -> dict[str, Any]:
         }
         codes = {"401": "The key is missing or wrong"} if keyed else {}
         if request is not None:
-            content["text/event-stream"] = {"schema": TEXT}
+            content["text/event-stream"] = {"schema": record({"data": TEXT}, {"event": TEXT})}
             out["requestBody"] = {"required": True, "content": {"application/json": {"schema": request}}}
             codes |= {
                 "400": "The request cannot be served as it is",
