@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -15,10 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 openai = pytest.importorskip("openai")
 anthropic = pytest.importorskip("anthropic")
 pytest.importorskip("uvicorn")
+
+from mlx_flashmoe.server.stops import StopFinder  # noqa: E402
+from mlx_flashmoe.tools import Text  # noqa: E402
 
 
 @contextmanager
@@ -355,6 +361,38 @@ def test_a_key_and_web_pages() -> None:
             assert response.status == status, path
             assert response.getheader("Access-Control-Allow-Origin") is None
             connection.close()
+
+
+def test_what_does_not_start(tmp_path: Path) -> None:
+    def start(*arguments: str) -> str:
+        command = [sys.executable, "-m", "mlx_flashmoe", "serve", "--model", str(tmp_path), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2
+        return done.stderr
+
+    assert "--host 0.0.0.0 lets other machines connect: give an --api-key" in start("--host", "0.0.0.0")
+    assert "flashmoe.json" in start("--host", "0.0.0.0", "--without-api-key", "--port", "0")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert "cannot be used" in start("--port", str(taken.getsockname()[1]))
+
+
+# Stop sequences
+
+
+@given(st.text("ab<", max_size=12), st.lists(st.text("ab<", min_size=1, max_size=3), max_size=3), st.data())
+def test_the_first_sequence_ends_the_text(text: str, sequences: list[str], data: st.DataObject) -> None:
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(text)))))
+    finder, shown, met = StopFinder(sequences), "", None
+    for start, end in zip([0, *cuts], [*cuts, len(text)]):
+        events, met = finder.feed([Text(text[start:end])], last=end == len(text))
+        shown += "".join(event.text for event in events)
+        if met is not None:
+            break
+    if met is None:
+        assert shown == text and not any(s in text for s in sequences)
+    else:
+        assert text.startswith(shown + met)
+        assert not any(s in shown for s in sequences)
 
 
 # Load
