@@ -124,7 +124,7 @@ class Constraint:
                 f"max_tokens is {max_tokens}, but the shortest answer asked for has {least} tokens"
             )
         # From so many tokens on, what is left is counted.
-        self._short = 2 * least + 64
+        self._short = least + 64
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
         self._follow(tokens)

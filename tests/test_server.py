@@ -28,15 +28,15 @@ from mlx_flashmoe.tools import Text  # noqa: E402
 
 
 @contextmanager
-def running(*arguments: str) -> Iterator[str]:
-    """A server's address, for as long as it runs."""
+def running(*arguments: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A server's address and process, for as long as it runs."""
     command = [sys.executable, str(Path(__file__).parent / "serve_fake.py"), *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             assert process.stdout is not None
             found = re.search(r"http://127\.0\.0\.1:\d+", line := process.stdout.readline())
             assert found, line + process.stdout.read()
-            yield found[0]
+            yield found[0], process
         finally:
             process.terminate()
             rest = process.communicate(timeout=20)[0]
@@ -45,7 +45,7 @@ def running(*arguments: str) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with running() as address:
+    with running() as (address, _):
         yield address
 
 
@@ -337,7 +337,7 @@ def test_bodies_that_no_client_sends(address: str, path: str) -> None:
 
 
 def test_a_key_and_web_pages() -> None:
-    with running("secret") as address:
+    with running("secret") as (address, _):
         host = address.removeprefix("http://")
         openai.OpenAI(base_url=f"{address}/v1", api_key="secret").models.list()
         anthropic.Anthropic(base_url=address, api_key="secret").messages.count_tokens(
@@ -420,6 +420,25 @@ def test_who_goes_away_makes_room_at_once(address: str, gpt: Any) -> None:
     assert time.monotonic() - start < 0.5  # a token takes a twentieth of a second
     made = gpt.chat.completions.create(model="any", messages=[user("SAY(c)")])
     assert made.choices[0].message.content == "c"
+
+
+def test_the_end_of_the_server_ends_its_answers() -> None:
+    with running() as (address, process), ThreadPoolExecutor(3) as pool:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0, timeout=30)
+
+        def ask(stream: bool) -> None:
+            said = client.chat.completions.create(
+                model="any", messages=[user("SLOWLY FOREVER SAY(a)")], stream=stream
+            )
+            list(said)
+
+        asked = [pool.submit(ask, stream) for stream in (True, False, True)]
+        while metric(address, "queue_waiting") < 2:
+            time.sleep(0.01)
+        process.terminate()
+        for one in asked:
+            with pytest.raises(openai.APIError, match="the server is stopping"):
+                one.result(timeout=5)
 
 
 def test_50_clients_at_once(address: str) -> None:

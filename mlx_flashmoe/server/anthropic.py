@@ -40,14 +40,7 @@ async def messages(request: Request) -> Response:
             _stream(request, answer, head), lambda error: event(anthropic_body(error), "error")
         )
 
-    events: list[Event] = []
-    end = End("stop")
-    async with aclosing(answer.parts(request)) as parts:
-        async for part in parts:
-            if isinstance(part, Part):
-                events += part.events
-            elif part is not None:
-                end = part
+    events, _, end = await answer.whole(request)
     content = _blocks(events)
     return JSON({**head, "content": content, **_stopped(end, content), "usage": _usage(answer, end)})
 

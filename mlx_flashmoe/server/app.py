@@ -91,9 +91,21 @@ def serve(
             listener.listen()  # who comes before the loop runs waits for it
             place = f"[{host}]" if ":" in host else host
             announce(f"{name}: http://{place}:{listener.getsockname()[1]}/v1 answers; Ctrl-C ends it")
-            uvicorn.Server(config).run(sockets=[listener])
+            _Server(config, worker).run(sockets=[listener])
         finally:
             worker.close()
+
+
+class _Server(uvicorn.Server):
+    """Ends answers before it waits for connections to end."""
+
+    def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
+        super().__init__(config)
+        self._worker = worker
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._worker.stop()
+        await super().shutdown(sockets)
 
 
 def suggested_sampling(folder: Path) -> dict[str, Any]:

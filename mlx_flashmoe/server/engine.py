@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +14,9 @@ from starlette.requests import Request
 from mlx_flashmoe.grammar import Constrainer
 from mlx_flashmoe.sampling import make_logits_processors, make_sampler
 from mlx_flashmoe.server.errors import ApiError, as_api_error
-from mlx_flashmoe.server.worker import End, Job, Part, Worker
+from mlx_flashmoe.server.worker import End, Job, Part, TokenInfo, Worker
 from mlx_flashmoe.tokenizer import Tokenizer
-from mlx_flashmoe.tools import AnswerParser
+from mlx_flashmoe.tools import AnswerParser, Event
 
 # Seconds without a token after which a stream gets a sign of life: a long prompt can take minutes.
 KEEP_ALIVE = 10.0
@@ -193,6 +194,20 @@ class Answer:
         finally:
             watch.cancel()
             self._worker.cancel(self.job)
+
+    async def whole(self, request: Request) -> tuple[list[Event], list[TokenInfo], End]:
+        """All parts at once. Raises ApiError."""
+        events: list[Event] = []
+        infos: list[TokenInfo] = []
+        end = End("stop")
+        async with aclosing(self.parts(request)) as parts:
+            async for part in parts:
+                if isinstance(part, End):
+                    end = part
+                elif part is not None:
+                    events += part.events
+                    infos += [part.info] if part.info is not None else []
+        return events, infos, end
 
     async def _watch(self, request: Request) -> None:
         while (await request.receive())["type"] != "http.disconnect":

@@ -278,16 +278,7 @@ async def _respond(request: Request, body: dict[str, Any], ask: Ask, shape_of: t
         chunks = _chunks(request, answer, shape, head, bool(usage))
         return event_stream(chunks, lambda error: event(openai_body(error)))
 
-    events: list[Event] = []
-    infos: list[TokenInfo] = []
-    end = End("stop")
-    async with aclosing(answer.parts(request)) as parts:
-        async for part in parts:
-            if isinstance(part, Part):
-                events += part.events
-                infos += [part.info] if part.info is not None else []
-            elif part is not None:
-                end = part
+    events, infos, end = await answer.whole(request)
     choice = {"index": 0, **shape.whole(events, infos), "finish_reason": _finish_reason(shape, end)}
     return JSON({**head, "choices": [choice], "usage": _usage(answer, end)})
 

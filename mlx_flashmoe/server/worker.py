@@ -21,6 +21,7 @@ from mlx_flashmoe.errors import FlashMoEError
 from mlx_flashmoe.generate import GenerationResponse, stream_generate
 from mlx_flashmoe.prefix_cache import PrefixCache
 from mlx_flashmoe.sampling import LogitsProcessor, Sampler
+from mlx_flashmoe.server.errors import ApiError
 from mlx_flashmoe.server.metrics import Metrics
 from mlx_flashmoe.server.stops import StopFinder
 from mlx_flashmoe.tokenizer import Tokenizer
@@ -96,6 +97,10 @@ class _Cancelled(Exception):
     """Nobody waits for the answer any more."""
 
 
+def _stopping() -> ApiError:
+    return ApiError(503, "the server is stopping")
+
+
 class Worker:
     """Loads a model and answers requests.
 
@@ -139,13 +144,20 @@ class Worker:
         if self._load_error is not None:
             raise self._load_error
 
-    def close(self) -> None:
-        """Gives up every answer, and returns when the thread has ended."""
+    def stop(self) -> None:
+        """Gives up every answer, and takes no more. Returns at once."""
         with self._changed:
             self._closed = True
-            for job in [*self._waiting, *([self._current] if self._current else [])]:
-                job.cancelled.set()
+            given_up, self._waiting = list(self._waiting), deque()
+            if self._current is not None:
+                self._current.cancelled.set()
             self._changed.notify()
+        for job in given_up:
+            job.emit(End("stop", error=_stopping()))
+
+    def close(self) -> None:
+        """Stops, and returns when the thread has ended."""
+        self.stop()
         self._thread.join()
 
     @property
@@ -163,7 +175,7 @@ class Worker:
     @property
     def full(self) -> bool:
         """There is no place in the queue. One that can begin at once needs none."""
-        return len(self._waiting) >= self._queue_size + (self._current is None)
+        return self._closed or len(self._waiting) >= self._queue_size + (self._current is None)
 
     @property
     def retry_after(self) -> int:
@@ -215,7 +227,7 @@ class Worker:
         try:
             end = self._generate(job)
         except _Cancelled:
-            end = End("stop")
+            end = End("stop", error=_stopping() if self._closed else None)
         except FlashMoEError as e:
             end = End("stop", error=e)
         except Exception as e:

@@ -32,9 +32,9 @@ def test_500_of_500_required_calls_are_valid(tmp_path: Path) -> None:
     calls = answers = 0
     while calls < 500:
         # One tool or a choice of all, with and without thinking, in few tokens and in many.
-        thinking = answers % 3 == 0
-        offered = TOOLS if answers % 2 else [TOOLS[answers // 2 % len(TOOLS)]]
-        max_tokens = (200, 240)[answers // 3 % 2]
+        thinking = answers % 4 == 0
+        offered = TOOLS if answers % 3 == 0 else [TOOLS[answers % len(TOOLS)]]
+        max_tokens = 220 if TOOLS[2] in offered else 130
         constraint = constrainer.constraint(max_tokens, tools=offered, thinking=thinking)
         text = "".join(
             step.text
