@@ -18,6 +18,7 @@ import numpy as np
 from fakes import FakeCache, FakeModel, make_checkpoint
 
 from mlx_flashmoe.errors import ReadError
+from mlx_flashmoe.server import engine
 from mlx_flashmoe.server.app import serve
 from mlx_flashmoe.tokenizer import Tokenizer
 
@@ -71,6 +72,8 @@ class ObedientModel(FakeModel):
         script = self._tokenizer.encode(text)
         if "SLOWLY" in order:
             time.sleep(0.05)
+        if "LATE" in order and not said:
+            time.sleep(0.5)
         if "BREAK" in order and said:
             raise ReadError("layer 3, expert 4: the disk is gone")
         if "FOREVER" in order:
@@ -89,6 +92,7 @@ def load() -> tuple[ObedientModel, Tokenizer]:
 
 
 if __name__ == "__main__":
+    engine.KEEP_ALIVE = 0.1
     key = sys.argv[1] if len(sys.argv) > 1 else None
     serve(
         load,

@@ -267,6 +267,18 @@ def test_anthropic_choices_and_stops(claude: Any) -> None:
     assert claude.messages.create(**{**asked, "max_tokens": 1}).stop_reason == "max_tokens"
 
 
+def test_a_long_silence_is_filled(address: str, gpt: Any, claude: Any) -> None:
+    asked = {"model": "any", "max_tokens": 20, "messages": [user("LATE SAY(At last.)")]}
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=10)
+    connection.request("POST", "/v1/chat/completions", json.dumps({**asked, "stream": True}))
+    assert connection.getresponse().read().count(b": keep-alive\n\n") >= 3
+    connection.close()
+    chunks = gpt.chat.completions.create(**asked, stream=True)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == "At last."
+    with claude.messages.stream(**asked) as stream:
+        assert "".join(stream.text_stream) == "At last."
+
+
 # Errors, as the clients' own exceptions
 
 
