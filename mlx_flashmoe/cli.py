@@ -61,6 +61,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_convert(commands)
     _add_generate(commands)
+    _add_chat(commands)
+    _add_serve(commands)
     _add_bench(commands)
     _add_doctor(commands)
     return parser
@@ -146,10 +148,50 @@ def _add_generate(commands: Any) -> None:
     )
     parser.add_argument("--system-prompt", metavar="TEXT", help="a system message before the prompt")
     parser.add_argument(
+        "--ignore-chat-template",
+        action="store_true",
+        help="continue the prompt as it is, instead of answering it as a message",
+    )
+    _add_generation_flags(parser, max_tokens=256)
+    parser.set_defaults(run=_generate)
+
+
+def _add_model_flags(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument("--model", required=required, metavar="DIR", help="a folder that convert has written")
+    parser.add_argument(
+        "--expert-memory",
+        default="auto",
+        metavar="SIZE",
+        help="memory that holds experts between tokens: a size such as 8GB; auto picks one for this machine; "
+        "os takes little and leaves caching to the operating system (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--active-experts",
+        type=int,
+        metavar="N",
+        help="experts per token and layer; fewer are faster and change the answer (default: the model's own)",
+    )
+    parser.add_argument(
+        "--experts-path",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="another folder that holds copies of expert files (DIR/experts/layer_000.bin and so on), best on "
+        "another disk: reads are spread over all copies. May be given more than once",
+    )
+    parser.add_argument(
+        "--direct-reads",
+        action="store_true",
+        help="read experts around the operating system's page cache, so that it keeps none of them",
+    )
+
+
+def _add_generation_flags(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    parser.add_argument(
         "--max-tokens",
         "-m",
         type=int,
-        default=256,
+        default=max_tokens,
         metavar="N",
         help="stop after N tokens; -1 goes on until the model ends its answer (default: %(default)s)",
     )
@@ -196,48 +238,28 @@ def _add_generate(commands: Any) -> None:
         "memory plan has room for)",
     )
     parser.add_argument(
-        "--ignore-chat-template",
-        action="store_true",
-        help="continue the prompt as it is, instead of answering it as a message",
-    )
-    parser.add_argument(
         "--chat-template-config",
         type=_json_object,
         default={},
         metavar="JSON",
         help="variables for the chat template, for example '{\"enable_thinking\": false}'",
     )
-    parser.set_defaults(run=_generate)
 
 
-def _add_model_flags(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    parser.add_argument("--model", required=required, metavar="DIR", help="a folder that convert has written")
-    parser.add_argument(
-        "--expert-memory",
-        default="auto",
-        metavar="SIZE",
-        help="memory that holds experts between tokens: a size such as 8GB; auto picks one for this machine; "
-        "os takes little and leaves caching to the operating system (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--active-experts",
-        type=int,
-        metavar="N",
-        help="experts per token and layer; fewer are faster and change the answer (default: the model's own)",
-    )
-    parser.add_argument(
-        "--experts-path",
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="another folder that holds copies of expert files (DIR/experts/layer_000.bin and so on), best on "
-        "another disk: reads are spread over all copies. May be given more than once",
-    )
-    parser.add_argument(
-        "--direct-reads",
-        action="store_true",
-        help="read experts around the operating system's page cache, so that it keeps none of them",
-    )
+def _generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What ``_add_generation_flags`` has asked of ``stream_generate``. Raises RequestError for a value out of range."""
+    from mlx_flashmoe.generate import check_counts
+    from mlx_flashmoe.sampling import make_logits_processors, make_sampler
+
+    check_counts(arguments.max_tokens, arguments.prefill_step_size)
+    return {
+        "max_tokens": arguments.max_tokens,
+        "sampler": make_sampler(
+            arguments.temp, arguments.top_p, arguments.min_p, top_k=arguments.top_k, seed=arguments.seed
+        ),
+        "logits_processors": make_logits_processors(arguments.repetition_penalty),
+        "prefill_step_size": arguments.prefill_step_size,
+    }
 
 
 def _load_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -263,15 +285,8 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from mlx_flashmoe.generate import check_counts
-    from mlx_flashmoe.sampling import make_logits_processors, make_sampler
-
     # What can be wrong with a request is found before a model is loaded for it.
-    sampler = make_sampler(
-        arguments.temp, arguments.top_p, arguments.min_p, top_k=arguments.top_k, seed=arguments.seed
-    )
-    processors = make_logits_processors(arguments.repetition_penalty)
-    check_counts(arguments.max_tokens, arguments.prefill_step_size)
+    options = _generation_options(arguments)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     if not prompt.strip():
         raise RequestError("the prompt is empty")
@@ -293,10 +308,7 @@ def _generate(arguments: argparse.Namespace) -> int:
             model,
             tokenizer,
             tokens,
-            max_tokens=arguments.max_tokens,
-            sampler=sampler,
-            logits_processors=processors,
-            prefill_step_size=arguments.prefill_step_size,
+            **options,
             prompt_progress_callback=progress,
         ):
             view.feed(response.text)
@@ -328,6 +340,219 @@ def _prompt_tokens(arguments: argparse.Namespace, tokenizer: Tokenizer, prompt: 
     if arguments.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": arguments.system_prompt})
     return tokenizer.apply_chat_template(messages, **arguments.chat_template_config)
+
+
+# chat
+
+
+def _add_chat(commands: Any) -> None:
+    parser = commands.add_parser(
+        "chat",
+        allow_abbrev=False,
+        help="talk with a converted model in the terminal",
+        description="Talk with a converted model. Conversations are saved as they go on; /help lists what else "
+        "there is. In a pipe each line is a message (one that ends in a backslash goes on in the next), answers "
+        "go to stdout and everything else to stderr.",
+    )
+    _add_model_flags(parser)
+    _add_prefix_flags(parser)
+    parser.add_argument("--system-prompt", metavar="TEXT", help="a system message before the conversation")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="go on with a conversation: the last one, or the one in FILE",
+    )
+    parser.add_argument(
+        "--tools",
+        action="append",
+        default=[],
+        metavar="FILE.py",
+        help="functions the model may call: their type hints and docstrings say what it is told of them. May be "
+        "given more than once",
+    )
+    parser.add_argument(
+        "--shell", action="store_true", help="let the model run shell commands; each is asked about first"
+    )
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="PREFIX",
+        help="with --shell, do not ask about commands that begin with these words and have no special characters, "
+        "for example 'git diff'. May be given more than once",
+    )
+    _add_generation_flags(parser, max_tokens=8192)
+    parser.set_defaults(run=_chat)
+
+
+def _add_prefix_flags(parser: argparse.ArgumentParser) -> None:
+    for flag, size, where in (("--prefix-memory", "1GB", "memory"), ("--prefix-disk", "10GB", "disk")):
+        parser.add_argument(
+            flag,
+            default=size,
+            metavar="SIZE",
+            help=f"{where} that keeps what the model has read, so that the next prompt that begins the same need "
+            "not be read again; 0 keeps nothing (default: %(default)s)",
+        )
+
+
+def _prefix_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What ``_add_prefix_flags`` has asked of a ``PrefixCache``."""
+    from mlx_flashmoe.memory import parse_size
+    from mlx_flashmoe.prefix_cache import default_directory
+
+    return {
+        "memory_bytes": parse_size(arguments.prefix_memory, "--prefix-memory", ""),
+        "disk_bytes": parse_size(arguments.prefix_disk, "--prefix-disk", ""),
+        "directory": default_directory(),
+    }
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from mlx_flashmoe.chat.commands import NAMES
+    from mlx_flashmoe.chat.conversation import Conversation
+    from mlx_flashmoe.chat.editor import message_reader
+    from mlx_flashmoe.chat.functions import load_functions
+    from mlx_flashmoe.chat.loop import chat
+    from mlx_flashmoe.chat.session import Session, data_directory
+    from mlx_flashmoe.chat.shell import shell_tool
+    from mlx_flashmoe.chat.view import chat_view
+
+    # What can be wrong with the flags is found before a model is loaded.
+    options = _generation_options(arguments)
+    prefixes = _prefix_options(arguments)
+    if arguments.allow and not arguments.shell:
+        raise RequestError("--allow says which shell commands to run without asking: give --shell, too")
+    functions = [f for file in arguments.tools for f in load_functions(Path(file))]
+    if arguments.shell:
+        functions.append(shell_tool(arguments.allow, lambda command: reader.ask("Run it?")))
+    session = None
+    if arguments.resume is not None:
+        session = Session.load(Path(arguments.resume)) if arguments.resume else Session.latest()
+
+    from mlx_flashmoe import load
+    from mlx_flashmoe.console import print_note
+    from mlx_flashmoe.prefix_cache import PrefixCache
+
+    model, tokenizer = load(
+        arguments.model,
+        **_load_options(arguments),
+        prefix_memory=prefixes["memory_bytes"],
+        announce=print_note,
+    )
+    if not tokenizer.has_chat_template:
+        raise RequestError("the checkpoint has no chat template: use generate to go on from a text")
+    reader = message_reader(data_directory() / "history", NAMES)
+    if session is None:
+        # What goes through a pipe is saved where it is asked for.
+        session = Session.new() if reader.interactive else Session()
+    if arguments.system_prompt is not None:
+        session.system = arguments.system_prompt
+    view = chat_view()
+    conversation = Conversation(
+        model,
+        tokenizer,
+        session,
+        view,
+        functions,
+        template=arguments.chat_template_config,
+        prefix_cache=PrefixCache(model.identity, tokenizer.message_start_id, **prefixes, note=print_note),
+        **options,
+    )
+    if arguments.resume is not None:
+        view.note(f"{session.path}: {len(session.messages)} messages")
+    chat(conversation, reader, view)
+    return 0
+
+
+# serve
+
+
+def _add_serve(commands: Any) -> None:
+    parser = commands.add_parser(
+        "serve",
+        allow_abbrev=False,
+        help="answer clients of OpenAI's and Anthropic's APIs",
+        description="Serve a converted model over HTTP, with the APIs of OpenAI (/v1/chat/completions, "
+        "/v1/completions, /v1/models) and Anthropic (/v1/messages). One request is answered at a time; others "
+        "wait in a queue. /metrics has figures for Prometheus, /openapi.json the whole description.",
+    )
+    _add_model_flags(parser)
+    _add_prefix_flags(parser)
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="where to listen; 0.0.0.0 lets other machines connect, and wants an --api-key (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--port", type=int, default=8080, metavar="N", help="0 takes a free one (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--api-key",
+        default=os.environ.get("MLX_FLASHMOE_API_KEY") or None,
+        metavar="KEY",
+        help="what clients have to send; other users of this machine can see it here, but not in the environment "
+        "variable MLX_FLASHMOE_API_KEY (default: that variable, or none)",
+    )
+    parser.add_argument(
+        "--without-api-key", action="store_true", help="let anybody in that --host lets connect"
+    )
+    parser.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let web pages from there call, for example https://example.org; * for all. May be given more than "
+        "once (default: none)",
+    )
+    parser.add_argument(
+        "--queue",
+        type=int,
+        default=8,
+        metavar="N",
+        help="requests that wait while one is answered; more are refused (default: %(default)s)",
+    )
+    parser.set_defaults(run=_serve)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from mlx_flashmoe import load
+    from mlx_flashmoe.console import print_note
+    from mlx_flashmoe.prefix_cache import PrefixCache
+
+    try:
+        from mlx_flashmoe.server.app import serve, suggested_sampling
+    except ModuleNotFoundError as e:
+        raise RequestError(f"serve needs the extra: pip install 'mlx-flashmoe[server]' ({e})") from None
+    if arguments.queue < 0:
+        raise RequestError(f"--queue should be at least 0, but is {arguments.queue}")
+
+    folder = Path(arguments.model)
+    prefixes = _prefix_options(arguments)
+    options = {**_load_options(arguments), "prefix_memory": prefixes["memory_bytes"]}
+    serve(
+        lambda: load(folder, **options, announce=print_note),
+        folder.resolve().name,
+        host=arguments.host,
+        port=arguments.port,
+        api_key=arguments.api_key,
+        without_key=arguments.without_api_key,
+        origins=arguments.allow_origin,
+        queue_size=arguments.queue,
+        sampling=suggested_sampling(folder),
+        make_prefix_cache=lambda model, tokenizer: PrefixCache(
+            model.identity, tokenizer.message_start_id, **prefixes, note=print_note
+        ),
+        announce=print_note,
+    )
+    return 0
 
 
 # bench

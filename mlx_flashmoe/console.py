@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Protocol, TextIO
 
@@ -37,11 +37,16 @@ from rich.text import Text
 
 from mlx_flashmoe.generate import GenerationResponse
 from mlx_flashmoe.sizes import show_size
-from mlx_flashmoe.tokenizer import THINK_END, THINK_START
+from mlx_flashmoe.thinking import ThinkingSplitter
 
 # Control characters other than newline and tab, drawn as their pictures: an answer must not steer the terminal.
 _CONTROL = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"}
 _CONTROL |= {0x7F: 0x2421} | {c: 0xFFFD for c in range(0x80, 0xA0)}
+
+
+def printable(text: str) -> str:
+    """Text that cannot steer a terminal, in one that is drawn."""
+    return text.translate(_CONTROL)
 
 
 def print_error(message: str) -> None:
@@ -55,12 +60,12 @@ def print_note(message: str) -> None:
 
 
 def _print_line(message: str, style: str, styled: int, soft_wrap: bool = True) -> None:
-    line = Text(" ".join(message.split("\n")).translate(_CONTROL))
+    line = Text(printable(" ".join(message.split("\n"))))
     line.stylize(style, 0, styled)
     Console(stderr=True, soft_wrap=soft_wrap).print(line)
 
 
-def _digits(number: float) -> str:
+def digits(number: float) -> str:
     """Three significant digits, and never an exponent."""
     return f"{number:.0f}" if number >= 99.95 else f"{number:.1f}" if number >= 9.995 else f"{number:.2f}"
 
@@ -75,11 +80,11 @@ def figures(
         width: use a shorter wording where the line would be longer than this.
     """
     prompt, answer = response.prompt_tokens, response.generation_tokens
-    prompt_tps = _digits(response.prompt_tps)
+    prompt_tps = digits(response.prompt_tps)
     read = show_size(bytes_read)
     peak = show_size(1e9 * response.peak_memory)
     # The first token belongs to the prompt's time, so that one token alone has no rate.
-    tps = _digits(response.generation_tps) if answer > 1 else None
+    tps = digits(response.generation_tps) if answer > 1 else None
     hit = f", {100 * hits / (hits + misses):.0f}% hits" if hits + misses else ""
     line = (
         f"prompt {prompt} tokens, {prompt_tps} tok/s · "
@@ -159,11 +164,21 @@ class TerminalAnswer:
     SHARE = 5
 
     def __init__(
-        self, console: Console, thinking: bool = False, clock: Callable[[], float] = time.perf_counter
+        self,
+        console: Console,
+        thinking: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+        fold: bool = False,
     ) -> None:
+        """
+        Args:
+            thinking: the answer begins inside a thinking part; see :meth:`feed`.
+            fold: of a thinking part only the last lines are seen, and one line when it is over.
+        """
         self._console = console
         self._clock = clock
         self._splitter = ThinkingSplitter(thinking)
+        self._thinking_kind = FoldedThinkingSection if fold else ThinkingSection
         self._section: Section | None = None
         self._tail = ""  # text of the current section that is not printed for good
         self._scrolled = 0  # lines of the tail's rendering that have left the screen
@@ -179,14 +194,18 @@ class TerminalAnswer:
         )
 
     def feed(self, text: str) -> None:
-        for thinking, piece in self._splitter.feed(text.translate(_CONTROL)):
-            self._append(thinking, piece)
+        for thinking, piece in self._splitter.feed(text):
+            self.show(thinking, piece)
+
+    def show(self, thinking: bool, piece: str) -> None:
+        """Like ``feed``, for a piece that is known to be thinking or not."""
+        self._append(thinking, printable(piece))
         if self._clock() >= self._due:
             self._draw()
 
     def close(self) -> None:
         for thinking, piece in self._splitter.finish():
-            self._append(thinking, piece)
+            self._append(thinking, printable(piece))
         self._end_section()
 
     def show_figures(self, response: GenerationResponse, bytes_read: int, hits: int, misses: int) -> None:
@@ -195,7 +214,7 @@ class TerminalAnswer:
         self._console.print(Text(line, style="dim"))
 
     def _append(self, thinking: bool, piece: str) -> None:
-        kind = ThinkingSection if thinking else MarkdownSection
+        kind = self._thinking_kind if thinking else MarkdownSection
         if self._section is None or type(self._section) is not kind:
             piece = piece.lstrip("\n")
             if not piece.strip():
@@ -232,7 +251,7 @@ class TerminalAnswer:
     def _end_section(self) -> None:
         if self._section is None:
             return
-        lines = self._lines(self._section.render(self._tail))[self._scrolled :]
+        lines = self._lines(self._section.finish(self._tail))[self._scrolled :]
         with self._console:
             self._live.update(Lines([]), refresh=True)
             self._live.stop()
@@ -299,6 +318,10 @@ class Section(Protocol):
 
     def render(self, text: str) -> RenderableType: ...
 
+    def finish(self, text: str) -> RenderableType:
+        """Like ``render``, for good."""
+        ...
+
 
 class ThinkingSection:
     """What the model thinks before it answers: plain text, dim and indented under a heading."""
@@ -315,8 +338,46 @@ class ThinkingSection:
         text = text.rstrip("\n")
         return self._dim(text) if text else Lines([])
 
+    finish = render
+
     def _dim(self, text: str) -> RenderableType:
         return Padding(Text(text, style="dim"), (0, 0, 0, 2))
+
+
+class FoldedThinkingSection(ThinkingSection):
+    """Thinking of which the last lines are seen as they come, and only how long it took when it is over."""
+
+    LINES = 6
+
+    heading: RenderableType | None = None
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def split(self, text: str) -> tuple[RenderableType | None, str]:
+        return None, text
+
+    def render(self, text: str) -> RenderableType:
+        return _LastLines(text.rstrip("\n"), self.LINES)
+
+    def finish(self, text: str) -> RenderableType:
+        seconds = max(1.0, time.perf_counter() - self._start)
+        return Text(f"Thought for {_duration(seconds)} (/think shows it)", style="dim")
+
+
+class _LastLines:
+    """The end of a text, dim and indented under the heading of a thinking part."""
+
+    def __init__(self, text: str, count: int) -> None:
+        self._text, self._count = text, count
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        count = max(1, min(self._count, console.height - 3))
+        # Only so much is broken into lines again with every redraw; from the start of a line, lest it jumps about.
+        start = self._text.rfind("\n", 0, max(0, len(self._text) - count * options.max_width)) + 1
+        body = Padding(Text(self._text[start:], style="dim"), (0, 0, 0, 2))
+        yield ThinkingSection.heading or ""
+        yield Lines(console.render_lines(body, options, pad=False)[-count:])
 
 
 class MarkdownSection:
@@ -344,6 +405,8 @@ class MarkdownSection:
 
     def render(self, text: str) -> RenderableType:
         return _Markdown(self.parser.parse(text))
+
+    finish = render
 
 
 class _CodeBlock(CodeBlock):
@@ -390,58 +453,6 @@ class _Markdown(Markdown):
             for child in token.children or ():
                 if child.type == "softbreak":
                     child.type = "hardbreak"
-
-
-class ThinkingSplitter:
-    """Tells the thinking part of an answer from the rest, as the text comes.
-
-    A thinking part stands at the very beginning: opened by ``<think>`` there, or by the prompt already.
-    """
-
-    def __init__(self, thinking: bool) -> None:
-        self._thinking = thinking
-        self._start = not thinking  # at the beginning, where <think> may come
-        self._held = ""  # what may be the beginning of a tag
-
-    def feed(self, text: str) -> Iterator[tuple[bool, str]]:
-        """Yields (in thinking, text) for what is settled."""
-        text = self._held + text
-        self._held = ""
-        if self._start:
-            begun = text.lstrip()
-            if begun.startswith(THINK_START):
-                self._start, self._thinking = False, True
-                text = begun[len(THINK_START) :]
-            elif THINK_START.startswith(begun):
-                self._held = text
-                return
-            else:
-                self._start = False
-        if self._thinking:
-            before, tag, after = text.partition(THINK_END)
-            if not tag:
-                keep = _overlap(text, THINK_END)
-                self._held = text[len(text) - keep :]
-                before = text[: len(text) - keep]
-            if before:
-                yield True, before
-            if not tag:
-                return
-            self._thinking = False
-            text = after
-        if text:
-            yield False, text
-
-    def finish(self) -> Iterator[tuple[bool, str]]:
-        """Yields what was held back."""
-        if self._held:
-            yield self._thinking, self._held
-            self._held = ""
-
-
-def _overlap(text: str, tag: str) -> int:
-    """Length of the longest beginning of ``tag`` that ``text`` ends with."""
-    return next((n for n in range(min(len(tag), len(text)), 0, -1) if text.endswith(tag[:n])), 0)
 
 
 # Progress
@@ -527,7 +538,7 @@ class ConversionProgress:
 
     def note(self, line: str) -> None:
         """A remark, above the bar."""
-        self._console.print(Text(line.translate(_CONTROL)), style="dim", soft_wrap=True)
+        self._console.print(Text(printable(line)), style="dim", soft_wrap=True)
 
     def progress(self, done: int, total: int, what: str) -> None:
         """``done`` of ``total`` bytes; ``what`` is being worked on."""

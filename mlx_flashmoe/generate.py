@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import mlx.core as mx
 
 from mlx_flashmoe.errors import RequestError
+from mlx_flashmoe.prefix_cache import PrefixCache
 from mlx_flashmoe.sampling import LogitsProcessor, Sampler, make_sampler
 from mlx_flashmoe.tokenizer import Tokenizer
 
@@ -26,7 +27,8 @@ class GenerationResponse:
         token: the token it came from; the last one may be a token that ends the answer, which has no text.
         logprobs: [V], the log-probabilities the token was picked from, before the sampler's filters.
         prompt_tokens: number of tokens in the prompt.
-        prompt_tps: prompt tokens per second.
+        cached_tokens: of these, how many a ``prefix_cache`` had.
+        prompt_tps: prompt tokens per second, those that the cache had left out.
         generation_tokens: tokens generated so far, this one included.
         generation_tps: generated tokens per second so far.
         peak_memory: of the MLX allocator so far, in GB (1e9 bytes).
@@ -42,6 +44,7 @@ class GenerationResponse:
     generation_tps: float
     peak_memory: float
     finish_reason: Literal["stop", "length"] | None = None
+    cached_tokens: int = 0
 
 
 def check_counts(max_tokens: int, prefill_step_size: int | None) -> None:
@@ -100,6 +103,7 @@ def generate_step(
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
     prompt_cache: list[Any] | None = None,
+    prefix_cache: PrefixCache | None = None,
     prefill_step_size: int | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
 ) -> Generator[tuple[int, mx.array], None, None]:
@@ -112,6 +116,8 @@ def generate_step(
         sampler: log-probabilities [1, V] -> token [1]; the most likely token by default.
         logits_processors: (tokens so far [N], logits [1, V]) -> logits [1, V], in this order.
         prompt_cache: from ``model.make_cache()``, with what came before the prompt; updated in place.
+        prefix_cache: of this model. Goes on from the longest prefix of the prompt that was kept, and keeps the
+            prompt's messages and the answer. Not together with ``prompt_cache``.
         prefill_step_size: prompt tokens in one call of the model; more are faster and take more memory. If None,
             what the model's memory plan allows for (``model.prefill_chunk``).
         prompt_progress_callback: called with (prompt tokens done, prompt tokens).
@@ -131,14 +137,32 @@ def generate_step(
         raise RequestError(f"the prompt has token ids outside 0 to {vocabulary - 1}, the model's vocabulary")
     if prefill_step_size is None:
         prefill_step_size = getattr(model, "prefill_chunk", PREFILL_STEP_SIZE)
+    if prompt_cache is not None and prefix_cache is not None:
+        raise ValueError("prompt_cache and prefix_cache cannot be used together")
     cache = model.make_cache() if prompt_cache is None else prompt_cache
     sampler = sampler or make_sampler()
     progress = prompt_progress_callback or (lambda done, total: None)
     total = prompt.size
 
-    progress(0, total)
-    # The last token's logits are wanted; it goes through the model by itself.
-    prefill(model, prompt[:-1], cache, prefill_step_size, lambda done: progress(done, total))
+    done = 0
+
+    def read_to(stop: int) -> None:
+        nonlocal done
+        start, done = done, stop
+        prefill(
+            model, prompt[start:stop], cache, prefill_step_size, lambda count: progress(start + count, total)
+        )
+
+    ids: list[int] = []
+    if prefix_cache is not None:
+        ids = prompt.tolist()  # type: ignore[assignment]
+        done = prefix_cache.restore(ids, cache)
+    progress(done, total)
+    if prefix_cache is not None:
+        for cut in prefix_cache.cuts(ids, done):
+            read_to(cut)
+            prefix_cache.keep(ids[:cut], cache)
+    read_to(total - 1)  # the last token's logits are wanted: it goes through the model by itself
 
     tokens = prompt  # so far; only what logits processors look at
 
@@ -158,18 +182,27 @@ def generate_step(
     # Not for a cache that outlives the call: it would be left one token ahead of what was generated.
     ahead = bool(getattr(model, "resident", False)) and prompt_cache is None
     current = step(prompt[-1:])
-    count = 0
+    answer: list[int] = []
     while True:
-        count += 1
-        following = step(current[0]) if ahead and count != max_tokens else None
+        last = len(answer) + 1 == max_tokens
+        following = step(current[0]) if ahead and not last else None
         token = current[0].item()
         assert isinstance(token, int)
-        if count == 1:
+        answer.append(token)
+        if len(answer) == 1:
             progress(total, total)
-        if count % 256 == 0:
+        if len(answer) % 256 == 0:
             mx.clear_cache()
-        yield token, current[1][0]
-        if count == max_tokens:
+        try:
+            yield token, current[1][0]
+        except GeneratorExit:
+            last = True
+        if last:
+            if prefix_cache is not None:
+                # The last token has not been through the model, unless the step after it is under way.
+                through = answer if following is not None else answer[:-1]
+                # Not on disk: after a restart a conversation goes on from its last prompt.
+                prefix_cache.keep([*ids, *through], cache, on_disk=False)
             return
         current = following or step(current[0])
 
@@ -201,35 +234,39 @@ def stream_generate(
     ids = prompt if isinstance(prompt, mx.array) else mx.array(list(prompt), mx.int32)
     detokenizer = tokenizer.detokenizer
     start = time.perf_counter()
-    prompt_seconds = 0.0
+    prompt_seconds, cached = 0.0, 0
+    prefix_cache: PrefixCache | None = kwargs.get("prefix_cache")
     steps = generate_step(ids, model, max_tokens=max_tokens, **kwargs)
-    for count, (token, logprobs) in enumerate(steps, 1):
-        now = time.perf_counter()
-        if count == 1:
-            # The prompt's time includes the first token, which comes out of it; later tokens are timed from there.
-            prompt_seconds, start = now - start, now
-        text = ""
-        finish: Literal["stop", "length"] | None = None
-        if token in tokenizer.eos_token_ids:
-            finish = "stop"
-        else:
-            text = detokenizer.add_token(token)
-            finish = "length" if count == max_tokens else None
-        if finish:
-            text += detokenizer.finalize()
-        yield GenerationResponse(
-            text=text,
-            token=token,
-            logprobs=logprobs,
-            prompt_tokens=ids.size,
-            prompt_tps=ids.size / prompt_seconds,
-            generation_tokens=count,
-            generation_tps=(count - 1) / (now - start) if count > 1 else 0.0,
-            peak_memory=mx.get_peak_memory() / 1e9,
-            finish_reason=finish,
-        )
-        if finish:
-            return
+    with closing(steps):
+        for count, (token, logprobs) in enumerate(steps, 1):
+            now = time.perf_counter()
+            if count == 1:
+                # The prompt's time includes the first token, which comes out of it; later tokens are timed from there.
+                prompt_seconds, start = now - start, now
+                cached = prefix_cache.restored if prefix_cache is not None else 0
+            text = ""
+            finish: Literal["stop", "length"] | None = None
+            if token in tokenizer.eos_token_ids:
+                finish = "stop"
+            else:
+                text = detokenizer.add_token(token)
+                finish = "length" if count == max_tokens else None
+            if finish:
+                text += detokenizer.finalize()
+            yield GenerationResponse(
+                text=text,
+                token=token,
+                logprobs=logprobs,
+                prompt_tokens=ids.size,
+                prompt_tps=(ids.size - cached) / prompt_seconds,
+                generation_tokens=count,
+                generation_tps=(count - 1) / (now - start) if count > 1 else 0.0,
+                peak_memory=mx.get_peak_memory() / 1e9,
+                finish_reason=finish,
+                cached_tokens=cached,
+            )
+            if finish:
+                return
 
 
 def generate(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,6 +61,8 @@ class StreamingModel:
         arena: where its experts are.
         plan: the memory it takes.
         prefill_chunk: prompt tokens to give it at once, at most, if the plan is to hold.
+        context_length: tokens of prompt and answer it was made for, at most; None if config.json does not say.
+        identity: what its outputs depend on, bit for bit, as a hexadecimal digest.
     """
 
     def __init__(
@@ -67,11 +72,15 @@ class StreamingModel:
         plan: memory.Plan,
         prefill_chunk: int,
         kv_bytes: Callable[[int], int],
+        context_length: int | None,
+        identity: str,
     ):
         self.model = model
         self.arena = decode.arena
         self.plan = plan
         self.prefill_chunk = prefill_chunk
+        self.context_length = context_length
+        self.identity = identity
         self._decode = decode
         self._kv_bytes = kv_bytes
 
@@ -112,6 +121,15 @@ class StreamingModel:
                 )
             self.plan = wider
 
+    @property
+    def max_context(self) -> int:
+        """Tokens of a prompt and its answer: what the model was made for, and what there is memory for."""
+        longest = self.context_length or PLANNED_CONTEXT
+        room = self.plan.kv + self.plan.limit - self.plan.total
+        if self._kv_bytes(longest) <= room:
+            return longest
+        return bisect.bisect_right(range(longest), room, key=self._kv_bytes) - 1
+
     def on_prefill_layer(self, done: Callable[[int, int], None] | None) -> None:
         """``done`` is called as a prompt goes through, with (layers done, layers); None: no longer."""
         self._decode.on_prefill_layer = done
@@ -138,6 +156,7 @@ def load(
     read_ahead: bool = True,
     experts_path: Sequence[str | os.PathLike[str]] = (),
     direct_reads: bool = False,
+    prefix_memory: int = 0,
 ) -> tuple[StreamingModel, Tokenizer]:
     """Loads a converted folder. One without a tokenizer.json loads too; its tokenizer raises when used.
 
@@ -152,6 +171,7 @@ def load(
         experts_path: more folders that hold copies of some or all of the expert files, best on other disks:
             reads are spread over all copies, and ``path`` itself need not have those that are elsewhere.
         direct_reads: read experts around the operating system's page cache.
+        prefix_memory: bytes that the plan leaves for a ``PrefixCache``.
 
     Raises:
         FormatError: not a complete converted folder, or its parts contradict each other.
@@ -201,6 +221,7 @@ def load(
         active=active,
         largest_buffer=memory.largest_buffer(),
         kv=kv_bytes(PLANNED_CONTEXT),
+        prefixes=prefix_memory,
     )
     if announce is not None:
         announce(str(plan))
@@ -213,13 +234,24 @@ def load(
     tokenizer = _load_tokenizer(folder)
     if plan.slots == experts:
         arena.load_all()
-    return StreamingModel(model, decode, plan, prefill_chunk(settings, dtype), kv_bytes), tokenizer
+    chunk = prefill_chunk(settings, dtype)
+    identity = _identity(manifest, config, active, dtype)
+    context_length = config.get("text_config", config).get("max_position_embeddings")
+    return StreamingModel(model, decode, plan, chunk, kv_bytes, context_length, identity), tokenizer
 
 
 def prefill_chunk(settings: Any, dtype: mx.Dtype) -> int:
     """Prompt tokens that a model of these settings (an architecture's Config) is given at once, at most."""
     mixing = mixed_at_once() * settings.mixing_bytes(dtype)
     return memory.prefill_chunk(settings.activation_bytes(dtype), besides=mixing)
+
+
+def _identity(manifest: Manifest, config: dict[str, Any], active: int, dtype: mx.Dtype) -> str:
+    """A digest of the weights, the settings, the code that computes with them and the device it does so on."""
+    weights = {**manifest.to_json(), "source": None}
+    code = [version("mlx"), version("mlx-flashmoe"), str(mx.default_device().type)]
+    text = json.dumps([weights, config, active, str(dtype), code], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class _NoTokenizer:

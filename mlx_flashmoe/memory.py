@@ -25,15 +25,15 @@ MAX_CHUNK = 4096
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
-def parse_size(text: str | int, flag: str = "--expert-memory", otherwise: str = ", or auto, or os") -> int:
+def parse_size(text: str | int, flag: str = "--expert-memory", choices: str = ", or auto, or os") -> int:
     """Bytes of "8GB" (10^9), "8GiB" (2^30), "800MB" or a plain number.
 
-    Raises:
-        MemoryPlanError: it is none; names ``flag``, and what else it takes.
+    Args:
+        flag, choices: for the error: where the size was given, and what else can be given there.
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?I?)B?\s*", str(text).upper())
     if not match or match[2] not in _UNITS:
-        raise MemoryPlanError(f"{flag} {text!r} is not a size; give one like 8GB{otherwise}")
+        raise MemoryPlanError(f"{flag} {text!r} is not a size; give one like 8GB{choices}")
     return int(float(match[1]) * _UNITS[match[2]])
 
 
@@ -107,6 +107,7 @@ class Plan:
     kv: int
     limit: int
     reason: str
+    prefixes: int = 0
 
     @property
     def arena(self) -> int:
@@ -114,12 +115,13 @@ class Plan:
 
     @property
     def total(self) -> int:
-        return self.dense + self.arena + self.kv + WORKING_BYTES
+        return self.dense + self.arena + self.kv + self.prefixes + WORKING_BYTES
 
     def __str__(self) -> str:
+        prefixes = f"kept prompts {show_size(self.prefixes)} + " if self.prefixes else ""
         return (
             f"memory: dense {show_size(self.dense)} + experts {show_size(self.arena)} ({self.reason}) + "
-            f"KV cache {show_size(self.kv)} + working {show_size(WORKING_BYTES)} = {show_size(self.total)} "
+            f"KV cache {show_size(self.kv)} + {prefixes}working {show_size(WORKING_BYTES)} = {show_size(self.total)} "
             f"of {show_size(self.limit)}"
         )
 
@@ -132,6 +134,7 @@ def plan(
     experts: int,
     active: int,
     kv: int,
+    prefixes: int = 0,
     limit: int | None = None,
     largest_buffer: int | None = None,
 ) -> Plan:
@@ -139,7 +142,7 @@ def plan(
 
     Args:
         expert_memory: a size, "os" (slots only for the layer at work; the page cache does the rest), or "auto".
-        dense, kv: bytes of the dense part in memory, of the KV cache.
+        dense, kv, prefixes: bytes of the dense part in memory, of the KV cache, of prompts kept for later.
         slot_bytes: bytes of one slot.
         experts: in the whole model.
         active: experts a token uses in a layer.
@@ -153,7 +156,7 @@ def plan(
     # In prefill three waves share the arena: one computed, one being read, one spared.
     least = min(experts, max(active, 3))
     most = experts if largest_buffer is None else min(experts, largest_buffer // slot_bytes)
-    room = limit - dense - kv - WORKING_BYTES
+    room = limit - dense - kv - prefixes - WORKING_BYTES
     if expert_memory == "auto":
         if most == experts and experts * slot_bytes <= room:
             slots, reason = experts, "all of them fit"
@@ -177,7 +180,7 @@ def plan(
                 f"--expert-memory {expert_memory} holds {slots} experts of {show_size(slot_bytes)}, but a layer "
                 f"at work needs {least}: give at least {show_size(least * slot_bytes)}"
             )
-    result = Plan(dense, int(slots), slot_bytes, kv, limit, reason)
+    result = Plan(dense, int(slots), slot_bytes, kv, limit, reason, prefixes)
     if result.total > limit:
         raise MemoryPlanError(
             f"{result}: does not fit; the dense part and {least} experts need "

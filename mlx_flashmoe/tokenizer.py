@@ -172,6 +172,16 @@ class Tokenizer:
             self._pieces[token] = piece
         return piece
 
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one token, which need not be whole characters."""
+        if self._byte_level and token not in self._hidden:
+            return self._piece(token)
+        return (self._tokenizer.id_to_token(token) or "").encode()
+
+    def to_json(self) -> str:
+        """The text of its tokenizer.json."""
+        return self._tokenizer.to_str()
+
     # Chat
 
     @property
@@ -234,6 +244,19 @@ class Tokenizer:
         except Exception as e:  # a template is a program of another party, and can raise anything
             raise RequestError(f"the chat template cannot render these messages: {e}") from None
         return self.encode(text, add_special_tokens=False) if tokenize else text
+
+    @property
+    def message_start_id(self) -> int | None:
+        """The special token that the chat template begins the model's message with; None if there is none such."""
+        try:
+            messages = [{"role": "user", "content": "?"}]
+            asked = self.apply_chat_template(messages, add_generation_prompt=False, tokenize=False)
+            opened = self.apply_chat_template(messages, tokenize=False)
+        except RequestError:
+            return None
+        opening = self.encode(opened.removeprefix(asked), add_special_tokens=False)
+        begins = opened.startswith(asked) and bool(opening) and opening[0] in self._hidden
+        return opening[0] if begins else None
 
     def _template(self, name: str) -> jinja2.Template:
         if name not in self.chat_templates:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_flashmoe.loader import Stats
+from mlx_flashmoe.models.cache import Cache
 from mlx_flashmoe.tokenizer import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -25,22 +25,19 @@ def tokenizer() -> Tokenizer:
     )
 
 
-class FakeCache:
-    """Holds a number, as an array, and counts how often it was looked at."""
+class FakeCache(Cache):
+    """Holds a number, as an array."""
 
     def __init__(self) -> None:
         self.value = mx.array(0)
-        self.offset = 0
-
-    @property
-    def state(self) -> list[mx.array]:
-        return [self.value]
 
 
 class FakeModel:
     """Base of the fakes: what ``load`` returns, as far as the token loop is concerned."""
 
     vocab = 768
+    context_length = 4096
+    plan = "memory: none"
 
     def __init__(self) -> None:
         self.calls: list[int] = []
@@ -48,10 +45,12 @@ class FakeModel:
     def make_cache(self) -> list[FakeCache]:
         return [FakeCache()]
 
-    def stats(self) -> Any:
-        return SimpleNamespace(
-            bytes_read=1000 * len(self.calls), hits=3 * len(self.calls), misses=len(self.calls)
-        )
+    def reserve(self, context: int) -> None:
+        pass
+
+    def stats(self) -> Stats:
+        calls = len(self.calls)
+        return Stats(1000 * calls, calls, 3 * calls, calls, 0.0, 0.0, 0.0)
 
     def __call__(self, tokens: mx.array, cache: list[FakeCache]) -> mx.array:
         assert tokens.ndim == 2 and tokens.shape[0] == 1
@@ -85,3 +84,26 @@ class HashModel(FakeModel):
         cache.value = (cache.value * 31 + token + 1) % 65521
         seed = int(cache.value.item())
         return mx.array(np.random.default_rng(seed).standard_normal(self.vocab).astype(np.float32))
+
+
+class TalkingModel(FakeModel):
+    """Gives its answers in turn, each to a prompt that ends by opening a thinking part, as the example's does."""
+
+    def __init__(self, *answers: str) -> None:
+        super().__init__()
+        text = tokenizer()
+        self.opening = text.encode("assistant\n<think>\n")
+        end = text.token_id("<|im_end|>")
+        self.answers = [[*text.encode(answer), end] for answer in answers]
+
+    def step(self, token: int, cache: FakeCache) -> mx.array:
+        seen = [*getattr(cache, "seen", ()), token][-len(self.opening) :]
+        cache.seen = seen  # type: ignore[attr-defined]
+        if seen == self.opening:
+            cache.script = self.answers.pop(0)  # type: ignore[attr-defined]
+        script = getattr(cache, "script", [])
+        logits = np.zeros(self.vocab, np.float32)
+        if script:
+            logits[script[0]] = 20
+            cache.script = script[1:]  # type: ignore[attr-defined]
+        return mx.array(logits)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import re
 import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from screen import Screen
 
 from mlx_flashmoe import console as drawing
 from mlx_flashmoe.console import (
@@ -17,70 +17,10 @@ from mlx_flashmoe.console import (
     PlainAnswer,
     PromptProgress,
     TerminalAnswer,
-    ThinkingSplitter,
     figures,
 )
 from mlx_flashmoe.generate import GenerationResponse
-
-CODES = re.compile(r"\x1b\[(\??[0-9;]*)([A-Za-z])|\x1b\]8;[^\x1b]*\x1b\\")
-
-
-class Screen:
-    """A terminal: applies what Rich writes, and fails on what a real one could not undo."""
-
-    def __init__(self, width: int = 80, height: int = 24) -> None:
-        self.height = height
-        self.console = Console(
-            file=self, force_terminal=True, width=width, height=height, highlight=False, legacy_windows=False
-        )
-        self.rows, self.row, self.column = [""], 0, 0
-        self.writes = 0
-        self.cursor = True
-
-    def isatty(self) -> bool:
-        return True
-
-    def flush(self) -> None:
-        pass
-
-    def write(self, text: str) -> None:
-        self.writes += 1
-        while text:
-            code = CODES.match(text)
-            if code:
-                if code[2]:  # and not a link
-                    self._control(code[1], code[2])
-                text = text[code.end() :]
-                continue
-            plain = re.match(r"[^\x1b\r\n]+|\n|\r", text)
-            assert plain, f"not understood: {text[:20]!r}"
-            text = text[plain.end() :]
-            if plain[0] == "\n":
-                self.row, self.column = self.row + 1, 0
-                if self.row == len(self.rows):
-                    self.rows.append("")
-            elif plain[0] == "\r":
-                self.column = 0
-            else:
-                line = self.rows[self.row]
-                self.rows[self.row] = line[: self.column] + plain[0] + line[self.column + len(plain[0]) :]
-                self.column += len(plain[0])
-
-    def _control(self, argument: str, kind: str) -> None:
-        if kind == "A":
-            self.row -= int(argument or 1)
-            assert self.row >= max(0, len(self.rows) - self.height), "the cursor cannot leave the screen"
-        elif kind == "K":
-            assert argument == "2"
-            self.rows[self.row] = ""
-        elif argument == "?25":
-            self.cursor = kind == "h"
-        else:
-            assert kind == "m", f"not understood: {argument}{kind}"
-
-    @property
-    def text(self) -> str:
-        return "\n".join(row.rstrip() for row in self.rows).rstrip("\n")
+from mlx_flashmoe.thinking import ThinkingSplitter
 
 
 def show(pieces: list[str], thinking: bool = False, height: int = 24, slow: bool = True) -> Screen:

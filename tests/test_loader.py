@@ -215,6 +215,16 @@ def test_a_longer_context_is_counted_and_refused_where_it_does_not_fit(
         model.reserve(10_000_000)
 
 
+def test_memory_for_kept_prompts_is_part_of_the_plan(folder: Path) -> None:
+    lines: list[str] = []
+    with_prefixes = load(folder, prefix_memory=10**7, announce=lines.append)[0].plan
+    assert with_prefixes.total == load(folder)[0].plan.total + 10**7
+    assert "KV cache" in lines[0] and " + kept prompts 10 MB + working " in lines[0]
+    sizes = {"dense": 10**9, "slot_bytes": 10**7, "experts": 1000, "active": 10, "kv": 10**8}
+    less = plan("auto", **sizes, prefixes=2 * 10**9, limit=10**10)
+    assert less.slots == a_plan("auto", 10**10).slots - 100 and less.total <= 10**10
+
+
 def test_one_array_is_no_larger_than_the_device_allows() -> None:
     def capped(expert_memory: str) -> Plan:
         return plan(

@@ -14,17 +14,24 @@ class Cache:
 
     offset = 0
 
-    def _arrays(self) -> tuple[mx.array | None, ...]:
-        raise NotImplementedError
-
     @property
     def state(self) -> list[mx.array]:
         """The arrays held: evaluate them to finish the work that fills the cache."""
-        return [a for a in self._arrays() if a is not None]
+        return [a for a in vars(self).values() if isinstance(a, mx.array)]
 
     @property
     def nbytes(self) -> int:
         return sum(a.nbytes for a in self.state)
+
+    def snapshot(self) -> dict[str, mx.array]:
+        """What the tokens so far have left behind, by attribute, without room for more: later calls of the model
+        do not change it."""
+        return {name: a for name, a in vars(self).items() if isinstance(a, mx.array)}
+
+    def restore(self, snapshot: dict[str, mx.array], offset: int) -> None:
+        """Makes this empty cache what it was at ``offset`` tokens, when ``snapshot`` was taken."""
+        vars(self).update(snapshot)
+        self.offset = offset
 
 
 class KVCache(Cache):
@@ -53,8 +60,8 @@ class KVCache(Cache):
         room = -(-end // self.step) * self.step - self.offset
         return mx.concatenate([have, mx.zeros((batch, heads, room, dim), dtype=new.dtype)], axis=2)
 
-    def _arrays(self) -> tuple[mx.array | None, ...]:
-        return self.keys, self.values
+    def snapshot(self) -> dict[str, mx.array]:
+        return {name: mx.contiguous(a[..., : self.offset, :]) for name, a in super().snapshot().items()}
 
 
 class RecurrentCache(Cache):
@@ -68,6 +75,3 @@ class RecurrentCache(Cache):
     def __init__(self) -> None:
         self.conv: mx.array | None = None
         self.recurrent: mx.array | None = None
-
-    def _arrays(self) -> tuple[mx.array | None, ...]:
-        return self.conv, self.recurrent

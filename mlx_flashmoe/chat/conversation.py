@@ -1,0 +1,264 @@
+"""A conversation: the user's message in, the model's answer out, and the tools it calls on the way."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from mlx_flashmoe.chat.functions import Function, run
+from mlx_flashmoe.chat.session import Session
+from mlx_flashmoe.generate import GenerationResponse, stream_generate
+from mlx_flashmoe.tokenizer import Message, Tokenizer
+from mlx_flashmoe.tools import AnswerParser, Event, Thinking, ToolCall
+
+ROUNDS = 25
+"""Answers in a row that call tools, before the user is asked again."""
+
+
+class View(Protocol):
+    """What a conversation looks like while it goes on."""
+
+    def prompt_progress(self, done: int, total: int) -> None: ...
+
+    def show(self, event: Event) -> None:
+        """A piece of the answer. Calls are shown by ``call``, when it is their turn."""
+        ...
+
+    def writing_call(self) -> None:
+        """The model is writing a call, which cannot be shown yet."""
+        ...
+
+    def end_answer(self) -> None: ...
+
+    def call(self, call: ToolCall) -> None: ...
+
+    def result(self, text: str) -> None: ...
+
+    def figures(self, figures: Figures) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one answer.
+
+    Attributes:
+        response: the last step.
+        bytes_read, hits, misses: of experts.
+        context: tokens of prompt and answer; context_length: the most the model was made for, None if unknown.
+    """
+
+    response: GenerationResponse
+    bytes_read: int
+    hits: int
+    misses: int
+    context: int
+    context_length: int | None
+
+
+@dataclass
+class Answer:
+    """What came of one prompt. ``stopped``: by the user."""
+
+    thinking: str = ""
+    text: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
+    response: GenerationResponse | None = None
+    stopped: bool = False
+
+    def message(self) -> Message:
+        message: Message = {"role": "assistant", "content": self.text}
+        if self.thinking:
+            message["reasoning_content"] = self.thinking
+        if self.calls:
+            message["tool_calls"] = [
+                {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in self.calls
+            ]
+        return message
+
+
+class _Stopped(Exception):
+    pass
+
+
+class Conversation:
+    """A model, a session, and the tools the model may use.
+
+    Args:
+        functions: the tools.
+        template: variables for the chat template.
+        max_tokens: of an answer.
+        generation: what else ``stream_generate`` is given.
+
+    Attributes:
+        session: the messages; may be replaced between turns.
+        unsent: a message that was taken back, because nothing came of it.
+        stopped: the user has stopped the last turn.
+        figures: of each answer so far.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Tokenizer,
+        session: Session,
+        view: View,
+        functions: Sequence[Function] = (),
+        *,
+        template: dict[str, Any] | None = None,
+        max_tokens: int = -1,
+        **generation: Any,
+    ):
+        self.model = model
+        self.session = session
+        self.functions = {function.name: function for function in functions}
+        self.unsent = ""
+        self.stopped = False
+        self.figures: list[Figures] = []
+        self._tokenizer = tokenizer
+        self._view = view
+        self._template = template or {}
+        self._max_tokens = max_tokens
+        self._generation = generation
+
+    @property
+    def thinking(self) -> str:
+        """What the model has thought before its last answer."""
+        answers = [m for m in self.session.messages if m["role"] == "assistant"]
+        return str(answers[-1].get("reasoning_content", "")) if answers else ""
+
+    def say(self, text: str) -> None:
+        """One turn of the user's: answers are shown and tools called until the model is done.
+
+        Ctrl-C stops it: what has been said stays. A message to which nothing was said becomes ``unsent``.
+
+        Raises:
+            FlashMoEError: the model could not answer.
+        """
+        messages = self.session.messages
+        before = len(messages)
+        self.unsent, self.stopped = "", False
+        messages.append({"role": "user", "content": text})
+        try:
+            for _ in range(ROUNDS):
+                answer = self._answer()
+                self.stopped = answer.stopped
+                if answer.response is None:
+                    break
+                messages.append(answer.message())
+                if not answer.calls:
+                    return
+                self._call(answer.calls)
+                self.session.save()
+                if self.stopped:
+                    return
+            else:
+                self._view.note(f"stopped after {ROUNDS} answers with tool calls; say “go on” to go on")
+        finally:
+            if len(messages) == before + 1:
+                messages.pop()
+                self.unsent = text
+            else:
+                self.session.save()
+
+    def _answer(self) -> Answer:
+        schemas = [function.schema for function in self.functions.values()]
+        prompt = self._tokenizer.apply_chat_template(
+            self.session.messages, tools=schemas or None, **self._template
+        )
+        self.model.reserve(len(prompt) + max(0, self._max_tokens))
+        parser = AnswerParser(schemas, self._tokenizer.opens_thinking(prompt))
+        answer = Answer()
+
+        def take(events: list[Event]) -> None:
+            for event in events:
+                if isinstance(event, ToolCall):
+                    answer.calls.append(event)
+                elif isinstance(event, Thinking):
+                    answer.thinking += event.text
+                else:
+                    answer.text += event.text
+                self._view.show(event)
+
+        stats = self.model.stats()
+        with _noting_ctrl_c() as stop_asked:
+
+            def progress(done: int, total: int) -> None:
+                self._view.prompt_progress(done, total)
+                if stop_asked() and done < total:
+                    raise _Stopped
+
+            stream = stream_generate(
+                self.model,
+                self._tokenizer,
+                prompt,
+                self._max_tokens,
+                prompt_progress_callback=progress,
+                **self._generation,
+            )
+            try:
+                with closing(stream):
+                    for response in stream:
+                        answer.response = response
+                        take(parser.feed(response.text))
+                        if parser.in_call:
+                            self._view.writing_call()
+                        if stop_asked():
+                            raise _Stopped
+                take(parser.finish())
+            except _Stopped:
+                # A call that was not finished, or whose answer was not, is not made.
+                answer.stopped, answer.calls = True, []
+            finally:
+                self._view.end_answer()
+        if answer.response is not None:
+            spent = self.model.stats() - stats
+            figures = Figures(
+                answer.response,
+                spent.bytes_read,
+                spent.hits,
+                spent.misses,
+                len(prompt) + answer.response.generation_tokens,
+                self.model.context_length,
+            )
+            self.figures.append(figures)
+            self._view.figures(figures)
+            if answer.response.finish_reason == "length":
+                self._view.note(f"the answer was cut off after {self._max_tokens} tokens (--max-tokens)")
+        return answer
+
+    def _call(self, calls: Sequence[ToolCall]) -> None:
+        """Makes the calls in turn, and adds their results to the messages. Ctrl-C ends the call it meets."""
+        for call in calls:
+            result = "The user stopped this before it began."
+            if not self.stopped:
+                self._view.call(call)
+                try:
+                    result = run(self.functions, call.name, call.arguments)
+                except KeyboardInterrupt:
+                    self.stopped, result = True, "The user stopped this."
+                self._view.result(result)
+            self.session.messages.append({"role": "tool", "name": call.name, "content": result})
+
+
+@contextmanager
+def _noting_ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C is noted, for the code within to look at where it can stop; a second one interrupts it anywhere."""
+    asked = False
+
+    def note(*_: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)

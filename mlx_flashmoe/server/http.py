@@ -1,0 +1,87 @@
+"""Bodies in and out: JSON of a limited size that keeps to a schema, and streams of server-sent events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+
+from mlx_flashmoe.server.errors import ApiError, as_api_error
+
+MAX_BODY = 32 * 2**20  # bytes; a prompt of 262,144 tokens takes about one MiB
+
+
+class JSON(Response):
+    """A JSON response, in ASCII: text of a model or a client may hold what UTF-8 has no bytes for."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
+
+
+async def read_body(request: Request, validator: Draft202012Validator) -> dict[str, Any]:
+    """The request's JSON object, without fields that are null: for both APIs these are as good as absent.
+
+    Raises:
+        ApiError: it is too large, or not what the schema says.
+    """
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BODY:
+                raise ApiError(413, f"the request is larger than {MAX_BODY} bytes")
+    except ClientDisconnect:
+        raise ApiError(400, "the request ended early") from None
+    try:
+        data = json.loads(body, parse_constant=_refuse)
+    except RecursionError:
+        raise ApiError(400, "the body is not usable JSON: it is nested too deeply") from None
+    except ValueError as e:
+        raise ApiError(400, f"the body is not JSON: {e}") from None
+    try:
+        error = best_match(validator.iter_errors(data))
+    except RecursionError:
+        raise ApiError(400, "the body is not usable JSON: it is nested too deeply") from None
+    while error is not None and error.context and {"type": "null"} in error.validator_value:
+        # "Neither this nor null": what is wrong with this?
+        error = best_match([e for e in error.context if e.relative_schema_path[0] == 0])
+    if error is not None:
+        place = ".".join(str(step) for step in error.absolute_path)
+        message = error.message if len(error.message) <= 300 else error.message[:300] + " …"
+        raise ApiError(400, f"{place}: {message}" if place else message)
+    assert isinstance(data, dict)
+    return {key: value for key, value in data.items() if value is not None}
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def event_stream(events: AsyncIterator[str], error_event: Callable[[ApiError], str]) -> StreamingResponse:
+    """Server-sent events. An error on the way is the last of them."""
+
+    async def guarded() -> AsyncIterator[str]:
+        try:
+            async for event in events:
+                yield event
+        except Exception as e:
+            yield error_event(as_api_error(e))
+
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(guarded(), media_type="text/event-stream", headers=headers)
+
+
+KEEP_ALIVE = ": keep-alive\n\n"
+
+
+def event(data: Any, name: str | None = None) -> str:
+    """One server-sent event."""
+    text = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return (f"event: {name}\n" if name else "") + f"data: {text}\n\n"

@@ -1,0 +1,272 @@
+"""What requests look like: JSON schemas that they are checked against and that /openapi.json publishes.
+
+Fields that are not named are ignored, as both APIs grow; fields that would change the answer, and are not
+supported, are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jsonschema import Draft202012Validator
+
+Schema = dict[str, Any]
+
+TEXT: Schema = {"type": "string"}
+COUNT: Schema = {"type": "integer", "minimum": 1, "maximum": 2**31}
+
+
+def maybe(schema: Schema) -> Schema:
+    """The schema, or null."""
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+def record(required: dict[str, Schema], optional: dict[str, Schema] | None = None) -> Schema:
+    """An object. Optional fields may be null."""
+    properties = {**required, **{key: maybe(schema) for key, schema in (optional or {}).items()}}
+    return {"type": "object", "properties": properties, "required": list(required)}
+
+
+def kind(
+    name: str, required: dict[str, Schema] | None = None, optional: dict[str, Schema] | None = None
+) -> Schema:
+    """One of several objects, told apart by "type"."""
+    return record({"type": {"const": name}, **(required or {})}, optional)
+
+
+def items(schema: Schema, **limits: int) -> Schema:
+    return {"type": "array", "items": schema, **limits}
+
+
+# What both APIs have, and what is added to them under the names that other servers use.
+SAMPLING: dict[str, Schema] = {
+    "temperature": {"type": "number", "minimum": 0, "maximum": 2},
+    "top_p": {"type": "number", "minimum": 0, "maximum": 1},
+    "top_k": {"type": "integer", "minimum": 0, "maximum": 2**31},
+}
+OPENAI_SAMPLING: dict[str, Schema] = {
+    **SAMPLING,
+    "min_p": {"type": "number", "minimum": 0, "maximum": 1},
+    "repetition_penalty": {"type": "number", "exclusiveMinimum": 0, "maximum": 100},
+    "seed": {"type": "integer"},
+    # Not supported, and so only as what changes nothing.
+    "presence_penalty": {"const": 0},
+    "frequency_penalty": {"const": 0},
+    "logit_bias": {"type": "object", "maxProperties": 0},
+    "n": {"const": 1},
+}
+STREAM: dict[str, Schema] = {
+    "stream": {"type": "boolean"},
+    "stream_options": record({}, {"include_usage": {"type": "boolean"}}),
+}
+STOP: Schema = {"anyOf": [TEXT, items(TEXT, maxItems=16)]}
+
+# OpenAI
+
+TEXT_PARTS = {"anyOf": [TEXT, items(kind("text", {"text": TEXT}))]}
+FUNCTION = record({"name": {**TEXT, "minLength": 1}}, {"description": TEXT, "parameters": {"type": "object"}})
+OPENAI_CALL = kind("function", {"function": record({"name": TEXT, "arguments": TEXT})}, {"id": TEXT})
+OPENAI_MESSAGE: Schema = {
+    "type": "object",
+    "properties": {"role": {"enum": ["system", "developer", "user", "assistant", "tool"]}},
+    "required": ["role"],
+    "allOf": [
+        {
+            "if": {"properties": {"role": {"const": "assistant"}}},
+            "then": record(
+                {}, {"content": TEXT_PARTS, "reasoning_content": TEXT, "tool_calls": items(OPENAI_CALL)}
+            ),
+            "else": record({"content": TEXT_PARTS}, {"tool_call_id": TEXT}),
+        }
+    ],
+}
+OPENAI_CHOICE: Schema = {
+    "anyOf": [
+        {"enum": ["none", "auto", "required"]},
+        kind("function", {"function": record({"name": TEXT})}),
+    ]
+}
+RESPONSE_FORMAT: Schema = {
+    "anyOf": [
+        kind("text"),
+        kind("json_object"),
+        kind("json_schema", {"json_schema": record({"schema": {"type": "object"}}, {"name": TEXT})}),
+    ]
+}
+CHAT_COMPLETION = record(
+    {"messages": items(OPENAI_MESSAGE, minItems=1)},
+    {
+        "model": TEXT,
+        "max_tokens": COUNT,
+        "max_completion_tokens": COUNT,
+        **OPENAI_SAMPLING,
+        **STREAM,
+        "stop": STOP,
+        "logprobs": {"type": "boolean"},
+        "top_logprobs": {"type": "integer", "minimum": 0, "maximum": 20},
+        "tools": items(kind("function", {"function": FUNCTION})),
+        "tool_choice": OPENAI_CHOICE,
+        "parallel_tool_calls": {"type": "boolean"},
+        "response_format": RESPONSE_FORMAT,
+        "reasoning_effort": TEXT,
+        "chat_template_kwargs": {"type": "object"},
+    },
+)
+TOKENS = items({"type": "integer", "minimum": 0, "maximum": 2**31 - 1}, minItems=1)
+COMPLETION = record(
+    {
+        "prompt": {
+            "anyOf": [
+                TEXT,
+                TOKENS,
+                items(TEXT, minItems=1, maxItems=1),
+                items(TOKENS, minItems=1, maxItems=1),
+            ]
+        }
+    },
+    {
+        "model": TEXT,
+        "max_tokens": COUNT,
+        **OPENAI_SAMPLING,
+        **STREAM,
+        "stop": STOP,
+        "logprobs": {"type": "integer", "minimum": 0, "maximum": 20},
+        "echo": {"const": False},
+        "suffix": {"const": ""},
+        "best_of": {"const": 1},
+    },
+)
+
+# Anthropic
+
+TEXT_BLOCK = kind("text", {"text": TEXT})
+TEXT_BLOCKS: Schema = {"anyOf": [TEXT, items(TEXT_BLOCK)]}
+BLOCK: Schema = {
+    "anyOf": [
+        TEXT_BLOCK,
+        kind("thinking", {"thinking": TEXT}),
+        kind("redacted_thinking"),
+        kind("tool_use", {"id": TEXT, "name": TEXT, "input": {"type": "object"}}),
+        kind("tool_result", {"tool_use_id": TEXT}, {"content": TEXT_BLOCKS, "is_error": {"type": "boolean"}}),
+    ]
+}
+ANTHROPIC_MESSAGE = record(
+    {"role": {"enum": ["user", "assistant"]}, "content": {"anyOf": [TEXT, items(BLOCK)]}}
+)
+ANTHROPIC_TOOL = record(
+    {"name": {**TEXT, "minLength": 1}, "input_schema": {"type": "object"}},
+    {"description": TEXT, "type": {"const": "custom"}},
+)
+PARALLEL = {"disable_parallel_tool_use": {"type": "boolean"}}
+ANTHROPIC_CHOICE: Schema = {
+    "anyOf": [
+        kind("auto", None, PARALLEL),
+        kind("any", None, PARALLEL),
+        kind("tool", {"name": TEXT}, PARALLEL),
+        kind("none"),
+    ]
+}
+THINKING = record({"type": {"enum": ["enabled", "disabled", "adaptive"]}})
+CONVERSATION = {
+    "model": TEXT,
+    "system": TEXT_BLOCKS,
+    "tools": items(ANTHROPIC_TOOL),
+    "tool_choice": ANTHROPIC_CHOICE,
+    "thinking": THINKING,
+}
+MESSAGE = record(
+    {"messages": items(ANTHROPIC_MESSAGE, minItems=1), "max_tokens": COUNT},
+    {
+        **CONVERSATION,
+        **SAMPLING,
+        "stream": {"type": "boolean"},
+        "stop_sequences": items(TEXT, maxItems=16),
+    },
+)
+COUNT_TOKENS = record({"messages": items(ANTHROPIC_MESSAGE, minItems=1)}, CONVERSATION)
+
+VALIDATORS = {
+    schema_name: Draft202012Validator(schema)
+    for schema_name, schema in (
+        ("chat_completion", CHAT_COMPLETION),
+        ("completion", COMPLETION),
+        ("message", MESSAGE),
+        ("count_tokens", COUNT_TOKENS),
+    )
+}
+
+
+def openapi(title: str, version: str, keyed: bool) -> dict[str, Any]:
+    """The OpenAPI description of the server.
+
+    Args:
+        keyed: it asks for a key.
+    """
+    openai_error = record({"error": record({"message": TEXT, "type": TEXT})})
+    anthropic_error = record({"type": {"const": "error"}, "error": record({"message": TEXT, "type": TEXT})})
+
+    def operation(
+        summary: str, answer: Schema, request: Schema | None = None, error: Schema = openai_error
+    ) -> Schema:
+        media = "text/plain" if answer == TEXT else "application/json"
+        content: dict[str, Any] = {media: {"schema": answer}}
+        refused = {"content": {"application/json": {"schema": error}}}
+        out: dict[str, Any] = {
+            "summary": summary,
+            "responses": {"200": {"description": "The answer", "content": content}},
+        }
+        codes = {"401": "The key is missing or wrong"} if keyed else {}
+        if request is not None:
+            content["text/event-stream"] = {"schema": record({"data": TEXT}, {"event": TEXT})}
+            out["requestBody"] = {"required": True, "content": {"application/json": {"schema": request}}}
+            codes |= {
+                "400": "The request cannot be served as it is",
+                "413": "The request is too large",
+                "429": "The queue is full; Retry-After says when to try again",
+            }
+        out["responses"] |= {code: {"description": text, **refused} for code, text in codes.items()}
+        return out
+
+    listed = record(
+        {"id": TEXT, "object": {"const": "model"}, "created": {"type": "integer"}, "owned_by": TEXT}
+    )
+    completion = record({"id": TEXT, "choices": items({"type": "object"}), "usage": {"type": "object"}})
+    message = record({"id": TEXT, "type": {"const": "message"}, "content": items({"type": "object"})})
+    one_model = operation("The model", listed)
+    one_model["responses"]["404"] = {
+        "description": "There is no such model",
+        "content": {"application/json": {"schema": openai_error}},
+    }
+    one_model["parameters"] = [
+        {"name": "model", "in": "path", "required": True, "schema": {**TEXT, "minLength": 1}}
+    ]
+    paths = {
+        "/health": {"get": operation("Whether the model can answer", record({"status": TEXT}))},
+        "/metrics": {"get": operation("Counts, for Prometheus", TEXT)},
+        "/v1/models": {"get": operation("The model that is served", record({"data": items(listed)}))},
+        "/v1/models/{model}": {"get": one_model},
+        "/v1/chat/completions": {
+            "post": operation("An answer in a conversation", completion, CHAT_COMPLETION)
+        },
+        "/v1/completions": {"post": operation("The continuation of a text", completion, COMPLETION)},
+        "/v1/messages": {
+            "post": operation("An answer in a conversation", message, MESSAGE, anthropic_error),
+        },
+        "/v1/messages/count_tokens": {
+            "post": operation(
+                "The number of tokens of a conversation",
+                record({"input_tokens": {"type": "integer"}}),
+                COUNT_TOKENS,
+                anthropic_error,
+            ),
+        },
+    }
+    description: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {"title": title, "version": version},
+        "paths": paths,
+    }
+    if keyed:
+        description["components"] = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}}
+        description["security"] = [{"key": []}]
+    return description
