@@ -43,7 +43,7 @@ class LRFU:
         half_life: in tokens.
     """
 
-    def __init__(self, layers: int, experts: int, half_life: float = 64.0):
+    def __init__(self, layers: int, experts: int, half_life: float = 8.0):
         self.priority = np.full((layers, experts), -np.inf)
         self._step = 1.0 / (half_life * layers)
         self._now = 0
