@@ -134,7 +134,8 @@ class Repository:
             if response.status_code != 206:
                 restart()
                 left = stop
-            for chunk in response.iter_bytes(CHUNK):
+            # As it comes: a chunk that is waited for would be lost with the connection.
+            for chunk in response.iter_bytes():
                 take(chunk[:left])
                 left -= len(chunk)
                 if left <= 0:
@@ -280,12 +281,23 @@ def _hub_errors(what: str) -> Iterator[None]:
         ) from None
     except errors.RevisionNotFoundError:
         raise SourceError(f"{what}: the repository has no such revision") from None
+    except errors.HfHubHTTPError as e:
+        if e.response.status_code not in (401, 403):
+            raise SourceError(_failed(what, e)) from None
+        raise SourceError(
+            f"{what}: the hub refuses access ({e.response.status_code}): misspelt, or private, which needs "
+            "`hf auth login`"
+        ) from None
     # The client raises its own, its HTTP library's and the system's errors: all mean the same here.
     except Exception as e:
         if _is_disk(e):
             raise
-        reason = " ".join(str(e).split())
-        raise SourceError(
-            f"{what}: downloading from the hub failed: {type(e).__name__}: {reason[:200]}; the same command again "
-            "goes on where it was"
-        ) from None
+        raise SourceError(_failed(what, e)) from None
+
+
+def _failed(what: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    return (
+        f"{what}: downloading from the hub failed: {type(error).__name__}: {reason[:200]}; "
+        "the same command again goes on where it was"
+    )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_flashmoe.convert.destination import JOURNAL, SHARDS, STATE
+from mlx_flashmoe.convert.destination import JOURNAL, STATE
 from mlx_flashmoe.convert.families import bind
 from mlx_flashmoe.convert.journal import Journal
 from mlx_flashmoe.convert.plan import make_plan
@@ -26,7 +28,8 @@ from mlx_flashmoe.layout import MANIFEST, BlobLayout, Manifest, expert_file
 THREADS = max(4, min(16, os.cpu_count() or 4))
 
 Progress = Callable[[int, int, str], None]
-Check = Callable[[], str | None]  # what is wrong, if anything
+# Says what is wrong, if anything. None in a check's place: those before it must be over before the next begins.
+Check = Callable[[], str | None]
 
 
 def verify(
@@ -96,22 +99,21 @@ def _check_complete(folder: Path) -> None:
 
 
 def _in_order(
-    pool: ThreadPoolExecutor, checks: Iterator[tuple[int, str, Check]]
+    pool: ThreadPoolExecutor, checks: Iterator[tuple[int, str, Check | None]]
 ) -> Iterator[tuple[int, str, str | None]]:
     """(bytes, what, fault) of each check, in order; a few are under way at any time."""
     pending: deque[tuple[int, str, Future[str | None]]] = deque()
-    for nbytes, what, check in checks:
-        pending.append((nbytes, what, pool.submit(check)))
-        if len(pending) > 2 * THREADS:
+    for nbytes, what, check in itertools.chain(checks, [(0, "", None)]):
+        if check is not None:
+            pending.append((nbytes, what, pool.submit(check)))
+        while len(pending) > (2 * THREADS if check is not None else 0):
             nbytes, what, future = pending.popleft()
             yield nbytes, what, future.result()
-    for nbytes, what, future in pending:
-        yield nbytes, what, future.result()
 
 
 def _checksums(
     folder: Path, manifest: Manifest, stack: contextlib.ExitStack
-) -> Iterator[tuple[int, str, Check]]:
+) -> Iterator[tuple[int, str, Check | None]]:
     for dense in manifest.dense:
         fd = _open(folder / dense.file, stack)
         yield (
@@ -146,12 +148,15 @@ def _compare(fd: int, offset: int, nbytes: int, crc: int, what: str) -> str | No
 
 def _comparisons(
     folder: Path, manifest: Manifest, against: str | os.PathLike[str], stack: contextlib.ExitStack
-) -> Iterator[tuple[int, str, Check]]:
+) -> Iterator[tuple[int, str, Check | None]]:
     """What the converter would write now, against what is there."""
     asked = manifest.source.get("asked", {})
     recipe = Recipe.from_json(asked.get("recipe", {}), str(folder / MANIFEST))
-    revision = None if Path(against).is_dir() else manifest.source["revision"]
-    checkpoint = stack.enter_context(open_checkpoint(against, revision, downloads=folder / STATE / SHARDS))
+    revision = downloads = None
+    if not Path(against).is_dir():
+        revision = manifest.source["revision"]
+        downloads = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".verify-", dir=folder)))
+    checkpoint = stack.enter_context(open_checkpoint(against, revision, downloads=downloads))
     plan = make_plan(bind(checkpoint), recipe)
     layouts = {entry.layer: manifest.layout_of(entry) for entry in manifest.layers}
     planned = {p.experts.layer: plan.layouts[p.layout] for p in plan.layers}
@@ -159,7 +164,9 @@ def _comparisons(
     if layouts != planned or sizes != {d.file: d.size for d in manifest.dense}:
         raise FormatError(f"{folder} is not a conversion of {against}: shapes or quantization differ")
     scratch = Scratch(mx.default_device())
-    for unit in cut(plan, list(checkpoint.shards)):
+    units = cut(plan, list(checkpoint.shards))
+    last = {shard: unit for unit in units for shard in unit.shards}
+    for unit in units:
         for shard in unit.shards:
             checkpoint.storage.fetch(shard, lambda what: None)
         fd = _open(folder / unit.file, stack)
@@ -169,6 +176,11 @@ def _comparisons(
             what = f"{folder / unit.file}" if layer is None else f"{folder / unit.file}: layer {layer}"
             nbytes = sum(n for _, n in job.spans)
             yield nbytes, unit.what, partial(_remake, fd, job, scratch, layout, what)
+        for shard in unit.shards:
+            if last[shard] is unit and checkpoint.storage.temporary:
+                yield 0, unit.what, None
+                checkpoint.shards[shard].close()
+                checkpoint.storage.drop(shard)
 
 
 def _remake(fd: int, job: Job, scratch: Scratch, layout: BlobLayout | None, what: str) -> str | None:
