@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Protocol
 
 from mlx_flashmoe.convert.hub import Download, Repository
@@ -327,7 +328,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or not _plain_name(file):
             raise SourceError(
-                f"{path}: tensor {name!r} is in {file!r}, which is not the name of a file in this folder"
+                f"{path}: tensor {short(name)} is in {short(file)}, which is not the name of a file in this folder"
             )
     return weight_map
 
