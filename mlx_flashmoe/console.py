@@ -362,7 +362,7 @@ class FoldedThinkingSection(ThinkingSection):
 
     def finish(self, text: str) -> RenderableType:
         seconds = max(1.0, time.perf_counter() - self._start)
-        return Text(f"Thought for {_duration(seconds)} (/think shows it)", style="dim")
+        return Text(f"Thought for {show_duration(seconds)} (/think shows it)", style="dim")
 
 
 class _LastLines:
