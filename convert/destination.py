@@ -1,23 +1,36 @@
-"""The folder a conversion writes: new or empty before, complete or as it was afterwards."""
+"""The folder a conversion writes: locked while it does, and no model until the manifest is there.
+
+Everything is made in ``.conversion`` inside it: lock, journal, shards being downloaded, and the model's files,
+which move up when they are complete. So whatever else is in the folder is somebody else's, and is left alone.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
+from mlx_flashmoe.convert.reread import crc32_on_disk
 from mlx_flashmoe.errors import ConversionError
 from mlx_flashmoe.layout import MANIFEST, Manifest
 from mlx_flashmoe.sizes import show_size
 
+STATE = ".conversion"
+LOCK, JOURNAL, SHARDS, MODEL = "lock", "journal", "shards", "model"  # what is in it
+
 
 class Destination:
-    """Context manager over DST. Left by an exception, it removes what it made, and nothing else.
+    """Context manager over DST: entered, it is this process's alone, and empty or an earlier conversion's.
+
+    Left before ``keep`` is called, it removes the folders it made.
+
+    Attributes:
+        moving: files of the model may have moved up already.
 
     Raises:
         ConversionError: DST is in use, or cannot be written.
@@ -25,72 +38,114 @@ class Destination:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.state = folder / STATE
+        self.moving = False
         self._made_folders: list[Path] = []
-        self._made_files: list[Path] = []
-        self._open: list[OutputFile] = []
-
-    @staticmethod
-    def check_unused(folder: Path) -> None:
-        with writing(folder):
-            if folder.is_symlink() and not folder.exists():
-                raise ConversionError(f"{folder} is a link to nowhere; choose another folder")
-            if folder.exists() and not folder.is_dir():
-                raise ConversionError(f"{folder} is a file; choose another folder")
-            if folder.is_dir() and any(folder.iterdir()):
-                raise ConversionError(f"{folder} is not empty; choose another folder, or remove it first")
-
-    @staticmethod
-    def check_space(folder: Path, needed: int) -> None:
-        """Raises ConversionError unless the disk that will hold ``folder`` has ``needed`` bytes free."""
-        existing = folder.absolute()
-        while not existing.exists():
-            existing = existing.parent
-        with writing(folder):
-            free = shutil.disk_usage(existing).free
-        if free < needed:
-            raise ConversionError(
-                f"{folder}: the converted model needs {show_size(needed)}, but only {show_size(free)} are free"
-            )
+        self._kept = False
+        self._lock = -1
+        self._files: dict[str, OutputFile] = {}
 
     def __enter__(self) -> Destination:
-        self.check_unused(self.folder)
+        with writing(self.folder):
+            if self.folder.is_symlink() and not self.folder.exists():
+                raise ConversionError(f"{self.folder} is a link to nowhere; choose another folder")
+            if self.folder.exists() and not self.folder.is_dir():
+                raise ConversionError(f"{self.folder} is a file; choose another folder")
+            if self.folder.exists() and not self.state.exists() and not (self.folder / MANIFEST).exists():
+                self.check_empty()
         try:
-            self._make_folder(self.folder.absolute())
+            self._make_folder(self.state.absolute())
+            self._take_lock()
         except BaseException:
-            self._remove()
+            self._leave()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file in self._open:
+        for file in self._files.values():
             with contextlib.suppress(OSError):
                 file.close()
-        if kind is not None:
-            self._remove()
+        self._leave()
 
-    def create(self, name: str) -> OutputFile:
-        """A new file, by its path relative to the folder."""
-        path = self.folder / name
-        with writing(path):
+    def keep(self) -> None:
+        """What is in the folder stays, whatever happens."""
+        self._kept = True
+
+    def check_empty(self) -> None:
+        """Raises ConversionError if there is anything in the folder that is no conversion's."""
+        if any(path.name != STATE for path in self.folder.iterdir()):
+            raise ConversionError(f"{self.folder} is not empty; choose another folder, or remove it first")
+
+    def path(self, name: str) -> Path:
+        """Where the model's file of that relative path is, or will be made."""
+        made = self.state / MODEL / name
+        return self.folder / name if self.moving and not made.exists() else made
+
+    def has(self, name: str, size: int) -> bool:
+        """Whether that file is there, and that long."""
+        path = self.path(name)
+        return path.is_file() and path.stat().st_size == size
+
+    def check_space(self, needed: int) -> int:
+        """The bytes free. Raises ConversionError unless they are ``needed``."""
+        with writing(self.folder):
+            free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise ConversionError(
+                f"{self.folder}: the conversion needs {show_size(needed)} of disk space, but only "
+                f"{show_size(free)} are free"
+            )
+        return free
+
+    def file(self, name: str, size: int) -> OutputFile:
+        """The model's file of that relative path, ``size`` bytes long."""
+        if name not in self._files:
+            path = self.path(name)
             self._make_folder(path.parent.absolute())
-            # Noted before it is made: an interrupt in between must not leave it behind.
-            self._made_files.append(path)
-            try:
-                self._open.append(OutputFile(path))
-            except OSError:
-                self._made_files.pop()
-                raise
-        return self._open[-1]
+            self._files[name] = OutputFile(path, size)
+            _sync_folder(path.parent)
+        return self._files[name]
 
-    def save(self, manifest: Manifest) -> None:
+    def write(self, name: str, data: bytes) -> None:
+        """A small file, as a whole."""
+        file = self.file(name, len(data))
+        file.write_at(0, data)
+        file.sync()
+
+    def check_names(self) -> None:
+        """Raises ConversionError if somebody else's file has the name of one that is to move up."""
+        for name in [*self._to_move(), MANIFEST]:
+            if os.path.lexists(self.folder / name):
+                raise ConversionError(
+                    f"{self.folder / name} is none of this conversion's, but has the name of a file of the model: "
+                    "move it elsewhere, and start the same conversion again"
+                )
+
+    def complete(self, manifest: Manifest) -> None:
         """Makes the folder a model: until this, it is none."""
         with writing(self.folder):
-            for folder in reversed(self._made_folders):
-                _sync_folder(folder)
-            self._made_files += [self.folder / MANIFEST, self.folder / (MANIFEST + ".part")]
+            for name in self._to_move():
+                (self.state / MODEL / name).rename(self.folder / name)
+            _sync_folder(self.folder)
             manifest.save(self.folder)
+        self.clean()
+
+    def _to_move(self) -> list[str]:
+        made = self.state / MODEL
+        return sorted(path.name for path in made.iterdir()) if made.exists() else []
+
+    def clean(self) -> None:
+        """Removes what is not part of the model."""
+        self.keep()
+        with writing(self.state):
+            # The lock last: while it is there, nobody else comes in.
+            for path in self.state.iterdir():
+                if path.name != LOCK:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            (self.state / LOCK).unlink()
+            self.state.rmdir()
 
     def _make_folder(self, folder: Path) -> None:
         missing = []
@@ -101,31 +156,58 @@ class Destination:
             for folder in reversed(missing):
                 folder.mkdir()
                 self._made_folders.append(folder)
+                _sync_folder(folder.parent)
 
-    def _remove(self) -> None:
-        # The manifest first: whatever happens to the rest, what is left is no model.
-        for path in reversed(self._made_files):
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-        for folder in reversed(self._made_folders):
+    def _take_lock(self) -> None:
+        path = self.state / LOCK
+        while True:
+            with writing(path):
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    holder = os.read(fd, 20).decode(errors="replace").strip() or "unknown"
+                    os.close(fd)
+                    raise ConversionError(
+                        f"{self.folder}: another conversion is writing there (process {holder}); wait for it, "
+                        "or choose another folder"
+                    ) from None
+                # Whoever had it may have finished, and removed the file, before this process got it.
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(fd), os.stat(path)):
+                        self._lock = fd
+                        os.ftruncate(fd, 0)
+                        os.write(fd, b"%d\n" % os.getpid())
+                        return
+                os.close(fd)
+                self._make_folder(self.state.absolute())
+
+    def _leave(self) -> None:
+        if self._lock < 0:
+            made: list[Path] = []
+        else:
+            made = [] if self._kept else self._made_folders
+            if self.state.absolute() in made:
+                for name in (LOCK, JOURNAL):
+                    with contextlib.suppress(OSError):
+                        (self.state / name).unlink()
+            os.close(self._lock)
+            self._lock = -1
+        for folder in reversed(made):
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
 
 class OutputFile:
-    """A new file. ``append`` and ``write_at`` are not mixed; ``write_at`` may come from any thread."""
+    """A file of ``size`` bytes, zeros where nothing was written yet. Everything but ``close`` from any thread."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, size: int) -> None:
         self.path = path
-        self.size = 0
-        self.crc32 = 0
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-
-    def append(self, data: memoryview | bytes) -> None:
-        """Writes at the end; ``size`` and ``crc32`` are then those of the file so far."""
-        self.write_at(self.size, data)
-        self.size += len(data)
-        self.crc32 = zlib.crc32(data, self.crc32)
+        self._fd = -1
+        with writing(path):
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            if os.fstat(self._fd).st_size != size:
+                os.ftruncate(self._fd, size)
 
     def write_at(self, offset: int, data: memoryview | bytes) -> None:
         view = memoryview(data)
@@ -135,11 +217,15 @@ class OutputFile:
                 view = view[n:]
                 offset += n
 
-    def finish(self) -> None:
-        """Puts the file on the disk for good."""
+    def sync(self) -> None:
+        """Puts what was written on the disk for good."""
         with writing(self.path):
             os.fsync(self._fd)
-            self.close()
+
+    def crc32(self, offset: int, nbytes: int) -> int:
+        """Of what the disk gives back."""
+        with writing(self.path):
+            return crc32_on_disk(self._fd, offset, nbytes)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -155,14 +241,16 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ConversionError(
-                f"{path}: no space left on the disk; the conversion is undone, free some space and start it again"
+                f"{path}: no space left on the disk; free some, and start the same conversion again: "
+                "it goes on where it was"
             ) from None
         raise ConversionError(f"{path} cannot be written: {e.strerror}") from None
 
 
 def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    with writing(folder):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

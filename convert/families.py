@@ -13,6 +13,9 @@ Three layouts of the same model are in the wild, told apart by the names of the 
 
 The first two are Hugging Face's: there, the RMS norms of some architectures hold weight - 1, and a convolution is
 [C, 1, K]. In the third, 1 is added already and a convolution is [C, K, 1].
+
+A matrix of the first two may be in FP8: weight float8 (e4m3), and one scale for each block of 128 x 128, named
+``weight_scale_inv`` (``gate_up_proj_scale_inv`` … where experts are fused): value = weight * scale.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from mlx_flashmoe.layout import GROUP_SIZES, PROJECTIONS, UNQUANTIZED, Quantizat
 
 FLOATS = ("BF16", "F16", "F32")
 SOURCE_BITS = (2, 3, 4, 5, 6, 8)  # MLX's affine formats; 5 bits can be read, but not kept
+FP8, FP8_BLOCK = "F8_E4M3", 128
 MANY_MISSING = 10_000  # a config.json may promise millions: no need to name them all
 NONE = Quantization(UNQUANTIZED, 0)
 
@@ -40,16 +44,26 @@ Kind = Literal["linear", "router", "norm", "conv", "plain"]
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A matrix [out, in] (or a stack of them, [E, out, in]) as published: plain, or affine quantized."""
+    """A matrix [out, in] (or a stack of them, [E, out, in]) as published: plain, affine quantized, or FP8.
+
+    ``skipped``: of an FP8 matrix, rows of its first block of 128 that are not part of it.
+    """
 
     weight: Tensor
     scales: Tensor | None = None
     biases: Tensor | None = None
     quantization: Quantization = NONE
+    scale_inv: Tensor | None = None
+    skipped: int = 0
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        named = {"weight": self.weight, "scales": self.scales, "biases": self.biases}
+        named = {
+            "weight": self.weight,
+            "scales": self.scales,
+            "biases": self.biases,
+            "scale_inv": self.scale_inv,
+        }
         return {k: t for k, t in named.items() if t is not None}
 
     @property
@@ -58,9 +72,13 @@ class Matrix:
         return columns * 32 // self.quantization.bits if self.quantization.quantized else columns
 
     @property
+    def fp8(self) -> bool:
+        return self.scale_inv is not None
+
+    @property
     def dtype(self) -> str:
-        """Of the values: the weight's, or the scales' if quantized."""
-        return (self.scales or self.weight).dtype
+        """Of the values: the weight's, or the scales' if quantized; FP8 becomes bfloat16."""
+        return "BF16" if self.fp8 else (self.scales or self.weight).dtype
 
     @property
     def nbytes(self) -> int:
@@ -71,7 +89,11 @@ class Matrix:
         return Matrix(**parts, quantization=self.quantization)
 
     def rows(self, start: int, stop: int) -> Matrix:
-        return self._each(lambda t: t.rows(start, stop))
+        if self.scale_inv is None:
+            return self._each(lambda t: t.rows(start, stop))
+        first, last = self.skipped + start, self.skipped + stop
+        blocks = self.scale_inv.rows(first // FP8_BLOCK, -(-last // FP8_BLOCK))
+        return Matrix(self.weight.rows(start, stop), scale_inv=blocks, skipped=first % FP8_BLOCK)
 
     def at(self, index: int) -> Matrix:
         return self._each(lambda t: t.at(index))
@@ -403,10 +425,17 @@ class _Declared:
             return cls(where, None, {})
         if not isinstance(data, dict):
             raise SourceError(f"{where}: {key} is not an object")
+        if data.get("quant_method") == "fp8" and data.get("fmt", "e4m3") == "e4m3":
+            if data.get("weight_block_size") != [FP8_BLOCK, FP8_BLOCK]:
+                raise SourceError(
+                    f"{where}: {key}: FP8 in blocks of {short(data.get('weight_block_size'))}; "
+                    f"blocks of [{FP8_BLOCK}, {FP8_BLOCK}] are read"
+                )
+            return cls(where, None, {})
         if "quant_method" in data:
             raise SourceError(
-                f"{where}: {key} is {short(data['quant_method'])}; only unquantized checkpoints and MLX affine "
-                "quantization are read"
+                f"{where}: {key} is {short(data['quant_method'])}; only unquantized checkpoints, FP8 (e4m3) and MLX "
+                "affine quantization are read"
             )
         default = cls._one(data, None, f"{where}: {key}")
         exceptions = {
@@ -507,8 +536,7 @@ class _Binder:
         name = f"{path}.weight"
         weight = self.tensors.get(name)
         if weight is None or weight.dtype != "U32":
-            plain = self.take(name, shape)
-            return None if plain is None else Matrix(plain)
+            return self.plain_or_fp8(name, shape)
         scales = self.tensors.get(f"{path}.scales")
         if scales is None:
             self.lacks(f"{path}.scales")
@@ -529,6 +557,17 @@ class _Binder:
         self.take(f"{path}.scales", (*leading, groups))
         biases = self.take(f"{path}.biases", (*leading, groups), (scales.dtype,))
         return None if biases is None else Matrix(weight, scales, biases, found)
+
+    def plain_or_fp8(self, name: str, shape: tuple[int, ...]) -> Matrix | None:
+        """The matrix whose tensor is ``name``: of plain floats, or of FP8 with its blocks' scales."""
+        weight = self.tensors.get(name)
+        if weight is None or weight.dtype != FP8:
+            plain = self.take(name, shape)
+            return None if plain is None else Matrix(plain)
+        self.take(name, shape, (FP8,))
+        blocks = (*shape[:-2], *(-(-n // FP8_BLOCK) for n in shape[-2:]))
+        scales = self.take(f"{name}_scale_inv", blocks)
+        return None if scales is None else Matrix(weight, scale_inv=scales)
 
     def dense(self, module: DenseModule) -> Dense | None:
         if module.kind in ("linear", "router"):
@@ -557,18 +596,14 @@ class _Binder:
                 return None
             return Experts(layer, count, lambda e: {p: s.at(e) for p, s in stacks.items() if s is not None})
         if self.fused:
-            gate_up = self.take(f"{at}.experts.gate_up_proj", (count, 2 * inner, hidden))
-            down = self.take(f"{at}.experts.down_proj", (count, hidden, inner))
+            gate_up = self.plain_or_fp8(f"{at}.experts.gate_up_proj", (count, 2 * inner, hidden))
+            down = self.plain_or_fp8(f"{at}.experts.down_proj", (count, hidden, inner))
             if gate_up is None or down is None:
                 return None
 
-            def fused(e: int, gate_up: Tensor = gate_up, down: Tensor = down) -> dict[str, Matrix]:
+            def fused(e: int, gate_up: Matrix = gate_up, down: Matrix = down) -> dict[str, Matrix]:
                 both = gate_up.at(e)
-                return {
-                    "gate": Matrix(both.rows(0, inner)),
-                    "up": Matrix(both.rows(inner, 2 * inner)),
-                    "down": Matrix(down.at(e)),
-                }
+                return {"gate": both.rows(0, inner), "up": both.rows(inner, 2 * inner), "down": down.at(e)}
 
             return Experts(layer, count, fused)
         single: list[dict[str, Matrix]] = []

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from mlx_flashmoe.convert.families import Bound, Dense, Experts, Matrix
+from mlx_flashmoe.convert.recipe import Recipe
 from mlx_flashmoe.convert.safetensors import DTYPE_BITS, build_header
 from mlx_flashmoe.errors import ConversionError, SourceError
 from mlx_flashmoe.layout import BITS, GROUP_SIZES, PROJECTIONS, UNQUANTIZED, BlobLayout, Quantization
@@ -23,10 +24,10 @@ LAYOUT_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 @dataclass(frozen=True)
 class Asked:
-    """The user's choice, made complete by what the checkpoint is.
+    """What was asked of some matrices, made complete by what the checkpoint is.
 
     Attributes:
-        target: of experts and dense linears; None keeps everything as published.
+        target: what they become; None keeps them as published.
         group_given: the user named the group size, rather than leaving it to the checkpoint or the default.
     """
 
@@ -35,11 +36,7 @@ class Asked:
 
     @classmethod
     def resolve(cls, q_bits: int | None, q_group_size: int | None, published: Quantization | None) -> Asked:
-        """Raises ConversionError for values outside the known ones, or that the checkpoint cannot give."""
-        if q_bits is not None and (type(q_bits) is not int or q_bits not in (*BITS, UNQUANTIZED)):
-            raise ConversionError(f"q_bits must be one of {_listed((*BITS, UNQUANTIZED))}, not {q_bits!r}")
-        if q_group_size is not None and (type(q_group_size) is not int or q_group_size not in GROUP_SIZES):
-            raise ConversionError(f"q_group_size must be one of {_listed(GROUP_SIZES)}, not {q_group_size!r}")
+        """Raises ConversionError for what the checkpoint cannot give."""
         if q_bits == UNQUANTIZED:
             return cls(None, False)
         if published is None:
@@ -107,6 +104,11 @@ class LayerPlan:
     quantization: dict[str, Quantization]
     source_bytes: int  # of one expert
 
+    def choices(self) -> Iterator[tuple[Matrix, Quantization]]:
+        """An expert's matrices, standing for all, and what becomes of them."""
+        for name, matrix in self.experts.expert(0).items():
+            yield matrix, self.quantization[name]
+
 
 @dataclass
 class Plan:
@@ -131,19 +133,30 @@ class Plan:
         dense = sum(m.dense.matrix.nbytes for f in self.dense for m in f.modules)
         return dense + sum(p.experts.num_experts * p.source_bytes for p in self.layers)
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether any expert is more than copied."""
+        return any(m.quantization != q or m.fp8 for p in self.layers for m, q in p.choices())
+
     def modules(self) -> Iterator[DensePlan]:
         for file in self.dense:
             yield from file.modules
 
 
-def make_plan(bound: Bound, q_bits: int | None, q_group_size: int | None) -> Plan:
+def make_plan(bound: Bound, recipe: Recipe) -> Plan:
     """Decides what will be written.
 
     Raises:
         ConversionError: what was asked does not fit the checkpoint.
         SourceError: the checkpoint has a quantization that the runtime does not know.
     """
-    asked = Asked.resolve(q_bits, q_group_size, bound.published)
+    asked = Asked.resolve(recipe.model.bits, recipe.model.group_size, bound.published)
+    unknown = sorted(recipe.layers.keys() - {e.layer for e in bound.layers})
+    if unknown:
+        raise ConversionError(
+            f"the recipe names layer {unknown[0]}, but the checkpoint has experts in layers "
+            f"{bound.layers[0].layer} to {bound.layers[-1].layer}"
+        )
     notes = []
     if bound.left_out:
         listed = ", ".join(f"{n} of {name}" for name, n in bound.left_out.items())
@@ -158,7 +171,7 @@ def make_plan(bound: Bound, q_bits: int | None, q_group_size: int | None) -> Pla
         )
 
     layouts: list[BlobLayout] = []
-    layers = [_layer(e, asked, bound, layouts) for e in bound.layers]
+    layers = [_layer(e, recipe, bound, layouts) for e in bound.layers]
     plan = Plan(_dense_files(modules), layers, layouts, notes)
     kinds = sorted(
         {(q.bits, q.group_size) for p in layers for q in p.quantization.values()}, key=lambda k: (k[0], k[1])
@@ -167,6 +180,9 @@ def make_plan(bound: Bound, q_bits: int | None, q_group_size: int | None) -> Pla
         f"{b} bits in groups of {g}" if g else "as published, unquantized" for b, g in kinds
     )
     blobs = " and ".join(f"{size:,}" for size in sorted({layout.blob_size for layout in layouts}))
+    kept = [(m.dense.matrix, m.quantization) for m in plan.modules()]
+    if any(m.fp8 and not q.quantized for m, q in [*kept, *(c for p in layers for c in p.choices())]):
+        notes.append("FP8 that is not quantized becomes bfloat16")
     notes.append(
         f"{len(layers)} layers of {bound.architecture.num_experts} experts, {described}, {blobs} bytes each: "
         f"{show_size(plan.expert_bytes)} of experts, {show_size(plan.dense_bytes)} of everything else"
@@ -216,10 +232,12 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * DTYPE_BITS[dtype] // 8
 
 
-def _layer(experts: Experts, asked: Asked, bound: Bound, layouts: list[BlobLayout]) -> LayerPlan:
+def _layer(experts: Experts, recipe: Recipe, bound: Bound, layouts: list[BlobLayout]) -> LayerPlan:
     first = experts.expert(0)
     chosen = {}
     for p, matrix in first.items():
+        bits, group_size = recipe.layer(experts.layer).projection(p)
+        asked = Asked.resolve(bits, group_size, bound.published)
         q = chosen[p] = _known(matrix, asked.choose(matrix, router=False))
         if q.quantized and matrix.in_dims % q.group_size:
             fitting = [g for g in GROUP_SIZES if not any(m.in_dims % g for m in first.values())]

@@ -1,43 +1,50 @@
 """The conversion itself: experts into blobs, the rest into safetensors, the manifest last.
 
-Work is cut into pieces of a few megabytes (some experts of a layer, some rows of a dense matrix). A thread takes
-a piece from its first read to its last write, so that reading, quantizing and writing of different pieces
-overlap, and memory is bounded by the number of threads, whatever the model.
+The plan is cut into units (units.py), and a unit into jobs of a few megabytes. A thread takes a job from its first
+read to its last write, so that reading, quantizing and writing of different jobs overlap, and memory is bounded by
+the number of threads, whatever the model. Behind them, one thread flushes finished units to the disk, one after
+the other, notes them in the journal, and lets go of shards that no unit needs any more.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
-from mlx_flashmoe.convert import transform
-from mlx_flashmoe.convert.destination import Destination, OutputFile
-from mlx_flashmoe.convert.families import bind
-from mlx_flashmoe.convert.plan import DenseFile, DensePlan, LayerPlan, Plan, make_plan
-from mlx_flashmoe.convert.safetensors import Tensor, read_tensors
-from mlx_flashmoe.convert.source import Checkpoint, open_checkpoint
-from mlx_flashmoe.errors import SourceError
-from mlx_flashmoe.layout import BlobLayout, DenseEntry, LayerEntry, Manifest, expert_file
+from mlx_flashmoe.checksum import crc32_of
+from mlx_flashmoe.convert.destination import JOURNAL, SHARDS, Destination, OutputFile
+from mlx_flashmoe.convert.estimate import WORTH_MEASURING, Needs, disk_needs, expected_time
+from mlx_flashmoe.convert.families import Bound, bind
+from mlx_flashmoe.convert.journal import Beginning, Journal
+from mlx_flashmoe.convert.plan import Plan, make_plan
+from mlx_flashmoe.convert.recipe import Choice, Recipe, check, read_recipe
+from mlx_flashmoe.convert.source import Checkpoint, LocalFolder, open_checkpoint
+from mlx_flashmoe.convert.units import FLUSHING, Job, Scratch, Unit, cut, fingerprint
+from mlx_flashmoe.errors import ConversionError, SourceError
+from mlx_flashmoe.layout import (
+    BITS,
+    GROUP_SIZES,
+    MANIFEST,
+    UNQUANTIZED,
+    DenseEntry,
+    LayerEntry,
+    Manifest,
+    expert_file,
+)
+from mlx_flashmoe.sizes import show_size
 
-PIECE = 32 << 20  # bytes, of source or of blobs, whichever is more
-MLX_CACHE = 64 << 20  # freed buffers are of no use to the next piece beyond this
+MLX_CACHE = 64 << 20  # freed buffers are of no use to the next job beyond this
 WORKERS = max(2, min(8, os.cpu_count() or 2))
 
 Progress = Callable[[int, int, str], None]
 Note = Callable[[str], None]
-Written = tuple[LayerPlan, OutputFile, int, int, list[int]]
-Read = tuple[DensePlan, int, int, dict[str, transform.Bytes]]
-T = TypeVar("T")
 
 
 def convert(
@@ -47,19 +54,28 @@ def convert(
     q_bits: int | None = None,
     revision: str | None = None,
     *,
+    q_bits_gate_up: int | None = None,
+    q_bits_down: int | None = None,
+    recipe: str | os.PathLike[str] | None = None,
+    delete_source: bool = False,
     progress: Progress | None = None,
     note: Note | None = None,
 ) -> Manifest:
-    """Repacks a checkpoint for streaming.
+    """Repacks a checkpoint for streaming; goes on with a conversion that was interrupted.
 
     Args:
-        hf_path: a checkpoint folder, or a Hugging Face id ("org/name").
-        mlx_path: the folder to write; new or empty.
+        hf_path: a checkpoint folder, or a Hugging Face id ("org/name"), whose shards are then downloaded one or two
+            at a time, and removed when they are repacked.
+        mlx_path: the folder to write; new or empty, or of the same conversion, interrupted.
         q_group_size: 32, 64 or 128. Default: the checkpoint's own if it is quantized, else 64.
         q_bits: 2, 3, 4, 6 or 8 for experts, embeddings and dense linears (routers and shared-expert gates: 8);
             16 keeps all as published. Default: as published if the checkpoint is quantized, else 4. A checkpoint
             quantized at the asked bits is repacked byte for byte; fewer bits quantize its dequantized values anew.
         revision: branch, tag or commit of a Hugging Face id.
+        q_bits_gate_up, q_bits_down: bits of the experts' gate_proj and up_proj, and of their down_proj.
+        recipe: a TOML file of the same, layer by layer if need be (recipe.py); other arguments come before it.
+        delete_source: remove each shard of the folder ``hf_path`` once every tensor of it is in place, flushed to
+            the disk and read back. Shards with tensors that are not converted stay.
         progress: called with (bytes of the checkpoint done, bytes in all, what is being done), often.
         note: called with single lines worth reading: what is left out, what will be written.
 
@@ -67,208 +83,340 @@ def convert(
         The manifest of the converted folder.
 
     Raises:
-        SourceError: the checkpoint is missing, malformed, truncated or unsupported.
-        ConversionError: the options do not fit the checkpoint, ``mlx_path`` is in use, no space is left.
-        Whatever is raised, files made so far are removed.
+        SourceError: the checkpoint is missing, malformed, truncated, changed or unsupported.
+        ConversionError: the options do not fit the checkpoint, or those that the conversion was begun with;
+            ``mlx_path`` is in use; no space is left. What was done so far stays, and is not done again.
     """
-    destination = Path(mlx_path)
-    Destination.check_unused(destination)
-    with open_checkpoint(hf_path, revision) as checkpoint:
-        bound = bind(checkpoint)
-        plan = make_plan(bound, q_bits, q_group_size)
-        for line in plan.notes:
-            if note is not None:
-                note(line)
-        side_files = checkpoint.side_files()
-        checksums = 12 * sum(p.experts.num_experts for p in plan.layers)
-        needed = plan.dense_bytes + plan.expert_bytes + sum(p.stat().st_size for p in side_files) + checksums
-        Destination.check_space(destination, needed)
-        with Destination(destination) as out:
-            for path in side_files:
-                _copy(path, out)
-            dense, layers = _write(plan, out, progress or (lambda done, total, what: None))
-            manifest = Manifest(
-                model_type=bound.model_type,
-                source=_source(checkpoint),
-                dense_quantization={
-                    m.path: m.quantization for m in plan.modules() if m.quantization.quantized
-                },
-                layouts=tuple(plan.layouts),
-                layers=layers,
-                dense=dense,
-            )
-            out.save(manifest)
+    note = note or (lambda line: None)
+    wanted = _recipe(q_bits, q_group_size, q_bits_gate_up, q_bits_down, recipe)
+    local = Path(hf_path).is_dir()
+    if delete_source and not local:
+        raise ConversionError("delete_source is for folders; what is downloaded is removed anyway")
+    asked = {
+        "path": os.path.abspath(hf_path) if local else str(hf_path),
+        "revision": revision,
+        "recipe": wanted.to_json(),
+    }
+    with Destination(Path(mlx_path)) as out:
+        made = _made_already(out, asked)
+        if made is not None:
+            note(f"{out.folder} is complete already; nothing to do")
+            return made
+        notes = Journal(out.state / JOURNAL)
+        try:
+            begun = _begun(notes, out, asked)
+            with open_checkpoint(hf_path, revision, downloads=out.state / SHARDS, begun=begun) as checkpoint:
+                return _convert(checkpoint, wanted, asked, out, notes, delete_source, progress, note)
+        finally:
+            notes.close()
+
+
+def _recipe(
+    q_bits: int | None,
+    q_group_size: int | None,
+    q_bits_gate_up: int | None,
+    q_bits_down: int | None,
+    file: str | os.PathLike[str] | None,
+) -> Recipe:
+    bits = (*BITS, UNQUANTIZED)
+    check("q_bits", q_bits, bits)
+    check("q_group_size", q_group_size, GROUP_SIZES)
+    check("q_bits_gate_up", q_bits_gate_up, bits)
+    check("q_bits_down", q_bits_down, bits)
+    written = read_recipe(file) if file is not None else Recipe()
+    return Recipe(
+        Choice(q_bits, q_group_size, q_bits_gate_up, q_bits_down).over(written.model), written.layers
+    )
+
+
+def _made_already(out: Destination, asked: dict[str, Any]) -> Manifest | None:
+    """The manifest, if this very conversion is complete; what it may have left behind is removed."""
+    if not (out.folder / MANIFEST).exists():
+        return None
+    manifest = Manifest.load(out.folder)
+    if {"path": manifest.source.get("path"), **manifest.source.get("asked", {})} != asked:
+        raise ConversionError(
+            f"{out.folder} is a converted model already, of another source or with other options; choose another "
+            "folder, or remove it first"
+        )
+    out.clean()
     return manifest
 
 
-def _source(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {"path": checkpoint.origin, "revision": checkpoint.revision}
+def _begun(notes: Journal, out: Destination, asked: dict[str, Any]) -> Beginning | None:
+    """How an earlier run of this conversion began; None if this is the first."""
+    begun = notes.beginning
+    if begun is None:
+        return None
+    out.keep()
+    out.moving = notes.moving
+    if begun.asked != asked:
+        raise ConversionError(
+            f"{out.folder} holds an unfinished conversion of {begun.asked['path']} with other options "
+            f"({_options(begun.asked)}); start it with those again, or remove {out.folder} to start over"
+        )
+    return begun
 
 
-def _copy(path: Path, out: Destination) -> None:
+def _options(asked: dict[str, Any]) -> str:
+    options = {"revision": asked["revision"], **asked["recipe"]}
+    return ", ".join(f"{k} {v}" for k, v in options.items() if v is not None) or "none"
+
+
+def _convert(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    asked: dict[str, Any],
+    out: Destination,
+    notes: Journal,
+    delete_source: bool,
+    progress: Progress | None,
+    note: Note,
+) -> Manifest:
+    bound = bind(checkpoint)
+    plan = make_plan(bound, recipe)
+    for line in plan.notes:
+        note(line)
+    sizes = {f.name: f.nbytes for f in plan.dense}
+    for p in plan.layers:
+        sizes[expert_file(p.experts.layer)] = p.experts.num_experts * plan.layouts[p.layout].blob_size
+    units = cut(plan, list(checkpoint.shards))
+    beginning = Beginning(
+        asked=asked,
+        source=checkpoint.identity,
+        plan=fingerprint(units),
+        units=dict(Counter(u.file for u in units)),
+        shards=checkpoint.recorded(),
+    )
+    if notes.beginning is None:
+        out.check_empty()
+    elif notes.beginning != beginning:
+        raise ConversionError(
+            f"{out.folder} was begun by another version of this program, or its source has changed; remove it to "
+            "start over"
+        )
+    # Done is what the journal says, as long as the file is still what it was.
+    done = {
+        u.name: notes.done[u.name] for u in units if u.name in notes.done and out.has(u.file, sizes[u.file])
+    }
+    todo = [u for u in units if u.name not in done]
+    if delete_source:
+        assert isinstance(checkpoint.storage, LocalFolder)
+        checkpoint.storage.remove_when_done(_removable(checkpoint, bound, note))
+    for unit in todo:
+        for shard in unit.shards:
+            if shard not in checkpoint.present:
+                raise SourceError(f"{checkpoint.folder / shard} is missing; not all of it was converted yet")
+
+    side_files = [(path.name, _read(path)) for path in checkpoint.side_files]
+    checksums = 12 * sum(p.experts.num_experts for p in plan.layers)
+    needs = disk_needs(todo, checkpoint, checksums + sum(len(data) for _, data in side_files))
+    free = out.check_space(needs.peak)
+    for line in _expectations(needs, free, units, todo, plan, checkpoint, out):
+        note(line)
+
+    if notes.beginning is None:
+        notes.begin(beginning)
+        out.keep()
+    for name, data in side_files:
+        out.write(name, data)
+    files = {name: out.file(name, size) for name, size in sizes.items()}
+    _Run(units, done, checkpoint, files, notes, progress or (lambda done, total, what: None)).run()
+
+    manifest = _manifest(bound, plan, checkpoint, asked, units, done)
+    out.check_names()
+    notes.move()
+    out.complete(manifest)
+    return manifest
+
+
+def _removable(checkpoint: Checkpoint, bound: Bound, note: Note) -> set[str]:
+    """The shards that are nothing but tensors that are converted."""
+    converted = {t.name for d in bound.dense for t in d.matrix.parts.values()}
+    for layer in bound.layers:
+        for e in range(layer.num_experts):
+            converted.update(t.name for m in layer.expert(e).values() for t in m.parts.values())
+    keep = {n for n, file in checkpoint.shards.items() if not file.tensors.keys() <= converted}
+    if keep:
+        note(f"not deleted, because they hold tensors that are left out: {', '.join(sorted(keep))}")
+    return set(checkpoint.shards) - keep
+
+
+def _expectations(
+    needs: Needs,
+    free: int,
+    units: Sequence[Unit],
+    todo: Sequence[Unit],
+    plan: Plan,
+    checkpoint: Checkpoint,
+    out: Destination,
+) -> list[str]:
+    lines = []
+    if len(todo) < len(units):
+        lines.append(
+            f"going on with an interrupted conversion: {len(units) - len(todo)} of {len(units)} parts are done"
+        )
+    lines.append(
+        f"to read {show_size(needs.read)}, to write {show_size(needs.written)}; disk space needed "
+        f"{show_size(needs.peak)} of {show_size(free)} free"
+    )
+    if needs.read > WORTH_MEASURING:
+        lines.append(expected_time(needs, plan.quantizes, checkpoint, out))
+    return lines
+
+
+def _read(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as e:
         raise SourceError(f"{path} cannot be read: {e.strerror}") from None
-    file = out.create(path.name)
-    file.append(data)
-    file.finish()
 
 
-def _write(
-    plan: Plan, out: Destination, progress: Progress
-) -> tuple[tuple[DenseEntry, ...], tuple[LayerEntry, ...]]:
-    """Writes all files but the manifest."""
-    total, done = plan.source_bytes, 0
+class _Run:
+    """Does what is not done. ``done``: unit name -> crc32 of each of its spans; complete after ``run``."""
 
-    def report(nbytes: int, what: str) -> None:
-        nonlocal done
-        done += nbytes
-        progress(done, total, what)
+    def __init__(
+        self,
+        units: list[Unit],
+        done: dict[str, list[int]],
+        checkpoint: Checkpoint,
+        files: dict[str, OutputFile],
+        notes: Journal,
+        progress: Progress,
+    ) -> None:
+        self._units = units
+        self._done = done
+        self._todo = [u for u in units if u.name not in done]
+        self._checkpoint = checkpoint
+        self._files = files
+        self._notes = notes
+        self._progress = progress
+        self._total = sum(u.source_bytes for u in units)
+        self._read = self._total - sum(u.source_bytes for u in self._todo)
+        self._scratch = Scratch(mx.default_device())
+        self._left = Counter(shard for unit in self._todo for shard in unit.shards)
+        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="convert")
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
+        # Jobs under way, and units being flushed, oldest first.
+        self._jobs: deque[tuple[Unit, Job, Future[list[int]]]] = deque()
+        self._flushing: deque[Future[None]] = deque()
+        self._crcs: list[int] = []
 
-    device = mx.default_device()
-    cache_limit = mx.set_cache_limit(MLX_CACHE)
-    pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="convert")
-    try:
-        report(0, "dense part")
-        dense = tuple(
-            _write_dense(f, out, pool, device, lambda n: report(n, "dense part")) for f in plan.dense
-        )
-        layers = _write_experts(plan, out, pool, device, report)
-    finally:
-        # Nothing may still be writing when the destination removes its files.
-        pool.shutdown(wait=True, cancel_futures=True)
-        mx.set_cache_limit(cache_limit)
-        mx.clear_cache()
-    return dense, layers
+    def run(self) -> None:
+        cache_limit = mx.set_cache_limit(MLX_CACHE)
+        try:
+            self._report(0, self._todo[0].what if self._todo else "")
+            # A run before this one may have been stopped just before it let go of a shard.
+            for shard in self._checkpoint.shards:
+                if not self._left[shard]:
+                    self._flushing.append(self._flusher.submit(self._let_go, shard))
+            self._go()
+        finally:
+            # Nothing may still be writing when the files are closed.
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._flusher.shutdown(wait=True, cancel_futures=True)
+            mx.set_cache_limit(cache_limit)
+            mx.clear_cache()
 
-
-def _in_order(pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], T]]) -> Iterator[T]:
-    """Results of the jobs, in order; a few are under way or waiting to be taken at any time."""
-    pending: deque[Future[T]] = deque()
-    for job in jobs:
-        pending.append(pool.submit(job))
-        if len(pending) > WORKERS + 1:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
-
-
-def _write_dense(
-    plan: DenseFile,
-    out: Destination,
-    pool: ThreadPoolExecutor,
-    device: mx.Device,
-    done: Callable[[int], None],
-) -> DenseEntry:
-    file = out.create(plan.name)
-    file.append(plan.header)
-
-    def jobs() -> Iterator[Callable[[], Read]]:
-        for module in plan.modules:
-            for start, stop in _pieces(module.dense.matrix.weight.shape[0], module.dense.matrix.nbytes):
-                yield partial(_dense_piece, module, start, stop, device)
-
-    # Weights go to the file as they come; scales and biases, a sixteenth of them, wait for their turn.
-    waiting: dict[str, list[transform.Bytes]] = {}
-    for module, start, stop, parts in _in_order(pool, jobs()):
-        file.append(memoryview(parts.pop("weight")))
-        for part, data in parts.items():
-            waiting.setdefault(part, []).append(data)
-        if stop == module.dense.matrix.weight.shape[0]:
-            for part in ("scales", "biases"):
-                for data in waiting.pop(part, []):
-                    file.append(memoryview(data))
-        done(module.dense.matrix.rows(start, stop).nbytes)
-    file.finish()
-    return DenseEntry(plan.name, file.size, file.crc32)
-
-
-def _dense_piece(plan: DensePlan, start: int, stop: int, device: mx.Device) -> Read:
-    """Reads and converts some rows of a dense module. Returns its arguments, and what to write of each part."""
-    matrix = plan.dense.matrix.rows(start, stop)
-    if plan.quantization != matrix.quantization:
-        parts = dict(
-            zip(("weight", "scales", "biases"), transform.quantize(matrix, plan.quantization, device))
-        )
-    elif plan.dense.kind == "norm":
-        parts = {"weight": transform.one_plus(matrix.weight)}
-    else:
-        parts = {part: tensor.read() for part, tensor in matrix.parts.items()}
-    return plan, start, stop, parts
-
-
-def _pieces(rows: int, nbytes: int) -> Iterator[tuple[int, int]]:
-    """Cuts ``rows`` rows of ``nbytes`` bytes together into ranges of about PIECE bytes."""
-    step = max(1, rows * PIECE // max(nbytes, 1))
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
-
-
-def _write_experts(
-    plan: Plan,
-    out: Destination,
-    pool: ThreadPoolExecutor,
-    device: mx.Device,
-    report: Callable[[int, str], None],
-) -> tuple[LayerEntry, ...]:
-    blobs = _Blobs(device)
-
-    def jobs() -> Iterator[Callable[[], Written]]:
-        for layer in plan.layers:
-            count, layout = layer.experts.num_experts, plan.layouts[layer.layout]
-            file = out.create(expert_file(layer.experts.layer))
-            for start, stop in _pieces(count, count * max(layer.source_bytes, layout.blob_size)):
-                yield partial(blobs.write, layer, layout, file, start, stop)
-
-    entries = []
-    crcs: list[int] = []
-    finishing: list[Future[None]] = []
-    for layer, file, start, stop, written in _in_order(pool, jobs()):
-        crcs += written
-        if stop == layer.experts.num_experts:
-            entries.append(LayerEntry(layer.experts.layer, stop, layer.layout, tuple(crcs)))
-            crcs = []
-            finishing.append(pool.submit(file.finish))
-        report(
-            (stop - start) * layer.source_bytes, f"layer {len(entries) + bool(crcs)} of {len(plan.layers)}"
-        )
-    for future in finishing:
-        future.result()
-    return tuple(entries)
-
-
-class _Blobs:
-    """Makes blobs and writes them. Every thread keeps its buffer from one piece to the next."""
-
-    def __init__(self, device: mx.Device) -> None:
-        self._device = device
-        self._own = threading.local()
-
-    def write(self, plan: LayerPlan, layout: BlobLayout, file: OutputFile, start: int, stop: int) -> Written:
-        """Writes the blobs of experts start to stop. Returns its arguments, and the checksums."""
-        blobs = self._buffer(layout, stop - start)
-        copied: list[tuple[Tensor, memoryview]] = []
-        for e in range(start, stop):
-            for name, matrix in plan.experts.expert(e).items():
-                components = layout.projections[name].components
-                room = {
-                    part: blobs[e - start, c.offset : c.offset + c.nbytes] for part, c in components.items()
-                }
-                if plan.quantization[name] == matrix.quantization:
-                    copied += [(tensor, memoryview(room[part])) for part, tensor in matrix.parts.items()]
+    def _go(self) -> None:
+        storage = self._checkpoint.storage
+        order = list(dict.fromkeys(name for unit in self._todo for name in unit.shards))
+        fetched = 0
+        for unit in self._todo:
+            for shard in unit.shards:
+                if order.index(shard) < fetched:
                     continue
-                made = transform.quantize(matrix, plan.quantization[name], self._device)
-                for part, data in zip(("weight", "scales", "biases"), made):
-                    room[part][:] = data
-        read_tensors(copied)
-        crcs = [zlib.crc32(blob) for blob in blobs]
-        file.write_at(start * layout.blob_size, memoryview(blobs.reshape(-1)))
-        return plan, file, start, stop, crcs
+                storage.fetch(shard, lambda what: self._report(0, what))
+                fetched = order.index(shard) + 1
+                if storage.temporary and fetched < len(order):
+                    # Before another comes, those that are done with must be gone.
+                    self._drain(0, 0)
+                    storage.prefetch(order[fetched])
+            for job in unit.jobs:
+                self._drain(WORKERS + 1, FLUSHING)
+                self._jobs.append((unit, job, self._pool.submit(self._work, unit, job)))
+        self._drain(0, 0)
 
-    def _buffer(self, layout: BlobLayout, count: int) -> transform.Bytes:
-        kept: tuple[BlobLayout, transform.Bytes] | None = getattr(self._own, "kept", None)
-        if kept is None or kept[0] != layout or len(kept[1]) < count:
-            # Zeros, so that the gaps between components are.
-            kept = self._own.kept = (layout, np.zeros((count, layout.blob_size), dtype=np.uint8))
-        return kept[1][:count]
+    def _work(self, unit: Unit, job: Job) -> list[int]:
+        """A job from its first read to its last write; returns the checksums of its spans."""
+        file, crcs = self._files[unit.file], []
+        for (offset, _), data in zip(job.spans, job.make(self._scratch)):
+            file.write_at(offset, data)
+            crcs.append(zlib.crc32(data))
+        return crcs
+
+    def _drain(self, jobs: int, flushing: int) -> None:
+        """Waits until there are no more than so many jobs under way and units being flushed."""
+        while len(self._jobs) > jobs:
+            unit, job, future = self._jobs.popleft()
+            self._crcs += future.result()
+            self._report(job.source_bytes, unit.what)
+            if job is unit.jobs[-1]:
+                self._flushing.append(self._flusher.submit(self._finish, unit, self._crcs))
+                self._crcs = []
+        while self._flushing and (len(self._flushing) > flushing or self._flushing[0].done()):
+            self._flushing.popleft().result()
+
+    def _finish(self, unit: Unit, crcs: list[int]) -> None:
+        self._files[unit.file].sync()
+        self._notes.finish(unit.name, crcs)
+        self._done[unit.name] = crcs
+        for shard in unit.shards:
+            self._left[shard] -= 1
+            if not self._left[shard]:
+                self._let_go(shard)
+
+    def _let_go(self, shard: str) -> None:
+        """No unit needs the shard any more. It is removed only if the disk gives back what was made of it."""
+        self._checkpoint.shards[shard].close()
+        if not self._checkpoint.storage.may_drop(shard):
+            return
+        for unit in self._units:
+            if shard not in unit.shards:
+                continue
+            file = self._files[unit.file]
+            for (offset, nbytes), crc in zip(unit.spans, self._done[unit.name]):
+                if file.crc32(offset, nbytes) != crc:
+                    raise ConversionError(
+                        f"{file.path}: the disk does not give back what was written at byte {offset}; "
+                        f"{shard} is kept. Check the disk, and convert into another folder"
+                    )
+        self._checkpoint.storage.drop(shard)
+
+    def _report(self, nbytes: int, what: str) -> None:
+        self._read += nbytes
+        self._progress(self._read, self._total, what)
+
+
+def _manifest(
+    bound: Bound,
+    plan: Plan,
+    checkpoint: Checkpoint,
+    asked: dict[str, Any],
+    units: list[Unit],
+    done: dict[str, list[int]],
+) -> Manifest:
+    parts: dict[str, list[tuple[int, int, int]]] = {}
+    for unit in units:
+        spans = [(offset, n, crc) for (offset, n), crc in zip(unit.spans, done[unit.name])]
+        parts.setdefault(unit.file, []).extend(spans)
+    layers = []
+    for p in plan.layers:
+        size, count = plan.layouts[p.layout].blob_size, p.experts.num_experts
+        blobs: list[list[tuple[int, int, int]]] = [[] for _ in range(count)]
+        for offset, nbytes, crc in parts[expert_file(p.experts.layer)]:
+            blobs[offset // size].append((offset % size, nbytes, crc))
+        crcs = tuple(crc32_of(size, blob) for blob in blobs)
+        layers.append(LayerEntry(p.experts.layer, count, p.layout, crcs))
+    return Manifest(
+        model_type=bound.model_type,
+        source={
+            "path": asked["path"],
+            "revision": checkpoint.revision,
+            "asked": {"revision": asked["revision"], "recipe": asked["recipe"]},
+        },
+        dense_quantization={m.path: m.quantization for m in plan.modules() if m.quantization.quantized},
+        layouts=tuple(plan.layouts),
+        layers=tuple(layers),
+        dense=tuple(DenseEntry(f.name, f.nbytes, crc32_of(f.nbytes, parts[f.name])) for f in plan.dense),
+    )

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import stat
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,35 +75,51 @@ class Tensor:
         return f"{self.file.path}: tensor {self.name!r}"
 
 
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of itself: the JSON, and the size of the whole file in bytes."""
+
+    text: bytes
+    file_size: int
+
+
 class SafetensorsFile:
-    """One open safetensors file; ``tensors`` by name. Reads are positional and may come from any thread.
+    """A safetensors file; ``tensors`` by name. Reads are positional and may come from any thread.
+
+    Args:
+        path: the file.
+        header: what is known of it already. The file is then opened by the first read: until then it need not
+            be there, and ``close`` lets go of it until the next.
 
     Raises:
         SourceError: the file cannot be opened, or its header is malformed or contradicts the file's size.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, header: Header | None = None) -> None:
         self.path = path
         self._fd = -1
+        self._opening = threading.Lock()
         try:
-            # Opening a pipe, say, would wait for ever.
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                raise SourceError(f"{path} is not a file")
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise SourceError(f"{path} is missing; download the checkpoint again") from None
-        except OSError as e:
-            raise SourceError(f"{path} cannot be opened: {e.strerror}") from None
-        try:
-            self.tensors = self._read_header()
+            self.header = header or self._read_header()
+            start = 8 + len(self.header.text)
+            entries = parse_header(self.header.text, self.header.file_size - start, str(path))
         except BaseException:
             self.close()
             raise
+        self.tensors = {
+            n: Tensor(self, n, dtype, shape, start + begin) for n, (dtype, shape, begin) in entries.items()
+        }
 
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def _open(self) -> int:
+        with self._opening:
+            if self._fd < 0:
+                self._fd = _open(self.path)
+            return self._fd
 
     def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fills the buffers, one after the other, with the file's bytes from ``offset`` on.
@@ -110,6 +127,7 @@ class SafetensorsFile:
         Raises:
             SourceError: the file ended early, or the read failed.
         """
+        fd = self._fd if self._fd >= 0 else self._open()
         pending = [b for b in buffers if len(b)]
         while pending:
             call: list[memoryview] = []
@@ -120,7 +138,7 @@ class SafetensorsFile:
                 if size == _BYTES_A_CALL:
                     break
             try:
-                n = os.preadv(self._fd, call, offset)
+                n = os.preadv(fd, call, offset)
             except OSError as e:
                 raise SourceError(f"{self.path}: reading at byte {offset} failed: {e.strerror}") from None
             if n == 0:
@@ -133,29 +151,43 @@ class SafetensorsFile:
             if n:
                 pending[0] = pending[0][n:]
 
-    def _read_header(self) -> dict[str, Tensor]:
-        size = os.fstat(self._fd).st_size
+    def _read_header(self) -> Header:
+        size = os.fstat(self._open()).st_size
         if size < 8:
             raise SourceError(f"{self.path}: {size} bytes are too few for a safetensors file; truncated?")
         prefix = bytearray(8)
         self.read_into(0, [memoryview(prefix)])
-        length = int.from_bytes(prefix, "little")
-        if length > MAX_HEADER:
-            raise SourceError(
-                f"{self.path}: not a safetensors file (its header would have {length} bytes; "
-                f"at most {MAX_HEADER} are allowed)"
-            )
-        if 8 + length > size:
-            raise SourceError(
-                f"{self.path}: the header should have {length} bytes, but the file has only {size}; truncated?"
-            )
+        length = header_length(bytes(prefix), size, str(self.path))
         text = bytearray(length)
         self.read_into(8, [memoryview(text)])
-        start = 8 + length
-        entries = parse_header(bytes(text), size - start, str(self.path))
-        return {
-            n: Tensor(self, n, dtype, shape, start + begin) for n, (dtype, shape, begin) in entries.items()
-        }
+        return Header(bytes(text), size)
+
+
+def _open(path: Path) -> int:
+    try:
+        # Opening a pipe, say, would wait for ever.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise SourceError(f"{path} is not a file")
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise SourceError(f"{path} is missing; download the checkpoint again") from None
+    except OSError as e:
+        raise SourceError(f"{path} cannot be opened: {e.strerror}") from None
+
+
+def header_length(prefix: bytes, file_size: int, where: str) -> int:
+    """Bytes of the header that follows the first 8 bytes of a file, ``prefix``. Raises SourceError."""
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER:
+        raise SourceError(
+            f"{where}: not a safetensors file (its header would have {length} bytes; "
+            f"at most {MAX_HEADER} are allowed)"
+        )
+    if 8 + length > file_size:
+        raise SourceError(
+            f"{where}: the header should have {length} bytes, but the file has only {file_size}; truncated?"
+        )
+    return length
 
 
 def parse_header(text: bytes, data_size: int, where: str) -> dict[str, tuple[str, tuple[int, ...], int]]:

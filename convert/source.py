@@ -1,16 +1,25 @@
-"""Where tensors come from: a local checkpoint folder, or a Hugging Face id that becomes one."""
+"""Where tensors come from: a local checkpoint folder, or a Hugging Face repository, shard by shard.
+
+A checkpoint is opened with the headers of its shards alone. A shard's data is asked for when its turn has come
+(``fetch``) and given up when every tensor of it is in place (``drop``): what that means is the storage's affair.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from reprlib import repr as short
+from typing import Any, Protocol
 
+from mlx_flashmoe.convert.hub import Download, Repository
+from mlx_flashmoe.convert.journal import Beginning, Shard
 from mlx_flashmoe.convert.safetensors import SafetensorsFile, Tensor
 from mlx_flashmoe.errors import ConversionError, SourceError
 from mlx_flashmoe.layout import MANIFEST
@@ -21,88 +30,330 @@ INDEX = "model.safetensors.index.json"
 _SIDE_FILES = re.compile(
     r"[^.].*\.json|.*\.jinja|tokenizer[^/]*|vocab[^/]*|merges\.txt|.*\.tiktoken|LICEN[SC]E[^/]*"
 )
-_HUB_PATTERNS = [
-    "*.safetensors",
-    "*.json",
-    "*.jinja",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "*.tiktoken",
-    "LICEN*",
-]
+HEADER_THREADS = 8  # requests to the hub at once
+
+Waiting = Callable[[str], None]
+
+
+class Storage(Protocol):
+    """The shards' data.
+
+    Attributes:
+        temporary: shards are copies of this conversion's own.
+    """
+
+    temporary: bool
+
+    def fetch(self, name: str, waiting: Waiting) -> None:
+        """Returns when the shard is there; ``waiting`` is called now and then with what it waits for."""
+        ...
+
+    def prefetch(self, name: str) -> None:
+        """The shard will be the next to be asked for."""
+        ...
+
+    def may_drop(self, name: str) -> bool:
+        """Whether ``drop`` would remove anything."""
+        ...
+
+    def drop(self, name: str) -> None:
+        """Every tensor of the shard is in place, and nothing will read it again."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more is needed."""
+        ...
+
+
+class LocalFolder:
+    """Shards that are there. ``removable``: those that were asked to be removed when they are done with."""
+
+    temporary = False
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._removable: set[str] = set()
+
+    def remove_when_done(self, names: set[str]) -> None:
+        """Raises ConversionError if one of them is not a file of its own."""
+        for name in names:
+            if (self._folder / name).is_symlink():
+                raise ConversionError(
+                    f"{self._folder / name} is a link: removing it would free nothing; leave delete_source out"
+                )
+        self._removable = names
+
+    def fetch(self, name: str, waiting: Waiting) -> None:
+        pass
+
+    def prefetch(self, name: str) -> None:
+        pass
+
+    def may_drop(self, name: str) -> bool:
+        return name in self._removable
+
+    def drop(self, name: str) -> None:
+        if name in self._removable:
+            try:
+                (self._folder / name).unlink(missing_ok=True)
+            except OSError as e:
+                raise SourceError(f"{self._folder / name} cannot be removed: {e.strerror}") from None
+
+    def close(self) -> None:
+        pass
+
+
+class HubShards:
+    """Shards downloaded into ``folder`` one after the other, and removed."""
+
+    temporary = True
+
+    def __init__(self, repository: Repository, folder: Path, kept: set[str]) -> None:
+        self._repository = repository
+        self._folder = folder
+        self._kept = kept  # in the hub's cache, which is not ours
+        self._checked: set[str] = set()
+        self._downloads: dict[str, Download] = {}
+
+    def fetch(self, name: str, waiting: Waiting) -> None:
+        file = self._repository.files[name]
+        if name in self._kept:
+            if name not in self._checked:
+                waiting(f"checking {name}")
+                path = self._repository.cached(name)
+                assert path is not None
+                self._repository.check(path, file)
+                self._checked.add(name)
+            return
+        self.prefetch(name)
+        download = self._downloads.get(name)
+        while download is not None and not download.wait(0.5):
+            waiting(f"downloading {name}, {100 * download.received // max(file.size, 1)}%")
+
+    def prefetch(self, name: str) -> None:
+        path = self._folder / name
+        if name not in self._kept and name not in self._downloads and not path.exists():
+            self._folder.mkdir(exist_ok=True)
+            self._downloads[name] = Download(self._repository, self._repository.files[name], path)
+
+    def may_drop(self, name: str) -> bool:
+        return name not in self._kept
+
+    def drop(self, name: str) -> None:
+        if name not in self._kept:
+            self._downloads.pop(name, None)
+            (self._folder / name).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        for download in self._downloads.values():
+            download.stop()
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An open checkpoint: its config.json, and every tensor it lists, by published name."""
+    """A checkpoint: its config.json, and every tensor it lists, by published name.
+
+    Attributes:
+        folder: where config.json and the other small files are.
+        identity: tells apart checkpoints whose shards are alike.
+        shards: every file with tensors that the index names, in order, by name.
+        stamps: changes with a shard's content.
+        present: shards whose data is there, or can be had.
+        side_files: what a converted folder keeps as published.
+    """
 
     folder: Path
-    origin: str
     revision: str | None
+    identity: dict[str, Any]
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    shards: dict[str, SafetensorsFile]
+    stamps: dict[str, str]
+    present: set[str]
+    side_files: list[Path]
+    storage: Storage
 
-    def side_files(self) -> list[Path]:
-        """The files that a converted folder keeps as published."""
-        return sorted(
-            path
-            for path in self.folder.iterdir()
-            if path.is_file() and _SIDE_FILES.fullmatch(path.name) and not path.name.endswith(".index.json")
-        )
+    def recorded(self) -> dict[str, Shard]:
+        """What a journal keeps of the shards."""
+        return {name: Shard(file.header, self.stamps[name]) for name, file in self.shards.items()}
 
 
 @contextlib.contextmanager
-def open_checkpoint(hf_path: str | os.PathLike[str], revision: str | None = None) -> Iterator[Checkpoint]:
+def open_checkpoint(
+    hf_path: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    downloads: Path | None = None,
+    begun: Beginning | None = None,
+) -> Iterator[Checkpoint]:
     """Opens a checkpoint and checks that its files are whole.
 
     Args:
         hf_path: a folder with config.json and model.safetensors, or shards and their index; or the id of a
-            Hugging Face repository ("org/name"), which is downloaded into the hub's cache.
+            Hugging Face repository ("org/name").
         revision: of the repository: a branch, tag or commit. Not for a folder.
+        downloads: the folder for a repository's shards.
+        begun: an earlier conversion's record of the same checkpoint: shards of it may have gone since.
 
     Raises:
         SourceError: not found, not a checkpoint, or a file missing, truncated or malformed.
-        ConversionError: a revision was given with a folder.
+        ConversionError: a revision was given with a folder; the checkpoint is not what ``begun`` says.
     """
-    folder, commit = _locate(hf_path, revision)
+    with contextlib.ExitStack() as stack:
+        if Path(hf_path).is_dir():
+            opened = _open_folder(Path(hf_path), revision, begun, stack)
+        else:
+            opened = _open_repository(_repository_id(hf_path), revision, downloads, begun, stack)
+        if begun is not None and opened.identity != begun.source:
+            raise ConversionError(
+                f"{opened.folder} has changed since the conversion began; to start over, remove what is converted"
+            )
+        yield opened
+
+
+def _open_folder(
+    folder: Path, revision: str | None, begun: Beginning | None, stack: contextlib.ExitStack
+) -> Checkpoint:
+    if revision is not None:
+        raise ConversionError(f"a revision ({revision}) is for Hugging Face ids, but {folder} is a folder")
     if (folder / MANIFEST).exists():
         raise SourceError(f"{folder} is a converted model already ({MANIFEST} is in it); nothing to convert")
     config = _json_object(folder / "config.json", "a checkpoint needs it; is this a model's folder?")
-    with contextlib.ExitStack() as stack:
+    stamps: dict[str, str] = {}
+    present: set[str] = set()
 
-        def shard(name: str) -> SafetensorsFile:
-            return stack.enter_context(contextlib.closing(SafetensorsFile(folder / name)))
-
-        if (folder / INDEX).exists():
-            tensors = _indexed(folder / INDEX, shard)
-        elif (folder / SINGLE).exists():
-            tensors = dict(shard(SINGLE).tensors)
-        else:
-            raise SourceError(
-                f"{folder} has neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read"
+    def shard(name: str) -> SafetensorsFile:
+        path = folder / name
+        known = begun.shards.get(name) if begun is not None else None
+        if known is not None and not path.exists():
+            stamps[name] = known.stamp
+            return SafetensorsFile(path, known.header)
+        file = stack.enter_context(contextlib.closing(SafetensorsFile(path)))
+        stamps[name] = f"mtime {path.stat().st_mtime_ns}"
+        present.add(name)
+        if known is not None and (known.header, known.stamp) != (file.header, stamps[name]):
+            raise ConversionError(
+                f"{path} has changed since the conversion began; to start over, remove what is converted"
             )
-        yield Checkpoint(folder, str(hf_path), commit, config, tensors)
+        return file
+
+    if (folder / INDEX).exists():
+        tensors, shards = _indexed(folder / INDEX, shard)
+    elif (folder / SINGLE).exists() or (begun is not None and SINGLE in begun.shards):
+        shards = {SINGLE: shard(SINGLE)}
+        tensors = dict(shards[SINGLE].tensors)
+    else:
+        raise SourceError(f"{folder} has neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read")
+    side_files = sorted(path for path in folder.iterdir() if path.is_file() and _is_side_file(path.name))
+    return Checkpoint(
+        folder=folder,
+        revision=None,
+        identity={"config": _sha256(folder / "config.json")},
+        config=config,
+        tensors=tensors,
+        shards=shards,
+        stamps=stamps,
+        present=present,
+        side_files=side_files,
+        storage=LocalFolder(folder),
+    )
 
 
-def _indexed(path: Path, shard: Any) -> dict[str, Tensor]:
-    """The tensors an index lists, out of the shards it names."""
+def _open_repository(
+    name: str,
+    revision: str | None,
+    downloads: Path | None,
+    begun: Beginning | None,
+    stack: contextlib.ExitStack,
+) -> Checkpoint:
+    # Pinned: a branch may have moved since.
+    repository = Repository(name, begun.source["commit"] if begun is not None else revision)
+    files = repository.files
+    if "config.json" not in files:
+        raise SourceError(f"{name}: config.json is missing; a checkpoint needs it")
+    small = {n: repository.small_file(n) for n in sorted(files) if _is_side_file(n) or n == INDEX}
+    config = _json_object(small["config.json"], "")
+    if INDEX in files:
+        weight_map = _weight_map(small[INDEX])
+        names = sorted(set(weight_map.values()))
+    elif SINGLE in files:
+        weight_map, names = {}, [SINGLE]
+    else:
+        raise SourceError(f"{name} has neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read")
+    for file in names:
+        if file not in files:
+            raise SourceError(f"{name}: {file} is missing, but {INDEX} names it")
+    if begun is not None and {n: begun.shards[n].stamp for n in begun.shards} == {
+        n: files[n].stamp for n in names
+    }:
+        headers = {n: begun.shards[n].header for n in names}
+    else:
+        with ThreadPoolExecutor(HEADER_THREADS) as pool:
+            headers = dict(zip(names, pool.map(repository.header, names)))
+    assert downloads is not None
+    cached = {n: path for n in names if (path := repository.cached(n)) is not None}
+    shards = {
+        n: stack.enter_context(contextlib.closing(SafetensorsFile(cached.get(n, downloads / n), headers[n])))
+        for n in names
+    }
+    tensors = _named(small[INDEX], weight_map, shards) if weight_map else dict(shards[SINGLE].tensors)
+    storage = stack.enter_context(contextlib.closing(HubShards(repository, downloads, set(cached))))
+    return Checkpoint(
+        folder=small["config.json"].parent,
+        revision=repository.commit,
+        identity={"commit": repository.commit, "config": _sha256(small["config.json"])},
+        config=config,
+        tensors=tensors,
+        shards=shards,
+        stamps={n: files[n].stamp for n in names},
+        present=set(names),
+        side_files=[path for n, path in small.items() if n != INDEX],
+        storage=storage,
+    )
+
+
+def _is_side_file(name: str) -> bool:
+    return _SIDE_FILES.fullmatch(name) is not None and "/" not in name and not name.endswith(".index.json")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Tensor name -> shard name, checked to be a file name in the index's own folder."""
     weight_map = _json_object(path, "").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{path}: no weight_map in it")
-    shards: dict[str, SafetensorsFile] = {}
-    tensors = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or not _plain_name(file):
             raise SourceError(
-                f"{path}: tensor {name!r} is in {file!r}, which is not the name of a file in this folder"
+                f"{path}: tensor {short(name)} is in {short(file)}, which is not the name of a file in this folder"
             )
-        if file not in shards:
-            if not (path.parent / file).exists():
-                raise SourceError(f"{path.parent / file} is missing, but {path.name} names it")
+    return weight_map
+
+
+def _indexed(
+    path: Path, shard: Callable[[str], SafetensorsFile]
+) -> tuple[dict[str, Tensor], dict[str, SafetensorsFile]]:
+    """The tensors an index lists, and the shards it names, which ``shard`` opens."""
+    weight_map = _weight_map(path)
+    shards: dict[str, SafetensorsFile] = {}
+    for file in sorted(set(weight_map.values())):
+        try:
             shards[file] = shard(file)
+        except SourceError:
+            if not (path.parent / file).exists():
+                raise SourceError(f"{path.parent / file} is missing, but {path.name} names it") from None
+            raise
+    return _named(path, weight_map, shards), shards
+
+
+def _named(index: Path, weight_map: dict[str, str], shards: dict[str, SafetensorsFile]) -> dict[str, Tensor]:
+    tensors = {}
+    for name, file in weight_map.items():
         if name not in shards[file].tensors:
-            raise SourceError(f"{path.parent / file}: tensor {name!r} is not in it, but {path.name} says so")
+            raise SourceError(f"{shards[file].path}: tensor {name!r} is not in it, but {index.name} says so")
         tensors[name] = shards[file].tensors[name]
     return tensors
 
@@ -127,29 +378,10 @@ def _json_object(path: Path, hint: str) -> dict[str, Any]:
     return data
 
 
-def _locate(hf_path: str | os.PathLike[str], revision: str | None) -> tuple[Path, str | None]:
-    """The checkpoint's folder, and the commit it is of if it came from the hub."""
-    folder = Path(hf_path)
-    if folder.is_dir():
-        if revision is not None:
-            raise ConversionError(
-                f"a revision ({revision}) is for Hugging Face ids, but {folder} is a folder"
-            )
-        return folder, None
-    if folder.exists():
-        raise SourceError(f"{folder} is a file; give the checkpoint's folder")
+def _repository_id(hf_path: str | os.PathLike[str]) -> str:
+    if Path(hf_path).exists():
+        raise SourceError(f"{hf_path} is a file; give the checkpoint's folder")
     name = str(hf_path)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         raise SourceError(f"{name}: no such folder, and not a Hugging Face id (org/name)")
-    from huggingface_hub import snapshot_download
-
-    try:
-        snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_PATTERNS))
-    # The hub's client raises its own, requests', httpx's and the system's errors: all mean the same here.
-    except Exception as e:
-        reason = " ".join(str(e).split())
-        raise SourceError(
-            f"{name}: no such folder, and downloading it from Hugging Face failed: {type(e).__name__}: {reason[:300]}"
-        ) from None
-    # The cache names a snapshot's folder by its commit.
-    return snapshot, snapshot.name
+    return name

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_flashmoe.convert.families import Matrix
+from mlx_flashmoe.convert.families import FP8_BLOCK, Matrix
 from mlx_flashmoe.convert.safetensors import Tensor
 from mlx_flashmoe.layout import Quantization
 
@@ -41,20 +41,43 @@ def one_plus(weight: Tensor) -> Bytes:
     return (values + np.float32(1)).view(np.uint8)
 
 
-def quantize(matrix: Matrix, quantization: Quantization, device: mx.Device) -> tuple[Bytes, Bytes, Bytes]:
-    """Weight, scales and biases of a matrix quantized anew; from dequantized values if it was quantized before."""
+def convert(matrix: Matrix, quantization: Quantization, device: mx.Device) -> tuple[Bytes, ...]:
+    """The parts of a matrix that does not stay as published: quantized anew, or bfloat16 from FP8."""
     with _gpu if device.type == mx.DeviceType.gpu else contextlib.nullcontext():
-        if matrix.scales is not None and matrix.biases is not None:
-            q = matrix.quantization
-            weight, scales, biases = _array(matrix.weight), _array(matrix.scales), _array(matrix.biases)
-            values = mx.dequantize(weight, scales, biases, q.group_size, q.bits, stream=device)
+        if not quantization.quantized:
+            parts = [_fp8_values(matrix, device).astype(mx.bfloat16, stream=device)]
         else:
-            values = _array(matrix.weight)
-        weight, scales, biases = mx.quantize(
-            values, quantization.group_size, quantization.bits, stream=device
-        )
-        mx.eval(weight, scales, biases)
-        return _bytes(weight), _bytes(scales), _bytes(biases)
+            parts = quantize(matrix, quantization, device)
+        mx.eval(parts)
+        return tuple(map(_bytes, parts))
+
+
+def quantize(matrix: Matrix, quantization: Quantization, device: mx.Device) -> list[mx.array]:
+    """Weight, scales and biases, lazily; from a matrix's values if it was quantized, or FP8, before."""
+    q = matrix.quantization
+    if matrix.fp8:
+        values = _fp8_values(matrix, device)
+    elif matrix.scales is not None and matrix.biases is not None:
+        weight, scales, biases = _array(matrix.weight), _array(matrix.scales), _array(matrix.biases)
+        values = mx.dequantize(weight, scales, biases, q.group_size, q.bits, stream=device)
+    else:
+        values = _array(matrix.weight)
+    weight, scales, biases = mx.quantize(values, quantization.group_size, quantization.bits, stream=device)
+    # From float32 values of FP8 come float32 scales; what is kept has the type that other checkpoints' have.
+    dtype = _TYPES[matrix.dtype][1]
+    return [weight, scales.astype(dtype, stream=device), biases.astype(dtype, stream=device)]
+
+
+def _fp8_values(matrix: Matrix, device: mx.Device) -> mx.array:
+    """weight * scale of its block, in float32: exact where scales are bfloat16, as they are published."""
+    assert matrix.scale_inv is not None
+    rows, columns = matrix.weight.shape
+    with mx.stream(device):
+        codes = mx.array(matrix.weight.read().reshape(rows, columns))
+        scales = _array(matrix.scale_inv).astype(mx.float32)
+        # A block's scale for each of its rows, then for each of its columns; the last block may be narrower.
+        scales = mx.repeat(scales, FP8_BLOCK, axis=0)[matrix.skipped : matrix.skipped + rows]
+        return mx.from_fp8(codes, mx.float32) * mx.repeat(scales, FP8_BLOCK, axis=1)[:, :columns]
 
 
 def _array(tensor: Tensor) -> mx.array:

@@ -60,6 +60,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_convert(commands)
+    _add_verify(commands)
     _add_generate(commands)
     _add_chat(commands)
     _add_serve(commands)
@@ -85,7 +86,8 @@ def _add_convert(commands: Any) -> None:
         allow_abbrev=False,
         help="repack a checkpoint so that it can be streamed from disk",
         description="Repack a checkpoint into a folder that generate can stream from: the part every token "
-        "needs, and one block on disk for every expert.",
+        "needs, and one block on disk for every expert. The same command again goes on with a conversion that was "
+        "interrupted.",
     )
     parser.add_argument(
         "--hf-path",
@@ -107,6 +109,29 @@ def _add_convert(commands: Any) -> None:
         choices=(32, 64, 128),
         help="weights that share a scale and a bias (default: the checkpoint's own if it is quantized, else 64)",
     )
+    parser.add_argument(
+        "--q-bits-gate-up",
+        type=int,
+        choices=(2, 3, 4, 6, 8, 16),
+        help="bits of the experts' gate_proj and up_proj (default: as --q-bits)",
+    )
+    parser.add_argument(
+        "--q-bits-down",
+        type=int,
+        choices=(2, 3, 4, 6, 8, 16),
+        help="bits of the experts' down_proj (default: as --q-bits)",
+    )
+    parser.add_argument(
+        "--recipe",
+        metavar="FILE",
+        help="a TOML file with the same choices, for single layers too (README.md shows one)",
+    )
+    parser.add_argument(
+        "--delete-source",
+        action="store_true",
+        help="remove each of the checkpoint's weight files once all of it is converted, flushed and read back; "
+        "files that hold weights which are left out stay",
+    )
     parser.set_defaults(run=_convert)
 
 
@@ -121,6 +146,10 @@ def _convert(arguments: argparse.Namespace) -> int:
             arguments.mlx_path,
             q_bits=arguments.q_bits,
             q_group_size=arguments.q_group_size,
+            q_bits_gate_up=arguments.q_bits_gate_up,
+            q_bits_down=arguments.q_bits_down,
+            recipe=arguments.recipe,
+            delete_source=arguments.delete_source,
             progress=display.progress,
             note=display.note,
         )
@@ -128,6 +157,41 @@ def _convert(arguments: argparse.Namespace) -> int:
         f"{arguments.mlx_path}: {show_size(made.expert_bytes)} of experts in {len(made.layers)} layers, "
         f"{show_size(made.dense_bytes)} for everything else"
     )
+    return 0
+
+
+# verify
+
+
+def _add_verify(commands: Any) -> None:
+    parser = commands.add_parser(
+        "verify",
+        allow_abbrev=False,
+        help="read a converted model again, and compare it with its checksums or its source",
+        description="Read all of a converted model from the disk and compare it with the checksums that convert "
+        "has kept, or with the checkpoint it was made from. Says what is damaged or missing.",
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="a folder that convert has written")
+    parser.add_argument(
+        "--against",
+        metavar="ID_OR_DIR",
+        help="compare every byte with what converting this checkpoint gives now",
+    )
+    parser.set_defaults(run=_verify)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    import time
+
+    from mlx_flashmoe.console import ConversionProgress
+    from mlx_flashmoe.convert import verify
+    from mlx_flashmoe.sizes import show_size
+
+    started = time.perf_counter()
+    with ConversionProgress() as display:
+        compared = verify(arguments.model, arguments.against, progress=display.progress, note=display.note)
+    rate = compared / (time.perf_counter() - started)
+    print(f"{arguments.model}: {show_size(compared)} as they should be, read at {show_size(rate)}/s")
     return 0
 
 
@@ -183,6 +247,11 @@ def _add_model_flags(parser: argparse.ArgumentParser, required: bool = True) -> 
         "--direct-reads",
         action="store_true",
         help="read experts around the operating system's page cache, so that it keeps none of them",
+    )
+    parser.add_argument(
+        "--check-reads",
+        action="store_true",
+        help="compare the checksum of every expert as it is read: a damaged one is an error, and reading is slower",
     )
 
 
@@ -269,6 +338,7 @@ def _load_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "active_experts": arguments.active_experts,
         "experts_path": arguments.experts_path,
         "direct_reads": arguments.direct_reads,
+        "check_reads": arguments.check_reads,
     }
 
 

@@ -36,7 +36,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_flashmoe.generate import GenerationResponse
-from mlx_flashmoe.sizes import show_size
+from mlx_flashmoe.sizes import show_duration, show_size
 from mlx_flashmoe.thinking import ThinkingSplitter
 
 # Control characters other than newline and tab, drawn as their pictures: an answer must not steer the terminal.
@@ -362,7 +362,7 @@ class FoldedThinkingSection(ThinkingSection):
 
     def finish(self, text: str) -> RenderableType:
         seconds = max(1.0, time.perf_counter() - self._start)
-        return Text(f"Thought for {_duration(seconds)} (/think shows it)", style="dim")
+        return Text(f"Thought for {show_duration(seconds)} (/think shows it)", style="dim")
 
 
 class _LastLines:
@@ -557,13 +557,5 @@ class ConversionProgress:
         rate = (done - already) / (now - began) if now > began else 0.0
         line = f"{100 * done / total if total else 100:.0f}% · {show_size(done)} of {show_size(total)}"
         if rate > 0:
-            line += f" · {show_size(rate)}/s · {_duration((total - done) / rate)} left"
+            line += f" · {show_size(rate)}/s · {show_duration((total - done) / rate)} left"
         self._console.print(Text(f"{line} · {what}"))
-
-
-def _duration(seconds: float) -> str:
-    whole = round(seconds)
-    hours, minutes = whole // 3600, whole // 60 % 60
-    return (
-        f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
-    )

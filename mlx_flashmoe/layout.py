@@ -232,7 +232,7 @@ class Manifest:
 
     Attributes:
         model_type: the checkpoint's, a key of ``models.ARCHITECTURES``.
-        source: where it came from ("path", "revision"), for people.
+        source: where it came from ("path", "revision"), and what was "asked" for.
         dense_quantization: module path -> Quantization, for every quantized dense module.
         layouts: distinct blob layouts; a layer names one by its index.
         layers: the expert files, by layer.

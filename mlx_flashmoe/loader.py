@@ -157,6 +157,7 @@ def load(
     experts_path: Sequence[str | os.PathLike[str]] = (),
     direct_reads: bool = False,
     prefix_memory: int = 0,
+    check_reads: bool = False,
 ) -> tuple[StreamingModel, Tokenizer]:
     """Loads a converted folder. One without a tokenizer.json loads too; its tokenizer raises when used.
 
@@ -172,6 +173,7 @@ def load(
             reads are spread over all copies, and ``path`` itself need not have those that are elsewhere.
         direct_reads: read experts around the operating system's page cache.
         prefix_memory: bytes that the plan leaves for a ``PrefixCache``.
+        check_reads: checksum every expert as it is read; a damaged one is a ReadError when it is needed.
 
     Raises:
         FormatError: not a complete converted folder, or its parts contradict each other.
@@ -200,7 +202,7 @@ def load(
         if dtype not in (mx.float32, mx.bfloat16, mx.float16):
             raise FormatError(f"{folder / 'config.json'}: dtype {settings.dtype!r} is not supported")
 
-    store = ExpertStore(folder, manifest, experts_path, direct_reads)
+    store = ExpertStore(folder, manifest, experts_path, direct_reads, check_reads)
     weights = _open_dense(folder, manifest)
     dtypes = {
         name: mx.float32 if arch.Model.keep_float32(name) else dtype

@@ -1,4 +1,4 @@
-"""Bytes, for people."""
+"""Bytes and times, for people."""
 
 from __future__ import annotations
 
@@ -11,3 +11,12 @@ def show_size(n: float) -> str:
             break
         n, unit = n / 1000, larger
     return f"{n:.0f} {unit}" if n >= 100 or unit == "bytes" else f"{n:.3g} {unit}"
+
+
+def show_duration(seconds: float) -> str:
+    """A time for people: "42 s", "3 min 5 s", "2 h 10 min"."""
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"

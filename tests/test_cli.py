@@ -63,7 +63,7 @@ def test_help_names_what_there_is_and_nothing_else() -> None:
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.startswith("usage: python -m mlx_flashmoe ")
     commands = re.findall(r"^    (\w+)  ", done.stdout, re.M)
-    assert commands[:2] == ["convert", "generate"]
+    assert commands[:3] == ["convert", "verify", "generate"]
     for command in commands:
         page = run(command, "--help")
         assert page.returncode == 0

@@ -23,9 +23,8 @@ from checkpoints import (
     write_checkpoint,
 )
 
-from mlx_flashmoe.convert import convert, plan, repack, transform
+from mlx_flashmoe.convert import convert, plan, transform, units
 from mlx_flashmoe.convert.safetensors import SafetensorsFile
-from mlx_flashmoe.errors import SourceError
 from mlx_flashmoe.layout import Manifest, Quantization
 
 PARTS = ("weight", "scales", "biases")
@@ -331,7 +330,7 @@ def test_pieces_and_several_dense_files_change_nothing(
         real(self, offset, buffers)
 
     monkeypatch.setattr(SafetensorsFile, "read_into", read_into)
-    monkeypatch.setattr(repack, "PIECE", 2048)
+    monkeypatch.setattr(units, "PIECE", 2048)
     monkeypatch.setattr(plan, "DENSE_FILE_BYTES", 20_000)
     m = convert(tmp_path / "source", tmp_path / "pieces", q_bits=4)
     n = len(m.dense)
@@ -381,7 +380,8 @@ def test_progress_and_notes(tmp_path: Path) -> None:
     assert {total for _, total, _ in seen} == {sum(len(a.data) for a in used)} == {done[-1]}
     assert {"dense part", "layer 1 of 3", "layer 3 of 3"} <= {what for _, _, what in seen}
     assert lines[0] == "left out, not used for text: 3 tensors (2 of model.visual.*, 1 of mtp.*)"
-    assert "3 layers of 4 experts, 4 bits in groups of 64" in lines[-1]
+    assert "3 layers of 4 experts, 4 bits in groups of 64" in lines[-2]
+    assert lines[-1].startswith("to read 993 kB, to write 327 kB; disk space needed 329 kB of ")
     assert not any("\n" in line for line in lines)
 
 
@@ -410,7 +410,11 @@ def test_an_empty_folder_serves(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "source")
     (tmp_path / "out").mkdir()
     convert(str(tmp_path / "source"), str(tmp_path / "out"))
-    assert Manifest.load(tmp_path / "out").source == {"path": str(tmp_path / "source"), "revision": None}
+    assert Manifest.load(tmp_path / "out").source == {
+        "path": str(tmp_path / "source"),
+        "revision": None,
+        "asked": {"revision": None, "recipe": {}},
+    }
 
 
 def test_index_with_one_file(tmp_path: Path) -> None:
@@ -421,35 +425,6 @@ def test_index_with_one_file(tmp_path: Path) -> None:
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     convert(source, tmp_path / "out")
     check_experts(tmp_path / "out", Spec(), 4, 64)
-
-
-def test_a_hugging_face_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    blobs = write_checkpoint(tmp_path / "blobs")
-    snapshot = tmp_path / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    for path in blobs.iterdir():  # the hub's cache holds links
-        os.symlink(path, snapshot / path.name)
-    asked = {}
-
-    def snapshot_download(repo_id: str, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.update(repo_id=repo_id, revision=revision, patterns=allow_patterns)
-        return str(snapshot)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    m = convert("org/name", tmp_path / "out", revision="main")
-    assert (asked["repo_id"], asked["revision"]) == ("org/name", "main")
-    assert {"*.safetensors", "*.json", "*.jinja"} <= set(asked["patterns"])
-    assert m.source == {"path": "org/name", "revision": commit}
-    assert not (tmp_path / "out/config.json").is_symlink()
-    check_experts(tmp_path / "out", Spec(), 4, 64)
-
-    def offline(*_: object, **__: object) -> str:
-        raise ConnectionError("no network\nat all")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(SourceError, match=r"^org/other: no such folder.*ConnectionError: no network at all$"):
-        convert("org/other", tmp_path / "out2")
 
 
 def test_unaligned_data(tmp_path: Path) -> None:

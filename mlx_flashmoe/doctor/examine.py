@@ -17,8 +17,9 @@ import mlx.core as mx
 
 from mlx_flashmoe.convert.families import bind
 from mlx_flashmoe.convert.plan import make_plan
+from mlx_flashmoe.convert.recipe import Recipe
 from mlx_flashmoe.convert.safetensors import DTYPE_BITS, SafetensorsFile, Tensor
-from mlx_flashmoe.convert.source import Checkpoint, open_checkpoint
+from mlx_flashmoe.convert.source import Checkpoint, LocalFolder, open_checkpoint
 from mlx_flashmoe.errors import SourceError
 from mlx_flashmoe.layout import MANIFEST, BlobLayout, Manifest, Quantization
 from mlx_flashmoe.loader import read_config
@@ -98,7 +99,7 @@ def _converted(folder: Path, dtype: mx.Dtype) -> Needs:
 
 def _to_convert(checkpoint: Checkpoint, dtype: mx.Dtype) -> Needs:
     bound = bind(checkpoint)
-    plan = make_plan(bound, None, None)
+    plan = make_plan(bound, Recipe())
     modules = list(plan.modules())
     bits = {p.bits for layout in plan.layouts for p in layout.projections.values()}
     return _needs(
@@ -191,4 +192,16 @@ def _on_the_hub(name: str) -> Checkpoint:
             tensors[tensor_name] = Tensor(
                 remote, tensor_name, str(info.dtype), tuple(info.shape), info.data_offsets[0]
             )
-    return Checkpoint(Path(name), name, None, config, tensors)
+    # Headers only: there are no shards to convert.
+    return Checkpoint(
+        folder=Path(name),
+        revision=None,
+        identity={},
+        config=config,
+        tensors=tensors,
+        shards={},
+        stamps={},
+        present=set(),
+        side_files=[],
+        storage=LocalFolder(Path(name)),
+    )

@@ -11,11 +11,13 @@ import itertools
 import os
 import threading
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_flashmoe.checksum import crc32_of
 from mlx_flashmoe.errors import FormatError, ReadError
 from mlx_flashmoe.experts.slab import Slab
 from mlx_flashmoe.layout import PAGE, BlobLayout, Manifest, expert_files
@@ -58,6 +60,7 @@ class _LayerFile:
     paths: tuple[Path, ...]
     layout: BlobLayout
     num_experts: int
+    crc32: tuple[int, ...]
 
 
 def open_for_reading(path: Path, direct: bool) -> int:
@@ -95,6 +98,8 @@ class PendingReads:
         ]
         self._queue = enumerate(parts)
         self._left = [0] * len(requests)
+        # (offset, bytes, crc32) of the parts read, where reads are checked.
+        self._crcs: list[list[tuple[int, int, int]]] = [[] for _ in requests]
         for i, _, _ in parts:
             self._left[i] += 1
         self._cancelled = False
@@ -135,12 +140,17 @@ class PendingReads:
             if self._cancelled:
                 return
             try:
-                self._store.read(request, start, stop, self._slab, turn)
+                crc = self._store.read(request, start, stop, self._slab, turn)
+                with self._lock:
+                    if crc is not None:
+                        self._crcs[i].append((start, stop - start, crc))
+                    self._left[i] -= 1
+                    last = self._left[i] == 0
+                if last and self._store.check_reads:
+                    self._store.check(request, self._crcs[i])
             except BaseException:
                 self.cancel()
                 raise
-            with self._lock:
-                self._left[i] -= 1
 
 
 class ExpertStore:
@@ -151,6 +161,7 @@ class ExpertStore:
         manifest: its manifest, already loaded.
         also: more folders, best on other disks, that hold copies of some or all expert files.
         direct: read around the operating system's page cache.
+        check_reads: compare the checksum of everything read with the manifest's.
 
     Attributes:
         layers: the layers that have experts, ascending.
@@ -164,7 +175,9 @@ class ExpertStore:
         manifest: Manifest,
         also: Sequence[str | os.PathLike[str]] = (),
         direct: bool = False,
+        check_reads: bool = False,
     ):
+        self.check_reads = check_reads
         self._files: dict[int, _LayerFile] = {}
         self._lock = threading.Lock()
         self.bytes_read = 0
@@ -187,7 +200,9 @@ class ExpertStore:
                             f"{path} (layer {entry.layer}) cannot be opened{how}: {e.strerror}"
                         ) from None
                 layout = manifest.layout_of(entry)
-                self._files[entry.layer] = _LayerFile(tuple(fds), paths, layout, entry.num_experts)
+                self._files[entry.layer] = _LayerFile(
+                    tuple(fds), paths, layout, entry.num_experts, entry.crc32
+                )
         except BaseException:
             self.close()
             raise
@@ -207,8 +222,9 @@ class ExpertStore:
         """Begins reading into ``slab``. The slots of the requests are the store's until ``wait`` returns.
 
         Raises (from ``wait``):
-            ReadError: a read failed or came back short; names the file, the layer and the expert. The other
-                reads are finished or given up, and the store can be used again.
+            ReadError: a read failed, came back short, or (``check_reads``) brought other bytes than were written;
+                names the file, the layer and the expert. The other reads are finished or given up, and the store
+                can be used again.
         """
         return PendingReads(self, requests, slab)
 
@@ -220,11 +236,14 @@ class ExpertStore:
         bounds = [pages * i // parts * PAGE for i in range(parts + 1)]
         return list(itertools.pairwise(bounds))
 
-    def read(self, request: ReadRequest, start: int, stop: int, slab: Slab, turn: int = 0) -> None:
+    def read(self, request: ReadRequest, start: int, stop: int, slab: Slab, turn: int = 0) -> int | None:
         """Reads bytes [start, stop) of a blob into its slot, in this thread. Raises ReadError.
 
         Args:
             turn: which copy of the file to read, counted on and on.
+
+        Returns:
+            their crc32 if reads are checked.
         """
         file = self._files[request.layer]
         copy = turn % len(file.fds)
@@ -245,10 +264,22 @@ class ExpertStore:
                     "it was truncated or replaced: convert the checkpoint again"
                 )
             done += n
+        crc = zlib.crc32(into) if self.check_reads else None
         slab.finish(request.slot, start, stop)
         with self._lock:
             self.bytes_read += done
             self.reads += start == 0
+        return crc
+
+    def check(self, request: ReadRequest, parts: list[tuple[int, int, int]]) -> None:
+        """Raises ReadError unless a blob's parts, (offset, bytes, crc32), are what was written."""
+        file = self._files[request.layer]
+        if crc32_of(file.layout.blob_size, parts) != file.crc32[request.expert]:
+            copies = " or ".join(map(str, file.paths))
+            raise ReadError(
+                f"{copies}: layer {request.layer}, expert {request.expert}: what was read is not what was written; "
+                "the disk or the file is damaged: convert the checkpoint again"
+            )
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:

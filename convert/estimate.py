@@ -1,0 +1,112 @@
+"""What a conversion will take, before it begins: disk space at its worst moment, and time at measured rates."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_flashmoe.convert.destination import Destination, writing
+from mlx_flashmoe.convert.source import Checkpoint
+from mlx_flashmoe.convert.units import FLUSHING, Unit
+from mlx_flashmoe.sizes import show_duration, show_size
+
+WORTH_MEASURING = 2 * 10**9  # below, a conversion is over before anybody has read the estimate
+PROBE = 64 << 20  # bytes read, and written, to measure a rate
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a conversion reads, writes, and needs free on DST's disk at its worst moment."""
+
+    read: int
+    written: int
+    peak: int
+
+
+def disk_needs(todo: Sequence[Unit], checkpoint: Checkpoint, other_files: int) -> Needs:
+    """Plays the units through: what they write comes, shards are downloaded, or removed, as they are done with.
+
+    Args:
+        todo: units still to be done, in order.
+        other_files: bytes written besides.
+    """
+    storage = checkpoint.storage
+    size = {name: file.header.file_size for name, file in checkpoint.shards.items()}
+    last = {name: i for i, unit in enumerate(todo) for name in unit.shards}
+    order = list(dict.fromkeys(name for unit in todo for name in unit.shards))
+    used = peak = other_files
+    coming = 0  # shards of ``order`` that have begun to come
+    for i, unit in enumerate(todo):
+        # The shard after this unit's is downloaded meanwhile.
+        ahead = max((order.index(n) for n in unit.shards), default=-1) + 2
+        for name in order[coming:ahead] if storage.temporary else ():
+            used += size[name] if storage.may_drop(name) else 0
+        coming = max(coming, ahead)
+        used += unit.nbytes
+        peak = max(peak, used)
+        if i >= FLUSHING:  # units written later may come before a shard of this one goes
+            for name in todo[i - FLUSHING].shards:
+                used -= size[name] if last[name] == i - FLUSHING and storage.may_drop(name) else 0
+    return Needs(sum(u.source_bytes for u in todo), sum(u.nbytes for u in todo), peak)
+
+
+def expected_time(needs: Needs, quantized: bool, checkpoint: Checkpoint, destination: Destination) -> str:
+    """One line: how long it takes at the rates of this machine and these disks, measured in about a second."""
+    writing_rate = _writing_rate(destination.state / "probe")
+    rates = [f"{show_size(writing_rate)}/s of writing"]
+    if checkpoint.storage.temporary:
+        seconds = needs.written / writing_rate
+    else:
+        shard = max(checkpoint.present, key=lambda n: checkpoint.shards[n].header.file_size)
+        path = checkpoint.folder / shard
+        reading_rate = _reading_rate(path)
+        rates.insert(0, f"{show_size(reading_rate)}/s of reading")
+        reading, written = needs.read / reading_rate, needs.written / writing_rate
+        same_disk = path.stat().st_dev == destination.folder.stat().st_dev
+        seconds = reading + written if same_disk else max(reading, written)
+    if quantized:
+        rate = _quantizing_rate()
+        rates.append(f"{show_size(rate)}/s of quantizing")
+        seconds = max(seconds, needs.read / rate)
+    besides = " and the download's time" if checkpoint.storage.temporary else ""
+    return f"about {show_duration(seconds)}{besides}, at {', '.join(rates)} measured now"
+
+
+def _writing_rate(path: Path) -> float:
+    data = np.random.default_rng(0).bytes(PROBE)
+    started = time.perf_counter()
+    try:
+        with writing(path), open(path, "wb", buffering=0) as f:
+            f.write(data)
+            os.fsync(f.fileno())
+    finally:
+        path.unlink(missing_ok=True)
+    return PROBE / (time.perf_counter() - started)
+
+
+def _reading_rate(path: Path) -> float:
+    # From its middle: the beginning has just been read for the header.
+    with open(path, "rb", buffering=0) as f:
+        size = os.fstat(f.fileno()).st_size
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        started = time.perf_counter()
+        n = len(os.pread(f.fileno(), PROBE, max(0, size // 2 - PROBE // 2)))
+        return n / (time.perf_counter() - started)
+
+
+def _quantizing_rate() -> float:
+    """Bytes of bfloat16 a second, by one thread, times the processors that do it side by side."""
+    values = mx.random.normal((1024, 4096)).astype(mx.bfloat16)
+    mx.eval(values)
+    mx.eval(mx.quantize(values, 64, 4))
+    started = time.perf_counter()
+    mx.eval(mx.quantize(values, 64, 4))
+    workers = 1 if mx.default_device().type == mx.DeviceType.gpu else os.cpu_count() or 1
+    return workers * values.nbytes / (time.perf_counter() - started)

@@ -1,0 +1,191 @@
+"""Re-reading a converted folder: is everything there, and is it what was written, or what the source says?"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import tempfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_flashmoe.convert.destination import JOURNAL, STATE
+from mlx_flashmoe.convert.families import bind
+from mlx_flashmoe.convert.journal import Journal
+from mlx_flashmoe.convert.plan import make_plan
+from mlx_flashmoe.convert.recipe import Recipe
+from mlx_flashmoe.convert.reread import crc32_on_disk
+from mlx_flashmoe.convert.source import open_checkpoint
+from mlx_flashmoe.convert.units import Job, Scratch, cut
+from mlx_flashmoe.errors import FormatError
+from mlx_flashmoe.layout import MANIFEST, BlobLayout, Manifest, expert_file
+
+THREADS = max(4, min(16, os.cpu_count() or 4))
+
+Progress = Callable[[int, int, str], None]
+# Says what is wrong, if anything. None in a check's place: those before it must be over before the next begins.
+Check = Callable[[], str | None]
+
+
+def verify(
+    path: str | os.PathLike[str],
+    against: str | os.PathLike[str] | None = None,
+    *,
+    progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
+) -> int:
+    """Reads a converted folder again, from the disk rather than from the page cache, and compares.
+
+    Args:
+        path: what ``convert`` made.
+        against: the checkpoint it was made from, a folder or an id: then every byte is compared with what a
+            conversion would write now; without, checksums are compared with the manifest's.
+        progress: called with (bytes done, bytes in all, what is being done), often.
+        note: called with a line for each piece that is not as it should be.
+
+    Returns:
+        bytes compared.
+
+    Raises:
+        FormatError: not a complete converted folder (says what is missing), or something in it is wrong.
+        SourceError, ConversionError: ``against`` cannot be read, or does not fit.
+    """
+    folder = Path(path)
+    note = note or (lambda line: None)
+    _check_complete(folder)
+    manifest = Manifest.load(folder)
+    report = progress or (lambda done, total, what: None)
+    done = wrong = 0
+    total = manifest.expert_bytes + manifest.dense_bytes
+    with contextlib.ExitStack() as stack:
+        checks = (
+            _checksums(folder, manifest, stack)
+            if against is None
+            else _comparisons(folder, manifest, against, stack)
+        )
+        pool = stack.enter_context(ThreadPoolExecutor(THREADS, thread_name_prefix="verify"))
+        for nbytes, what, fault in _in_order(pool, checks):
+            done += nbytes
+            if fault is not None:
+                wrong += 1
+                note(fault)
+            report(min(done, total), total, what)
+    if wrong:
+        raise FormatError(f"{folder}: damaged in {wrong} place{'s' if wrong > 1 else ''}; convert it again")
+    return done
+
+
+def _check_complete(folder: Path) -> None:
+    """Raises FormatError for a folder whose conversion has not come to its end."""
+    if (folder / MANIFEST).exists() or not (folder / STATE / JOURNAL).exists():
+        return
+    journal = Journal(folder / STATE / JOURNAL)
+    journal.close()
+    begun = journal.beginning
+    units = begun.units if begun is not None else {}
+    done = Counter(name.rpartition("#")[0] for name in journal.done)
+    lacking = [f"{file} ({done[file]} of {n} parts)" for file, n in sorted(units.items()) if done[file] < n]
+    missing = f"missing are {', '.join(lacking[:5])}{', …' if len(lacking) > 5 else ''}; " if lacking else ""
+    source = begun.asked["path"] if begun is not None else "SRC"
+    raise FormatError(
+        f"{folder}: the conversion is not complete: {sum(done.values())} of {sum(units.values())} parts are done; "
+        f"{missing}go on with: python -m mlx_flashmoe convert --hf-path {source} --mlx-path {folder}"
+    )
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, checks: Iterator[tuple[int, str, Check | None]]
+) -> Iterator[tuple[int, str, str | None]]:
+    """(bytes, what, fault) of each check, in order; a few are under way at any time."""
+    pending: deque[tuple[int, str, Future[str | None]]] = deque()
+    for nbytes, what, check in itertools.chain(checks, [(0, "", None)]):
+        if check is not None:
+            pending.append((nbytes, what, pool.submit(check)))
+        while len(pending) > (2 * THREADS if check is not None else 0):
+            nbytes, what, future = pending.popleft()
+            yield nbytes, what, future.result()
+
+
+def _checksums(
+    folder: Path, manifest: Manifest, stack: contextlib.ExitStack
+) -> Iterator[tuple[int, str, Check | None]]:
+    for dense in manifest.dense:
+        fd = _open(folder / dense.file, stack)
+        yield (
+            dense.size,
+            "dense part",
+            partial(_compare, fd, 0, dense.size, dense.crc32, f"{folder / dense.file}"),
+        )
+    for entry in manifest.layers:
+        fd, size = _open(folder / entry.file, stack), manifest.layout_of(entry).blob_size
+        for e, crc in enumerate(entry.crc32):
+            what = f"{folder / entry.file}: layer {entry.layer}, expert {e}"
+            yield size, f"layer {entry.layer}", partial(_compare, fd, e * size, size, crc, what)
+
+
+def _open(path: Path, stack: contextlib.ExitStack) -> int:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as e:
+        raise FormatError(f"{path} cannot be opened: {e.strerror}") from None
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _compare(fd: int, offset: int, nbytes: int, crc: int, what: str) -> str | None:
+    try:
+        return None if crc32_on_disk(fd, offset, nbytes) == crc else f"{what}: differs from what was written"
+    except OSError as e:
+        return f"{what}: cannot be read: {e.strerror}"
+    except EOFError as e:
+        return f"{what}: {e}"
+
+
+def _comparisons(
+    folder: Path, manifest: Manifest, against: str | os.PathLike[str], stack: contextlib.ExitStack
+) -> Iterator[tuple[int, str, Check | None]]:
+    """What the converter would write now, against what is there."""
+    asked = manifest.source.get("asked", {})
+    recipe = Recipe.from_json(asked.get("recipe", {}), str(folder / MANIFEST))
+    revision = downloads = None
+    if not Path(against).is_dir():
+        revision = manifest.source["revision"]
+        downloads = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".verify-", dir=folder)))
+    checkpoint = stack.enter_context(open_checkpoint(against, revision, downloads=downloads))
+    plan = make_plan(bind(checkpoint), recipe)
+    layouts = {entry.layer: manifest.layout_of(entry) for entry in manifest.layers}
+    planned = {p.experts.layer: plan.layouts[p.layout] for p in plan.layers}
+    sizes = {f.name: f.nbytes for f in plan.dense}
+    if layouts != planned or sizes != {d.file: d.size for d in manifest.dense}:
+        raise FormatError(f"{folder} is not a conversion of {against}: shapes or quantization differ")
+    scratch = Scratch(mx.default_device())
+    units = cut(plan, list(checkpoint.shards))
+    last = {shard: unit for unit in units for shard in unit.shards}
+    for unit in units:
+        for shard in unit.shards:
+            checkpoint.storage.fetch(shard, lambda what: None)
+        fd = _open(folder / unit.file, stack)
+        layer = next((n for n in planned if unit.file == expert_file(n)), None)
+        layout = planned[layer] if layer is not None else None
+        for job in unit.jobs:
+            what = f"{folder / unit.file}" if layer is None else f"{folder / unit.file}: layer {layer}"
+            nbytes = sum(n for _, n in job.spans)
+            yield nbytes, unit.what, partial(_remake, fd, job, scratch, layout, what)
+        for shard in unit.shards:
+            if last[shard] is unit and checkpoint.storage.temporary:
+                yield 0, unit.what, None
+                checkpoint.shards[shard].close()
+                checkpoint.storage.drop(shard)
+
+
+def _remake(fd: int, job: Job, scratch: Scratch, layout: BlobLayout | None, what: str) -> str | None:
+    for (offset, nbytes), data in zip(job.spans, job.make(scratch)):
+        if os.pread(fd, nbytes, offset) != data:
+            where = f", expert {offset // layout.blob_size}" if layout is not None else f", at byte {offset}"
+            return f"{what}{where}: differs from the source"
+    return None
