@@ -335,6 +335,7 @@ def test_bodies_that_no_client_sends(address: str, path: str) -> None:
     for body in (
         *(b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"messages": NaN}'),
         b'{"prompt": "\\ud800", "max_tokens": 5, "messages": [{"role": "user", "content": "\\udfff"}]}',
+        b'{"prompt": "x", "max_tokens": 1, "messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
         b'{"prompt": "x", "max_tokens": %s}' % (b"9" * 5000),
         b'{"max_tokens": 5, "messages": [{"role": "user", "content": "x", "tool_calls": '
         + b'{"a":' * 900
@@ -411,25 +412,25 @@ def test_the_first_sequence_ends_the_text(text: str, sequences: list[str], data:
 
 
 def test_who_goes_away_makes_room_at_once(address: str, gpt: Any) -> None:
-    def generated() -> float:
-        return metric(address, "generated_tokens_total") + metric(address, "answers_total")
+    def wait_for(busy: int, waiting: int) -> float:
+        start = time.monotonic()
+        while (metric(address, "busy"), metric(address, "queue_waiting")) != (busy, waiting):
+            assert time.monotonic() < start + 5
+            time.sleep(0.005)
+        return time.monotonic() - start
 
-    # Streams that are closed, requests that are cut off: while generating, and while waiting.
+    # A stream that is closed while tokens come, and a request that is cut off while it waits.
     first = gpt.chat.completions.create(model="any", messages=[user("SLOWLY FOREVER SAY(a)")], stream=True)
-    next(iter(first))
+    chunks = iter(first)
+    assert [next(chunks).choices[0].delta.content for _ in range(3)] == ["", "a", "a"]
     waiting = http.client.HTTPConnection(address.removeprefix("http://"), timeout=10)
     body = json.dumps({"messages": [user("SLOWLY FOREVER SAY(b)")]})
     waiting.request("POST", "/v1/chat/completions", body)
-    deadline = time.monotonic() + 5
-    while metric(address, "queue_waiting") < 1 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert (metric(address, "busy"), metric(address, "queue_waiting")) == (1, 1)
+    wait_for(1, 1)
     waiting.close()
+    wait_for(1, 0)
     first.close()
-    start = time.monotonic()
-    while metric(address, "busy") + metric(address, "queue_waiting") and time.monotonic() < start + 5:
-        time.sleep(0.005)
-    assert time.monotonic() - start < 0.5  # a token takes a twentieth of a second
+    assert wait_for(0, 0) < 0.5  # a token takes a twentieth of a second
     made = gpt.chat.completions.create(model="any", messages=[user("SAY(c)")])
     assert made.choices[0].message.content == "c"
 
