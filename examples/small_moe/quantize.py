@@ -42,9 +42,20 @@ def affine(weight: Tensor, bits: int, group_size: int) -> Tensor:
     return (q * scale.bfloat16().float() + bias.bfloat16().float()).flatten(-2)
 
 
+def stored(name: str, weight: Tensor) -> Tensor:
+    """The values of a tensor in the packed checkpoint, in float32.
+
+    What is not quantized is bfloat16 there; norms, published as their difference from 1, have it added in bfloat16.
+    """
+    how = precision(name)
+    if how is not None:
+        return affine(weight, *how)
+    rounded = weight.detach().bfloat16()
+    if name.endswith("norm.weight") and "linear_attn" not in name:
+        return (rounded + 1).float() - 1
+    return rounded.float()
+
+
 def fake_quantized(name: str, weight: Tensor) -> Tensor:
     """``weight`` as the packed checkpoint will have it; the gradient goes straight through."""
-    how = precision(name)
-    if how is None:
-        return weight
-    return weight + (affine(weight, *how) - weight.detach())
+    return weight + (stored(name, weight) - weight.detach())
