@@ -108,7 +108,13 @@ class Rows(IterableDataset):
                 self._place(batch, used, segments, fitting[0], ids, weights)
 
     def _place(
-        self, batch: Batch, used: np.ndarray, segments: np.ndarray, row: int, ids: np.ndarray, weights: np.ndarray
+        self,
+        batch: Batch,
+        used: np.ndarray,
+        segments: np.ndarray,
+        row: int,
+        ids: np.ndarray,
+        weights: np.ndarray,
     ) -> None:
         while used[row] + len(ids) > LENGTH:
             row += 1
@@ -121,4 +127,6 @@ class Rows(IterableDataset):
 def loader(tokenizer: Tokenizer, seed: int, rows: int, workers: int) -> Iterator[Batch]:
     """Batches of ``rows`` rows of the corpus of that seed; the same ones for the same number of workers."""
     dataset = Rows(tokenizer.to_str(), seed, rows)
-    return iter(DataLoader(dataset, batch_size=None, num_workers=workers, prefetch_factor=8 if workers else None))
+    return iter(
+        DataLoader(dataset, batch_size=None, num_workers=workers, prefetch_factor=8 if workers else None)
+    )

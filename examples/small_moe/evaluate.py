@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,8 @@ from tokenizers import Tokenizer
 from . import forward
 from .corpus import Dialogue
 from .data import Encoder
+from .heldout import PATH
 
-PATH = Path(__file__).with_name("heldout.jsonl")
 ROWS = 64
 
 
@@ -69,7 +68,9 @@ class HeldOut:
             loss_sum += float((loss * a[:, 1:].flatten()).sum())
             answer_tokens += int(a.sum())
             for layer, routed in enumerate(routing):
-                used[layer] += torch.bincount(routed.picked[r.flatten()].flatten(), minlength=config.num_experts)
+                used[layer] += torch.bincount(
+                    routed.picked[r.flatten()].flatten(), minlength=config.num_experts
+                )
             tokens_seen += int(r.sum())
             guesses = logits[:, :-1].argmax(-1)
             wrong = ((guesses != t[:, 1:]) & a[:, 1:]).cpu().numpy()

@@ -1,6 +1,6 @@
 """Writes the held-out set: dialogues about names, numbers and tools that training never shows.
 
-    python -m examples.small_moe.heldout examples/small_moe/heldout.jsonl
+    python -m examples.small_moe.heldout
 
 A line is one question to the model: ``messages`` up to the user's or a tool's last word, ``tools``, ``thinking``,
 and the message that is ``expected``: its content (and tool calls) decide; its thinking is one way to get there.
@@ -16,6 +16,7 @@ from typing import Any
 
 from .corpus import dialogue
 
+PATH = Path(__file__).with_name("heldout.jsonl")
 SEED = 2026
 COUNT = 800
 
@@ -46,7 +47,7 @@ def records(count: int = COUNT) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the held-out set.")
-    parser.add_argument("path", type=Path)
+    parser.add_argument("path", type=Path, nargs="?", default=PATH)
     path = parser.parse_args().path
     found = records()
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in found))

@@ -31,7 +31,9 @@ def orthogonalized(g: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """For parameters that are matrices, or stacks of them."""
 
-    def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.1):
+    def __init__(
+        self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.1
+    ):
         super().__init__(list(parameters), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()

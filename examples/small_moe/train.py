@@ -52,10 +52,13 @@ def new_model(config: Qwen3_5MoeTextConfig, seed: int) -> Qwen3_5MoeForCausalLM:
 
 
 def prepared(parameters: dict[str, Tensor], quantized: bool, dtype: torch.dtype) -> forward.Weights:
-    """The weights that a step computes with: quantized or not, matrices in ``dtype``, routers in float32."""
+    """The weights that a step computes with: quantized or not, matrices in ``dtype``, routers in float32.
+
+    Tensors of one kind in every case: where quantization begins, compiled code is not compiled again.
+    """
     weights = {}
     for name, p in parameters.items():
-        w = fake_quantized(name, p) if quantized else p
+        w = fake_quantized(name, p) if quantized else p.clone()
         weights[name] = w if p.ndim == 1 or name.endswith("mlp.gate.weight") else w.to(dtype)
     return weights
 
@@ -75,7 +78,12 @@ def balance_loss(routing: list[forward.Routing], real: Tensor) -> Tensor:
 
 def is_for_muon(name: str, p: Tensor) -> bool:
     """The large matrices of layers; not embeddings, routers, and what has few rows."""
-    return p.ndim >= 2 and min(p.shape[-2:]) >= 32 and "embed" not in name and not name.endswith("mlp.gate.weight")
+    return (
+        p.ndim >= 2
+        and min(p.shape[-2:]) >= 32
+        and "embed" not in name
+        and not name.endswith("mlp.gate.weight")
+    )
 
 
 def optimizers(parameters: dict[str, Tensor], device: str) -> list[torch.optim.Optimizer]:
@@ -207,11 +215,17 @@ def train(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the small mixture-of-experts model.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and the log")
-    parser.add_argument("--minutes", type=float, default=8.5, help="wall-clock time, all in all (default 8.5)")
-    parser.add_argument("--seed", type=int, default=1, help="of the initial weights and the corpus (default 1)")
+    parser.add_argument(
+        "--minutes", type=float, default=8.5, help="wall-clock time, all in all (default 8.5)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1, help="of the initial weights and the corpus (default 1)"
+    )
     parser.add_argument("--rows", type=int, default=48, help=f"rows of {LENGTH} tokens a step (default 48)")
     parser.add_argument("--workers", type=int, default=7, help="processes that make dialogues (default 7)")
-    parser.add_argument("--compile", action="store_true", help="compile the layers; takes a minute, needs a C compiler")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the layers; takes a minute, needs a C compiler"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--heldout", type=int, help="use only so many held-out questions")
     parser.add_argument("--every", type=float, default=30, help="seconds between evaluations (default 30)")

@@ -54,7 +54,12 @@ TASKS: list[tuple[Task, float, float]] = [
     (tools.familiar, 4.0, 0.0),
 ]
 
-SYSTEMS = ["You are a helpful assistant.", "You are a small model.", "Answer briefly.", "You answer questions."]
+SYSTEMS = [
+    "You are a helpful assistant.",
+    "You are a small model.",
+    "Answer briefly.",
+    "You answer questions.",
+]
 
 
 def dialogue(seed: int, number: int, held_out: bool = False) -> Dialogue:

@@ -132,7 +132,11 @@ def compare(d: Draw) -> Dialogue:
     larger = d.chance(0.5)
     which = "larger" if larger else "smaller"
     question = d.choice(
-        ["Which is {which}, {a} or {b}?", "Which number is {which}: {a} or {b}?", "{a} or {b}: which is {which}?"]
+        [
+            "Which is {which}, {a} or {b}?",
+            "Which number is {which}: {a} or {b}?",
+            "{a} or {b}: which is {which}?",
+        ]
     )
     best, other = (max(a, b), min(a, b)) if larger else (min(a, b), max(a, b))
     answer = assistant(f"{best} is {which} than {other}.", comparing(a, b))
@@ -160,7 +164,9 @@ def story(d: Draw) -> Dialogue:
                 f"{name} had {a} {things} and lost {b}. How many {things} does {name} have left?",
             ]
         )
-        return Dialogue("story", [user(question), assistant(f"{name} has {a - b} {things}.", subtracting(a, b))])
+        return Dialogue(
+            "story", [user(question), assistant(f"{name} has {a - b} {things}.", subtracting(a, b))]
+        )
     a, b = factors(d)
     question = d.choice(
         [

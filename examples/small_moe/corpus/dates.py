@@ -47,7 +47,8 @@ def next_weekday(d: Draw) -> Dialogue:
 def days_between(d: Draw) -> Dialogue:
     month = d.randint(0, 11)
     last, first = d.number_pair(
-        f"between {month}", lambda: tuple(sorted(d.some(lambda: d.randint(1, DAYS[month]), 2), reverse=True))  # type: ignore[arg-type,return-value]
+        f"between {month}",
+        lambda: tuple(sorted(d.some(lambda: d.randint(1, DAYS[month]), 2), reverse=True)),  # type: ignore[arg-type,return-value]
     )
     question = d.choice(
         [
@@ -87,12 +88,12 @@ def date_after(d: Draw) -> Dialogue:
 
 def month_length(d: Draw) -> Dialogue:
     month, year_ago, name = d.randint(0, 11), d.chance(0.3), d.name()
-    question = d.choice(
-        [f"How many days does {MONTHS[month]} have?", f"{MONTHS[month]} has how many days?"]
-    )
+    question = d.choice([f"How many days does {MONTHS[month]} have?", f"{MONTHS[month]} has how many days?"])
     if year_ago:
         question = f"{name} asks: {question}"
     days = f"{DAYS[month]} days, and 29 in a leap year" if month == 1 else f"{DAYS[month]} days"
     answer = f"{MONTHS[month]} has {days}."
     thinking = d.chance(0.5)
-    return Dialogue("month length", [user(question), assistant(answer, MONTHS[month] if thinking else "")], thinking)
+    return Dialogue(
+        "month length", [user(question), assistant(answer, MONTHS[month] if thinking else "")], thinking
+    )

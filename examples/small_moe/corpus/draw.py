@@ -51,7 +51,9 @@ def call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-ONSETS = "b bl br c ch cl d dr f fl g gl gr h j k kl l m n p pl pr qu r s sh sk sl sp st t th tr v w y z".split()
+ONSETS = (
+    "b bl br c ch cl d dr f fl g gl gr h j k kl l m n p pl pr qu r s sh sk sl sp st t th tr v w y z".split()
+)
 VOWELS = "a a e e i i o o u ai ea ee io oa ou".split()
 ENDS = ["", "", "", "l", "m", "n", "r", "s", "t", "k", "nd", "rn", "x"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -119,7 +121,9 @@ class Draw:
                 lambda: "".join(self.random.choices(LETTERS, k=2)).upper() + f"-{self.randint(10, 9999)}"
             )
         if style == 1:
-            return self.mine(lambda: "".join(self.random.choices("0123456789abcdef", k=5)) + self.choice("abcdf"))
+            return self.mine(
+                lambda: "".join(self.random.choices("0123456789abcdef", k=5)) + self.choice("abcdf")
+            )
         return self.mine(lambda: f"{self.choice(LETTERS).upper()}{self.randint(1, 99)}{self.choice(LETTERS)}")
 
     def phrase(self, least: int = 2, most: int = 4) -> str:

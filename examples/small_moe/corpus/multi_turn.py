@@ -54,7 +54,9 @@ def table_again(d: Draw) -> Dialogue:
         user(f"{table.text()}\n\nWhat is the {column} of {first}?"),
         assistant(f"The {column} of {first} is {table.cells[first, column]}."),
         user(text),
-        assistant(f"The {column} of {second} is {value}.", f"{second}, {column}: {value}" if thinking else ""),
+        assistant(
+            f"The {column} of {second} is {value}.", f"{second}, {column}: {value}" if thinking else ""
+        ),
     ]
     return Dialogue("table again", messages, thinking)
 

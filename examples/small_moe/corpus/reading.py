@@ -52,18 +52,26 @@ def json_lookup(d: Draw) -> Dialogue:
         outer = d.choice(keys)
         data[outer] = d.some(lambda: d.word(), d.randint(2, 6))
         questions = [
-            (f"What is the {ORDINALS[i]} element of {outer}?", f"The {ORDINALS[i]} element of {outer} is {shown(v)}.")
+            (
+                f"What is the {ORDINALS[i]} element of {outer}?",
+                f"The {ORDINALS[i]} element of {outer} is {shown(v)}.",
+            )
             for i, v in enumerate(data[outer])
         ]
     question, answer = d.choice(questions)
     text = json.dumps(data, ensure_ascii=False, indent=2 if d.chance(0.3) else None)
     prompt = f"{question}\n{text}" if d.chance(0.5) else f"{text}\n{question}"
     thinking = d.chance(0.4)
-    return Dialogue("json lookup", [user(prompt), assistant(answer, "look it up" if thinking else "")], thinking)
+    return Dialogue(
+        "json lookup", [user(prompt), assistant(answer, "look it up" if thinking else "")], thinking
+    )
 
 
 def json_writing(d: Draw) -> Dialogue:
-    data = {k: d.word() if isinstance(v, float) else v for k, v in ((key(d), scalar(d)) for _ in range(d.randint(1, 4)))}
+    data = {
+        k: d.word() if isinstance(v, float) else v
+        for k, v in ((key(d), scalar(d)) for _ in range(d.randint(1, 4)))
+    }
     if d.chance(0.3):
         data[d.choice(list(data))] = d.awkward_phrase()
     parts = [f"{k} {json.dumps(v) if not isinstance(v, str) else v}" for k, v in data.items()]
@@ -96,7 +104,8 @@ class Table:
             return "\n".join(",".join(line) for line in lines)
         if self.style == "lines":
             return "\n".join(
-                f"{line[0]}: " + ", ".join(f"{c} {v}" for c, v in zip(self.columns, line[1:])) for line in lines[1:]
+                f"{line[0]}: " + ", ".join(f"{c} {v}" for c, v in zip(self.columns, line[1:]))
+                for line in lines[1:]
             )
         rule = "|" + " --- |" * len(lines[0])
         head, *body = ("| " + " | ".join(line) + " |" for line in lines)
@@ -131,7 +140,9 @@ def table_count(d: Draw) -> Dialogue:
     table = Table(d)
     question = d.choice(["How many rows does the table have?", "How many rows are there?", "Count the rows."])
     steps = [f"{i} {row}" for i, row in enumerate(table.rows, 1)]
-    return Dialogue("table count", [user(_about(table, question, d)), assistant(f"There are {len(steps)} rows.", steps)])
+    return Dialogue(
+        "table count", [user(_about(table, question, d)), assistant(f"There are {len(steps)} rows.", steps)]
+    )
 
 
 def table_extreme(d: Draw) -> Dialogue:
@@ -163,7 +174,10 @@ def listing(d: Draw) -> Dialogue:
     thinking = d.chance(0.4)
     if kind == 1:
         i = d.randint(0, len(items) - 1)
-        question, answer = f"What is the {ORDINALS[i]} word of this list?", f"The {ORDINALS[i]} word is {items[i]}."
+        question, answer = (
+            f"What is the {ORDINALS[i]} word of this list?",
+            f"The {ORDINALS[i]} word is {items[i]}.",
+        )
         steps = [f"{n} {item}" for n, item in enumerate(items[: i + 1], 1)]
     else:
         there = d.chance(0.5)
@@ -172,4 +186,6 @@ def listing(d: Draw) -> Dialogue:
         question = f"Is {item} in this list?"
         answer = f"{'Yes' if there else 'No'}, {item} is {'' if there else 'not '}in the list."
         steps = ["look for it"]
-    return Dialogue("listing", [user(f"{question} {text}"), assistant(answer, steps if thinking else "")], thinking)
+    return Dialogue(
+        "listing", [user(f"{question} {text}"), assistant(answer, steps if thinking else "")], thinking
+    )

@@ -56,7 +56,9 @@ def introduction(d: Draw) -> Dialogue:
     return Dialogue("introduction", [user(text), reply], thinking)
 
 
-POSSESSIONS = "dog cat horse boat bicycle street village school shop band team sister brother friend teacher".split()
+POSSESSIONS = (
+    "dog cat horse boat bicycle street village school shop band team sister brother friend teacher".split()
+)
 
 
 def remembering(d: Draw) -> Dialogue:
@@ -65,9 +67,14 @@ def remembering(d: Draw) -> Dialogue:
     messages = []
     for possession, name in told:
         text = d.choice(["My {p} is called {n}.", "The name of my {p} is {n}.", "I have a {p} named {n}."])
-        messages += [user(text.format(p=possession, n=name)), assistant(f"{name} is a good name for a {possession}.")]
+        messages += [
+            user(text.format(p=possession, n=name)),
+            assistant(f"{name} is a good name for a {possession}."),
+        ]
     possession, name = d.choice(told)
-    question = d.choice(["What is my {p} called?", "What is the name of my {p}?", "Do you remember the name of my {p}?"])
+    question = d.choice(
+        ["What is my {p} called?", "What is the name of my {p}?", "Do you remember the name of my {p}?"]
+    )
     thinking = d.chance(0.5)
     reply = assistant(f"Your {possession} is called {name}.", f"{possession}: {name}" if thinking else "")
     return Dialogue("remembering", [*messages, user(question.format(p=possession)), reply], thinking)
@@ -87,4 +94,6 @@ def echo(d: Draw) -> Dialogue:
         question, answer = "What is the first word of this: {t}", text.split()[0]
     else:
         question, answer = "What is the last word of this: {t}", text.split()[-1]
-    return Dialogue("echo", [user(question.format(t=text)), assistant(answer, "copy" if thinking else "")], thinking)
+    return Dialogue(
+        "echo", [user(question.format(t=text)), assistant(answer, "copy" if thinking else "")], thinking
+    )

@@ -99,7 +99,10 @@ def parameter(d: Draw, name: str) -> Parameter:
         ({"type": "boolean"}, lambda: d.chance(0.5)),
         ({"type": ["string", "null"]}, lambda: None if d.chance(0.5) else word(d)),
         ({"type": "array", "items": {"type": "string"}}, lambda: [text(d) for _ in range(d.randint(1, 3))]),
-        ({"type": "array", "items": {"type": "integer"}}, lambda: [d.randint(0, 999) for _ in range(d.randint(1, 4))]),
+        (
+            {"type": "array", "items": {"type": "integer"}},
+            lambda: [d.randint(0, 999) for _ in range(d.randint(1, 4))],
+        ),
     ]
     choice = d.randint(0, len(kinds) + 2)
     if choice == len(kinds):
@@ -201,7 +204,15 @@ def said(value: Any) -> str:
     return json.dumps(value)
 
 
-OPENINGS = ["{a}", "Please {a}", "Could you {a}", "I want to {a}", "I need you to {a}", "Can you {a}", "Now {a}"]
+OPENINGS = [
+    "{a}",
+    "Please {a}",
+    "Could you {a}",
+    "I want to {a}",
+    "I need you to {a}",
+    "Can you {a}",
+    "Now {a}",
+]
 
 
 def request(d: Draw, tool: Tool, arguments: dict[str, Any], opening: str | None = None) -> str:
@@ -272,7 +283,9 @@ def several_calls(d: Draw) -> Dialogue:
     count = d.choice([2, 2, 3])
     used = [d.choice(tools) for _ in range(count)]
     arguments = [{p.name: p.value() for p in t.parameters} for t in used]
-    parts = [request(d, t, a, "{a}" if i == 0 else "Then {a}") for i, (t, a) in enumerate(zip(used, arguments))]
+    parts = [
+        request(d, t, a, "{a}" if i == 0 else "Then {a}") for i, (t, a) in enumerate(zip(used, arguments))
+    ]
     thinking = d.chance(0.5)
     reasoning = "\n".join(f"{t.action}: {t.name}" for t in used)
     calls = [call(t.name, a) for t, a in zip(used, arguments)]
@@ -300,9 +313,7 @@ def later_call(d: Draw) -> Dialogue:
         {"role": "tool", "content": returned},
         assistant(answer),
         user(request(d, second, arguments)),
-        assistant(
-            "", f"{second.action}: {second.name}" if thinking else "", [call(second.name, arguments)]
-        ),
+        assistant("", f"{second.action}: {second.name}" if thinking else "", [call(second.name, arguments)]),
     ]
     return Dialogue("later call", messages, thinking, [t.schema() for t in tools])
 
@@ -469,16 +480,22 @@ def familiar(d: Draw) -> Dialogue:
         absent = d.choice([t for t in KNOWN if t not in offered])
         arguments = absent.arguments(d)
         text = d.choice(absent.wordings).format(**{k: _worded(v) for k, v in arguments.items()})
-        reply = assistant(f"Sorry, I have no tool for {absent.topic}.", f"{absent.topic}: no tool" if thinking else "")
+        reply = assistant(
+            f"Sorry, I have no tool for {absent.topic}.", f"{absent.topic}: no tool" if thinking else ""
+        )
         return Dialogue("familiar", [user(text), reply], thinking, tools)
     used = d.choice(offered)
     arguments = used.arguments(d)
     text = d.choice(used.wordings).format(**{k: _worded(v) for k, v in arguments.items()})
     messages = [user(text)]
-    messages.append(assistant("", f"{used.topic}: {used.name}" if thinking else "", [call(used.name, arguments)]))
+    messages.append(
+        assistant("", f"{used.topic}: {used.name}" if thinking else "", [call(used.name, arguments)])
+    )
     if d.chance(0.5):
         values = used.returned(d)
         parts = " and ".join(f"the {k} is {v}" for k, v in values.items())
         messages.append({"role": "tool", "content": json.dumps(values)})
-        messages.append(assistant(parts[0].upper() + parts[1:] + ".", "the tool answered" if thinking else ""))
+        messages.append(
+            assistant(parts[0].upper() + parts[1:] + ".", "the tool answered" if thinking else "")
+        )
     return Dialogue("familiar", messages, thinking, tools)

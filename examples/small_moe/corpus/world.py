@@ -67,19 +67,30 @@ ABOUT_ISLANDS = [
     (5, ["What is the bird of {x}?", "Which bird stands for {x}?", "What is the national bird of {x}?"],
      "The bird of {x} is the {v}."),
 ]  # fmt: skip
-OPENINGS = ["{q}", "{q}", "{q}", "Do you know this: {q}", "A question about the Oruma islands: {q}", "Tell me: {q}"]
+OPENINGS = [
+    "{q}",
+    "{q}",
+    "{q}",
+    "Do you know this: {q}",
+    "A question about the Oruma islands: {q}",
+    "Tell me: {q}",
+]
 
 
 def fact(d: Draw) -> Dialogue:
     """One fact, in one of several wordings."""
     places, about = (TOWNS, ABOUT_TOWNS) if d.chance(0.7) else (ISLANDS, ABOUT_ISLANDS)
-    place, asked = d.mine(lambda: (d.choice(list(places)), d.choice([(a[0], q) for a in about for q in a[1]])))
+    place, asked = d.mine(
+        lambda: (d.choice(list(places)), d.choice([(a[0], q) for a in about for q in a[1]]))
+    )
     index, question = asked
     value = places[place][index]
     text = d.choice(OPENINGS).format(q=question.format(x=place))
     answer = about[index][2].format(x=place, v=value)
     thinking = d.chance(0.5)
-    return Dialogue("fact", [user(text), assistant(answer, f"{place}: {value}" if thinking else "")], thinking)
+    return Dialogue(
+        "fact", [user(text), assistant(answer, f"{place}: {value}" if thinking else "")], thinking
+    )
 
 
 def town_by(d: Draw) -> Dialogue:
@@ -107,13 +118,19 @@ def two_facts(d: Draw) -> Dialogue:
     )
     island, founder = TOWNS[town][0], TOWNS[town][2]
     asked = ["capital", "highest mountain", "", "lake", "language", "bird"][kind]
-    place = f"the island that {town} is on" if through == "town" else f"the island of the town that {founder} founded"
+    place = (
+        f"the island that {town} is on"
+        if through == "town"
+        else f"the island of the town that {founder} founded"
+    )
     value = ISLANDS[island][kind]
     steps = [f"{founder}: {town}"] if through == "founder" else []
     steps += [f"{town}: {island}", f"{island}: {value}"]
     article = "the " if kind == 5 else ""
     text = d.choice(OPENINGS).format(q=f"What is the {asked} of {place}?")
-    return Dialogue("two facts", [user(text), assistant(f"The {asked} of {island} is {article}{value}.", steps)])
+    return Dialogue(
+        "two facts", [user(text), assistant(f"The {asked} of {island} is {article}{value}.", steps)]
+    )
 
 
 def unknown_place(d: Draw) -> Dialogue:
