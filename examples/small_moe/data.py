@@ -95,8 +95,8 @@ class Rows(IterableDataset):
                 fitting = np.flatnonzero(used + len(ids) <= LENGTH)
                 if not len(fitting):
                     waiting.append((ids, weights))
-                    # A few that do not fit mean that the batch is nearly full.
-                    if len(waiting) < 8:
+                    # A few that do not fit mean that the batch is nearly full. They begin the next one.
+                    if len(waiting) < min(8, self.rows):
                         continue
                     yield batch
                     batch = Batch.empty(self.rows)
