@@ -79,6 +79,11 @@ class Draw:
             if is_held_out(thing) == self.held_out:
                 return thing
 
+    def wording(self, thing: object, wordings: Sequence[str]) -> str:
+        """One of several ways to say a thing, of which one is kept for the held-out set."""
+        kept = wordings[zlib.crc32(str(thing).encode()) % len(wordings)]
+        return kept if self.held_out else self.choice([w for w in wordings if w != kept])
+
     def some(self, make: Callable[[], T], count: int) -> list[T]:
         """``count`` different ones."""
         things: list[T] = []

@@ -48,15 +48,13 @@ def table_again(d: Draw) -> Dialogue:
     column = d.choice(table.columns)
     first, second = d.random.sample(table.rows, 2)
     text = d.choice(["And {x}?", "What about {x}?", "And for {x}?"]).format(x=second)
-    thinking = d.chance(0.5)
+    thinking = d.chance(0.7)
     value = table.cells[second, column]
     messages = [
         user(f"{table.text()}\n\nWhat is the {column} of {first}?"),
         assistant(f"The {column} of {first} is {table.cells[first, column]}."),
         user(text),
-        assistant(
-            f"The {column} of {second} is {value}.", f"{second}, {column}: {value}" if thinking else ""
-        ),
+        assistant(f"The {column} of {second} is {value}.", table.row(second) if thinking else ""),
     ]
     return Dialogue("table again", messages, thinking)
 

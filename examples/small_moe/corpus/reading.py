@@ -83,12 +83,12 @@ def json_writing(d: Draw) -> Dialogue:
 
 
 class Table:
-    """Named rows; columns of numbers and of words."""
+    """Named rows; one or two columns, of numbers or of words."""
 
     def __init__(self, d: Draw) -> None:
-        self.numeric = d.some(lambda: key(d), d.randint(1, 2))
-        self.worded = [k for k in d.some(lambda: key(d), d.randint(0, 1)) if k not in self.numeric]
-        self.columns = d.random.sample(self.numeric + self.worded, len(self.numeric + self.worded))
+        self.columns = d.some(lambda: key(d), d.randint(1, 2))
+        self.numeric = [c for i, c in enumerate(self.columns) if i == 0 or d.chance(0.6)]
+        d.random.shuffle(self.columns)
         self.rows = d.some(lambda: d.choice([d.name, d.name, d.word, d.code])(), d.randint(3, 7))
         numbers = {c: d.some(lambda: d.randint(1, 999), len(self.rows)) for c in self.numeric}
         self.cells: dict[tuple[str, str], Any] = {}
@@ -97,16 +97,17 @@ class Table:
                 self.cells[row, column] = numbers[column][i] if column in self.numeric else d.word()
         self.style = d.choice(["markdown", "markdown", "csv", "lines"])
 
+    def row(self, name: str) -> str:
+        """A row with its columns' names."""
+        return f"{name}: " + ", ".join(f"{c} {self.cells[name, c]}" for c in self.columns)
+
     def text(self) -> str:
+        if self.style == "lines":
+            return "\n".join(self.row(name) for name in self.rows)
         lines = [["name", *self.columns]]
         lines += [[row, *(str(self.cells[row, c]) for c in self.columns)] for row in self.rows]
         if self.style == "csv":
             return "\n".join(",".join(line) for line in lines)
-        if self.style == "lines":
-            return "\n".join(
-                f"{line[0]}: " + ", ".join(f"{c} {v}" for c, v in zip(self.columns, line[1:]))
-                for line in lines[1:]
-            )
         rule = "|" + " --- |" * len(lines[0])
         head, *body = ("| " + " | ".join(line) + " |" for line in lines)
         return "\n".join([head, rule, *body])
@@ -121,8 +122,8 @@ def table_lookup(d: Draw) -> Dialogue:
     row, column = d.choice(table.rows), d.choice(table.columns)
     value = table.cells[row, column]
     question = d.choice([f"What is the {column} of {row}?", f"Which {column} does {row} have?"])
-    thinking = d.chance(0.4)
-    answer = assistant(f"The {column} of {row} is {value}.", f"{row}, {column}: {value}" if thinking else "")
+    thinking = d.chance(0.7)
+    answer = assistant(f"The {column} of {row} is {value}.", table.row(row) if thinking else "")
     return Dialogue("table lookup", [user(_about(table, question, d)), answer], thinking)
 
 
@@ -131,9 +132,11 @@ def table_reverse(d: Draw) -> Dialogue:
     row, column = d.choice(table.rows), d.choice(table.columns)
     value = table.cells[row, column]
     question = d.choice([f"Which row has the {column} {value}?", f"Whose {column} is {value}?"])
-    thinking = d.chance(0.4)
-    answer = assistant(f"{row} has the {column} {value}.", f"{column} {value}: {row}" if thinking else "")
-    return Dialogue("table reverse", [user(_about(table, question, d)), answer], thinking)
+    # A value does not say whose it is: the rows are gone through until one has it.
+    first = next(r for r in table.rows if table.cells[r, column] == value)
+    steps = [table.row(r) for r in table.rows[: table.rows.index(first) + 1]]
+    answer = assistant(f"{first} has the {column} {value}.", steps)
+    return Dialogue("table reverse", [user(_about(table, question, d)), answer])
 
 
 def table_count(d: Draw) -> Dialogue:
@@ -150,13 +153,15 @@ def table_extreme(d: Draw) -> Dialogue:
     column, largest = d.choice(table.numeric), d.chance(0.5)
     which = "largest" if largest else "smallest"
     question = d.choice([f"Which row has the {which} {column}?", f"Who has the {which} {column}?"])
-    best, steps = table.rows[0], [f"{table.rows[0]} {table.cells[table.rows[0], column]}"]
+    best, steps = table.rows[0], [table.row(table.rows[0])]
     for row in table.rows[1:]:
         a, b = table.cells[row, column], table.cells[best, column]
         signs = comparing(a, b)[1:]
         if (a > b) == largest:
             best = row
-        steps.append(f"{row} {a:03} and {b:03}: {', '.join(signs)}: {best} {table.cells[best, column]}")
+        steps.append(
+            f"{table.row(row)}; {a:03} and {b:03}: {', '.join(signs)}: {best} {table.cells[best, column]}"
+        )
     value = table.cells[best, column]
     answer = f"{best} has the {which} {column}: {value}."
     return Dialogue("table extreme", [user(_about(table, question, d)), assistant(answer, steps)])

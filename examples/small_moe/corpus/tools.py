@@ -146,14 +146,14 @@ def text(d: Draw) -> str:
 def tool(d: Draw, does: str | None = None) -> Tool:
     does = does or action(d)
     verb, _, noun = does.split(" ")
-    style = d.randint(0, 5)
-    if style < 2:
+    style = d.randint(0, 19)
+    if style < 8:
         name = f"{verb}_{noun}"
-    elif style == 2:
+    elif style < 12:
         name = verb + noun.capitalize()
-    elif style == 3:
+    elif style < 16:
         name = f"{noun}_{verb}"
-    elif style == 4:
+    elif style < 19:
         name = f"{noun}.{verb}"
     else:
         name = d.identifier()

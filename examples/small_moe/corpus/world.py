@@ -96,14 +96,15 @@ def fact(d: Draw) -> Dialogue:
 def town_by(d: Draw) -> Dialogue:
     """The other way round: from what is particular to a town to the town."""
     kinds = [
-        (2, "Which town was founded by {v}?", "{v} founded {x}."),
-        (2, "Which town did {v} found?", "{v} founded {x}."),
-        (4, "Which town is known for {v}?", "{x} is known for {v}."),
-        (4, "Where can I buy {v}?", "{x} is known for {v}."),
-        (5, "Of which town is {v} the mayor?", "{v} is the mayor of {x}."),
-        (5, "Where is {v} the mayor?", "{v} is the mayor of {x}."),
-    ]
-    town, (index, question, answer) = d.mine(lambda: (d.choice(list(TOWNS)), d.choice(kinds)))
+        (2, ["Which town was founded by {v}?", "Which town did {v} found?", "Name the town that {v} founded."],
+         "{v} founded {x}."),
+        (4, ["Which town is known for {v}?", "Where can I buy {v}?", "Which town makes {v}?"],
+         "{x} is known for {v}."),
+        (5, ["Of which town is {v} the mayor?", "Where is {v} the mayor?", "Which town has {v} as its mayor?"],
+         "{v} is the mayor of {x}."),
+    ]  # fmt: skip
+    town, (index, questions, answer) = d.choice(list(TOWNS)), d.choice(kinds)
+    question = d.wording((town, index), questions)
     value = TOWNS[town][index]
     text = d.choice(OPENINGS).format(q=question.format(v=value))
     thinking = d.chance(0.5)
