@@ -64,6 +64,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_chat(commands)
     _add_serve(commands)
+    _add_eval(commands)
     _add_bench(commands)
     _add_doctor(commands)
     return parser
@@ -621,6 +622,45 @@ def _serve(arguments: argparse.Namespace) -> int:
             model.identity, tokenizer.message_start_id, **prefixes, note=print_note
         ),
         announce=print_note,
+
+# eval
+
+
+def _add_eval(commands: Any) -> None:
+    parser = commands.add_parser(
+        "eval",
+        allow_abbrev=False,
+        help="measure how good a converted model is",
+        description="Measure how good a converted model is: its perplexity on a text, its agreement with another "
+        "one, its answers and tool calls on a held-out set, and how evenly its experts are used.",
+    )
+    _add_model_flags(parser)
+    parser.add_argument("--text", metavar="FILE", help="a text, for the perplexity")
+    parser.add_argument(
+        "--against", metavar="DIR", help="another converted folder, to compare with on the text"
+    )
+    parser.add_argument(
+        "--heldout",
+        metavar="FILE",
+        help="questions, a JSON object a line: task, thinking, tools, messages, expected",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="use the first N questions (default: all)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    parser.set_defaults(run=_eval)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from mlx_flashmoe import evaluate
+
+    evaluate.run(
+        arguments.model,
+        arguments.expert_memory,
+        arguments.active_experts,
+        arguments.text,
+        arguments.against,
+        arguments.heldout,
+        arguments.limit,
+        arguments.json,
     )
     return 0
 
