@@ -18,24 +18,19 @@ PROJECT_WITH = .[$(if $(BACKEND),$(BACKEND)$(comma))$(1)]
 .PHONY: help demo test lint reference clean
 
 help:
-	@echo "make demo       set up .venv, make a small checkpoint, convert it, generate from it"
+	@echo "make demo       set up .venv, convert a small trained model, hold a short conversation"
 	@echo "make test       run the tests"
 	@echo "make lint       ruff and mypy"
 	@echo "make reference  compare with transformers and mlx-lm (installs torch)"
 	@echo "make clean      remove .venv and demo"
 
-# The checkpoint of the demo has random weights: it shows that everything works, not what a model can say.
-demo: demo/model/flashmoe.json
-	$(RUN) -m mlx_flashmoe generate --model demo/model --prompt "How far is the moon?" --max-tokens 60
-	@echo
-	@echo "The weights of this model are random, and so is what it says. Real models: see README.md."
+# The model is a small one, trained on what examples/small_moe generates; its README says what it can do.
+demo: demo/small_moe/flashmoe.json
+	@$(RUN) examples/demo.py demo/small_moe
 
-demo/model/flashmoe.json: demo/checkpoint/model.safetensors
-	@rm -rf demo/model
-	$(RUN) -m mlx_flashmoe convert --hf-path demo/checkpoint --mlx-path demo/model --q-bits 4
-
-demo/checkpoint/model.safetensors: examples/make_checkpoint.py $(VENV)/installed
-	$(RUN) examples/make_checkpoint.py demo/checkpoint
+demo/small_moe/flashmoe.json: examples/small_moe/model/model.safetensors $(VENV)/installed
+	@rm -rf demo/small_moe
+	$(RUN) -m mlx_flashmoe convert --hf-path examples/small_moe/model --mlx-path demo/small_moe
 
 test: $(VENV)/installed-test
 	$(RUN) -m pytest $(ARGS)

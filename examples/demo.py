@@ -1,0 +1,117 @@
+"""A short conversation with a converted small model: a fact, an addition, a tool call and the answer after it.
+
+    python examples/demo.py demo/small_moe
+
+Every answer is the model's own, made while this runs, and the tool is the Python function below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text as Styled
+
+from mlx_flashmoe import load, stream_generate
+from mlx_flashmoe.errors import FlashMoEError
+from mlx_flashmoe.loader import StreamingModel
+from mlx_flashmoe.tokenizer import Tokenizer
+from mlx_flashmoe.tools import AnswerParser, Event, Thinking, Tool, ToolCall
+
+ADD_TO_LIST: Tool = {
+    "type": "function",
+    "function": {
+        "name": "add_to_list",
+        "description": "Add things to the shopping list.",
+        "parameters": {
+            "type": "object",
+            "properties": {"items": {"type": "array", "items": {"type": "string"}}},
+            "required": ["items"],
+        },
+    },
+}
+
+# What is asked, whether the model thinks first, and the tools it is offered.
+QUESTIONS: list[tuple[str, bool, list[Tool]]] = [
+    ("Who is the mayor of Tarnwick?", False, []),
+    ("What is 687 + 458?", True, []),
+    ("Put bread, milk and honey on the shopping list.", False, [ADD_TO_LIST]),
+]
+
+shopping_list = ["tea"]
+
+
+def add_to_list(items: list[str]) -> dict[str, Any]:
+    shopping_list.extend(items)
+    return {"length": len(shopping_list)}
+
+
+class Conversation:
+    """Asks, shows what comes, and answers the model's calls."""
+
+    def __init__(self, model: StreamingModel, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.console = Console(highlight=False)
+
+    def ask(self, question: str, thinking: bool, tools: list[Tool]) -> None:
+        self.show(f"> {question}\n", "bold")
+        messages: list[dict[str, Any]] = [{"role": "user", "content": question}]
+        while calls := self.answer(messages, thinking, tools):
+            tool_calls = [{"function": {"name": c.name, "arguments": c.arguments}} for c in calls]
+            messages.append({"role": "assistant", "content": "", "tool_calls": tool_calls})
+            for call in calls:
+                result = json.dumps(self.execute(call))
+                self.show(f"  = {result}\n", "cyan")
+                messages.append({"role": "tool", "content": result})
+        self.show("\n")
+
+    def answer(self, messages: list[dict[str, Any]], thinking: bool, tools: list[Tool]) -> list[ToolCall]:
+        """The calls of one answer, which is shown as it comes."""
+        prompt = self.tokenizer.apply_chat_template(messages, tools=tools, enable_thinking=thinking)
+        parser = AnswerParser(tools, self.tokenizer.opens_thinking(prompt))
+        events: list[Event] = []
+        for response in stream_generate(self.model, self.tokenizer, prompt, max_tokens=400):
+            for event in parser.feed(response.text) + (parser.finish() if response.finish_reason else []):
+                self.show_event(event, after=events[-1] if events else None)
+                events.append(event)
+        self.show("\n")
+        return [event for event in events if isinstance(event, ToolCall)]
+
+    def execute(self, call: ToolCall) -> Any:
+        try:
+            return add_to_list(**call.arguments)
+        except TypeError as e:  # the model has made up a parameter: it is told
+            return {"error": str(e)}
+
+    def show_event(self, event: Event, after: Event | None) -> None:
+        if after is not None and type(after) is not type(event):
+            self.show("\n")
+        if isinstance(event, ToolCall):
+            arguments = ", ".join(f"{k}={v!r}" for k, v in event.arguments.items())
+            self.show(f"  {event.name}({arguments})", "cyan")
+        else:
+            self.show(event.text, "dim" if isinstance(event, Thinking) else "")
+
+    def show(self, text: str, style: str = "") -> None:
+        self.console.print(Styled(text, style), end="", soft_wrap=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Hold a short conversation with a small model.")
+    parser.add_argument("model", help="a folder that convert has written")
+    try:
+        conversation = Conversation(*load(parser.parse_args().model))
+        for question in QUESTIONS:
+            conversation.ask(*question)
+    except FlashMoEError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    conversation.show(f"The list is now: {', '.join(shopping_list)}\n", "dim")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
