@@ -622,6 +622,9 @@ def _serve(arguments: argparse.Namespace) -> int:
             model.identity, tokenizer.message_start_id, **prefixes, note=print_note
         ),
         announce=print_note,
+    )
+    return 0
+
 
 # eval
 
@@ -654,13 +657,12 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     evaluate.run(
         arguments.model,
-        arguments.expert_memory,
-        arguments.active_experts,
-        arguments.text,
-        arguments.against,
-        arguments.heldout,
-        arguments.limit,
-        arguments.json,
+        text=arguments.text,
+        against=arguments.against,
+        heldout=arguments.heldout,
+        limit=arguments.limit,
+        json_file=arguments.json,
+        **_load_options(arguments),
     )
     return 0
 

@@ -171,36 +171,44 @@ def _noting(route: Any, picked: list[mx.array]) -> Any:
 
 def run(
     folder: str,
-    expert_memory: str,
-    active_experts: int | None,
-    text_file: str | None,
-    against: str | None,
-    heldout: str | None,
-    limit: int | None,
-    json_file: str | None,
+    *,
+    text: str | None = None,
+    against: str | None = None,
+    heldout: str | None = None,
+    limit: int | None = None,
+    json_file: str | None = None,
+    **options: Any,
 ) -> None:
     """Evaluates, prints tables, and writes the figures to ``json_file`` if given.
+
+    Args:
+        text, heldout: files.
+        against: another converted folder.
+        options: of ``load``.
 
     Raises:
         FlashMoEError: nothing to evaluate on, a file that cannot be read, or a folder that cannot be used.
     """
-    if text_file is None and heldout is None:
+    if text is None and heldout is None:
         raise RequestError("nothing to evaluate on: give a text (--text) or a held-out set (--heldout)")
-    if against is not None and text_file is None:
+    if against is not None and text is None:
         raise RequestError("--against compares on a text: give one (--text)")
     if limit is not None and limit < 1:
         raise RequestError(f"--limit should be at least 1, but is {limit}")
-    text = None if text_file is None else _read(text_file)
+    passage = None if text is None else _read(text)
     questions = None if heldout is None else read_questions(heldout)[:limit]
 
     console = Console(highlight=False)
-    model, tokenizer = load(folder, expert_memory, active_experts, read_ahead=False)
+    model, tokenizer = load(folder, **options, read_ahead=False)
     use = ExpertUse(model)
-    report: dict[str, Any] = {"model": Path(folder).resolve().name, "active_experts": active_experts}
-    if text is not None:
+    report: dict[str, Any] = {
+        "model": Path(folder).resolve().name,
+        "active_experts": options.get("active_experts"),
+    }
+    if passage is not None:
         # The other model's output does not depend on its memory: it takes as little as it can.
         other = None if against is None else load(against, "os", read_ahead=False)
-        figures = evaluate_text(model, tokenizer, text, other)
+        figures = evaluate_text(model, tokenizer, passage, other)
         use.collect()
         report["text"] = {
             **asdict(figures),
@@ -291,16 +299,20 @@ def evaluate_text(
         for row in range(0, end - begin, ROWS):
             rows = slice(row, row + ROWS)
             logprobs = _log_softmax(logits[rows])
-            nats -= mx.take_along_axis(logprobs, targets[rows][:, None], axis=-1).sum().item()
+            nats -= _number(mx.take_along_axis(logprobs, targets[rows][:, None], axis=-1).sum())
             if others is not None:
                 reference = _log_softmax(others[rows])
-                kl += (mx.exp(reference) * (reference - logprobs)).sum().item()
-                same += (reference.argmax(-1) == logprobs.argmax(-1)).sum().item()
+                kl += _number((mx.exp(reference) * (reference - logprobs)).sum())
+                same += _number((reference.argmax(-1) == logprobs.argmax(-1)).sum())
     count = len(ids) - 1
     size = len(text.encode()) - len(tokenizer.decode(ids[:1]).encode())
     if other is None:
         return TextFigures(count, size, nats)
     return TextFigures(count, size, nats, kl / count, same / count)
+
+
+def _number(scalar: mx.array) -> float:
+    return float(np.asarray(scalar))
 
 
 def _log_softmax(logits: mx.array) -> mx.array:
