@@ -3,7 +3,7 @@
     python -m examples.small_moe.quality_table small-moe quality
 
 Writes ``quality.md`` and ``quality.json``. ``small-moe`` is the checkpoint in bfloat16, as training leaves it.
-Conversion quantizes experts and everything else alike: in a row of 2 bits, attention and embeddings have 2, too.
+Only the experts have the bits of a row; everything else has 4, as in the model that is published.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from mlx_flashmoe.evaluate import Question, answer_questions, evaluate_text, rea
 from mlx_flashmoe.tokenizer import Tokenizer
 
 from .heldout import PATH
+from .quantize import BITS as DENSE_BITS
 from .quantize import GROUP_SIZE
 
 BITS = (8, 4, 3, 2)
@@ -64,6 +65,9 @@ def main() -> None:
     parser.add_argument(
         "--limit", type=int, default=200, help="held-out questions to ask (default: %(default)s)"
     )
+    parser.add_argument(
+        "--active", type=int, nargs="+", default=ACTIVE, help="experts a token (default: 8 6 4 3 2)"
+    )
     args = parser.parse_args()
     questions = read_questions(str(PATH))[: args.limit]
     lines = [
@@ -74,8 +78,15 @@ def main() -> None:
     for bits in BITS:
         with tempfile.TemporaryDirectory() as work:
             folder = Path(work) / "model"
-            convert(str(args.checkpoint), str(folder), q_bits=bits, q_group_size=GROUP_SIZE)
-            for active in ACTIVE:
+            convert(
+                str(args.checkpoint),
+                str(folder),
+                q_bits=DENSE_BITS,
+                q_group_size=GROUP_SIZE,
+                q_bits_gate_up=bits,
+                q_bits_down=bits,
+            )
+            for active in args.active:
                 figures = {"bits": bits, "active": active, **measure(folder, active, questions)}
                 table.append(figures)
                 lines.append(row(figures))
