@@ -6,11 +6,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from checkpoints_hf import BASE
+from checkpoints_hf import QWEN3_5
 from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
 from examples.small_moe import forward
 from examples.small_moe.quantize import affine, fake_quantized
+
+BASE = QWEN3_5.base
 
 
 @pytest.fixture(scope="module")
