@@ -82,7 +82,7 @@ def quantized_matmul(
     """
     if mx.default_device().type == mx.DeviceType.cpu and bits in BITS and _cpu() is not reference:
         return _cpu().quantized_matmul(x, weight, scales, biases, group_size, bits)
-    if mx.cuda.is_available() and x.shape[-1] <= group_size:
+    if mx.default_device() == mx.gpu and mx.cuda.is_available() and x.shape[-1] <= group_size:
         # MLX 0.32.4 gives wrong sums, or NaN, for inputs of a single group on Hopper; only tiny models have them.
         return x @ mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits).T
     return mx.quantized_matmul(

@@ -1,4 +1,4 @@
-"""The GPU kernels, whatever the GPU: their text, their launches, their scratch.
+"""The experts' GPU kernels, whatever the GPU: their text, their launches, their scratch.
 
 ``expert_common.h``, ``expert_ffn.h`` and ``expert_rows.h`` hold the algorithm, ``prelude.metal`` and
 ``prelude.cuh`` the words of each language. This
@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
+from importlib import import_module, resources
 from typing import Any
 
 import mlx.core as mx
@@ -69,6 +69,30 @@ class Language:
     make_kernel: Callable[..., Any]
     tiling: Tiling
     prefer_matrix: bool = False
+
+
+def current() -> Language | None:
+    """That of the current device; None for a CPU."""
+    if mx.default_device().type == mx.DeviceType.cpu:
+        return None
+    language: Language = import_module(
+        "mlx_flashmoe.kernels." + ("metal" if mx.metal.is_available() else "cuda")
+    ).LANGUAGE
+    return language
+
+
+def row_kernel(
+    language: Language, name: str, inputs: list[str], outputs: list[str], source: str, **constants: float
+) -> Any:
+    """A kernel of one launch over rows of activations, with the words of ``rows.h`` and its ``constants``."""
+    whole = {k: v for k, v in constants.items() if isinstance(v, int)}
+    lines = [
+        _read(language.prelude),
+        "enum : unsigned { " + ", ".join(f"{k} = {v}" for k, v in whole.items()) + " };",
+        *(f"#define {k} {v!r}f" for k, v in constants.items() if k not in whole),
+        _read("rows.h"),
+    ]
+    return language.make_kernel(name, inputs, outputs, language.positions + source, "\n".join(lines))
 
 
 def supports(layout: BlobLayout) -> bool:

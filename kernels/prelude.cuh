@@ -1,4 +1,4 @@
-// What expert_ffn.h needs of CUDA.
+// What the kernels need of CUDA.
 #define FM_DEVICE
 #define FM_SHARED
 #define FM_ARRAY __shared__
@@ -58,6 +58,14 @@ FM_FUNCTION unsigned fm_min(unsigned a, unsigned b) {
 
 FM_FUNCTION float fm_exp(float v) {
   return expf(v);
+}
+
+FM_FUNCTION float fm_log(float v) {
+  return logf(v);
+}
+
+FM_FUNCTION float fm_rsqrt(float v) {
+  return rsqrtf(v);
 }
 
 FM_FUNCTION float fm_sum(float v) {

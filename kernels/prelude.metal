@@ -1,4 +1,4 @@
-// What expert_ffn.h needs of Metal. The kernels' bodies (gpu.py) use MLX's names for the thread attributes.
+// What the kernels need of Metal. The kernels' bodies (gpu.py) use MLX's names for the thread attributes.
 #define FM_DEVICE device
 #define FM_SHARED threadgroup
 #define FM_ARRAY threadgroup
@@ -34,6 +34,14 @@ FM_FUNCTION unsigned fm_min(unsigned a, unsigned b) {
 
 FM_FUNCTION float fm_exp(float v) {
   return metal::precise::exp(v);
+}
+
+FM_FUNCTION float fm_log(float v) {
+  return metal::precise::log(v);
+}
+
+FM_FUNCTION float fm_rsqrt(float v) {
+  return metal::precise::rsqrt(v);
 }
 
 FM_FUNCTION float fm_sum(float v) {

@@ -39,11 +39,11 @@ class DecoderLayer(nn.Module):
         raise NotImplementedError
 
     def __call__(self, x: mx.array, cache: Cache | None, following: DecoderLayer | None) -> mx.array:
-        x = x + self._mixed(x, cache)
+        x, normed = self.post_attention_layernorm.after_adding(x, self._mixed(x, cache))
         likely = None
         if following is not None and self.mlp.wants_guess(x):
             likely = following.guess(x)
-        return x + self.mlp(self.post_attention_layernorm(x), likely)
+        return self.mlp(x, normed, likely)
 
     def _mixed(self, x: mx.array, cache: Cache | None) -> mx.array:
         """mix(norm(x)), of a prompt that goes into a cache a slice at a time."""

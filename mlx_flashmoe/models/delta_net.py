@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_flashmoe.kernels import gpu
+from mlx_flashmoe.kernels.delta_inputs import DeltaInputs, launch, supports
 from mlx_flashmoe.kernels.gated_delta import gated_delta_update
 from mlx_flashmoe.models.cache import RecurrentCache
 from mlx_flashmoe.models.config import BaseConfig
@@ -74,29 +76,44 @@ class GatedDeltaNet(nn.Module):
     def __call__(self, x: mx.array, cache: RecurrentCache | None) -> mx.array:
         B, T, _ = x.shape
         qkv, z, b, a = self.project(x)
-        q, k, v = mx.split(self._convolve(qkv, cache), self.splits, axis=-1)
-        q = l2_normalize(q.reshape(B, T, self.key_heads, self.key_dim), self.key_dim**-0.5)
-        k = l2_normalize(k.reshape(B, T, self.key_heads, self.key_dim))
-        v = v.reshape(B, T, self.value_heads, self.value_dim).astype(mx.float32)
-        decay, beta = decay_and_beta(a, b, self.A_log, self.dt_bias)
+        before = cache.conv if cache is not None else None
+        if before is None:
+            before = mx.zeros((B, self.conv1d.weight.shape[1] - 1, qkv.shape[2]), dtype=x.dtype)
         state = cache.recurrent if cache is not None else None
         if state is None:
             state = mx.zeros((B, self.value_heads, self.value_dim, self.key_dim))
+        q, k, v, decay, beta, after = self._inputs(qkv, a, b, before)
         y, state = gated_delta_update(q, k, v, decay, beta, state)
         if cache is not None:
-            cache.recurrent = state
+            cache.conv, cache.recurrent = after, state
             cache.offset += T
         z = z.reshape(B, T, self.value_heads, self.value_dim)
-        return self.out_proj(self.norm(y.astype(x.dtype), z).reshape(B, T, -1))
+        return self.out_proj(self.norm(y, z).reshape(B, T, -1))
 
-    def _convolve(self, x: mx.array, cache: RecurrentCache | None) -> mx.array:
-        """Causal depthwise convolution and silu; [B, T, channels] -> the same."""
-        past = self.conv1d.weight.shape[1] - 1
-        before = cache.conv if cache is not None else None
-        if before is None:
-            before = mx.zeros((x.shape[0], past, x.shape[2]), dtype=x.dtype)
-        x = mx.concatenate([before, x], axis=1)
-        if cache is not None:
-            # A copy: a slice would keep the whole prompt's activations alive.
-            cache.conv = mx.contiguous(x[:, x.shape[1] - past :])
-        return silu(self.conv1d(x))
+    def _inputs(self, qkv: mx.array, a: mx.array, b: mx.array, before: mx.array) -> DeltaInputs:
+        """From queries, keys and values before the convolution, and its state ``before``."""
+        language = gpu.current()
+        if language is not None and qkv.shape[1] == 1 and supports(self.key_dim, self.value_dim):
+            return launch(
+                language,
+                qkv,
+                a,
+                b,
+                before=before,
+                filter=self.conv1d.weight,
+                a_log=self.A_log,
+                dt_bias=self.dt_bias,
+                key_heads=self.key_heads,
+            )
+        B, T, _ = qkv.shape
+        whole = mx.concatenate([before, qkv], axis=1)
+        # A copy: a slice would keep the whole prompt's activations alive.
+        after = mx.contiguous(whole[:, whole.shape[1] - before.shape[1] :])
+        q, k, v = mx.split(silu(self.conv1d(whole)), self.splits, axis=-1)
+        return DeltaInputs(
+            l2_normalize(q.reshape(B, T, self.key_heads, self.key_dim), self.key_dim**-0.5),
+            l2_normalize(k.reshape(B, T, self.key_heads, self.key_dim)),
+            v.reshape(B, T, self.value_heads, self.value_dim).astype(mx.float32),
+            *decay_and_beta(a, b, self.A_log, self.dt_bias),
+            after,
+        )

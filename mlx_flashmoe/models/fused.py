@@ -45,9 +45,9 @@ def gated(x: mx.array, gate: mx.array) -> mx.array:
 
 
 @fused
-def plus_gated(y: mx.array, x: mx.array, gate: mx.array) -> mx.array:
-    """y + x * sigmoid(gate)."""
-    return y + x * mx.sigmoid(gate)
+def plus_gated(residual: mx.array, y: mx.array, x: mx.array, gate: mx.array) -> mx.array:
+    """residual + (y + x * sigmoid(gate))."""
+    return residual + (y + x * mx.sigmoid(gate))
 
 
 @fused
@@ -55,9 +55,3 @@ def decay_and_beta(a: mx.array, b: mx.array, a_log: mx.array, dt_bias: mx.array)
     """The gated delta rule's exp(-exp(A_log) * softplus(a + dt_bias)) and sigmoid(b), in float32."""
     dt = nn.softplus(a.astype(mx.float32) + dt_bias.astype(mx.float32))
     return mx.exp(-mx.exp(a_log.astype(mx.float32)) * dt), mx.sigmoid(b).astype(mx.float32)
-
-
-@fused
-def scale_and_gate(x: mx.array, weight: mx.array, gate: mx.array) -> mx.array:
-    """weight * x, then times silu(gate) in float32; in x's dtype."""
-    return (weight * x * nn.silu(gate.astype(mx.float32))).astype(x.dtype)

@@ -7,6 +7,7 @@ from typing import Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_flashmoe.kernels.router import route
 from mlx_flashmoe.models.fused import plus_gated, swiglu
 
 
@@ -21,7 +22,7 @@ class Experts(Protocol):
 
 
 class MoE(nn.Module):
-    """x [B, T, D] -> [B, T, D]: the ``active`` experts that the router finds most probable for a token.
+    """(residual, x), both [B, T, D] -> residual + experts(x): the ``active`` most probable ones of every token.
 
     Args:
         dims: D.
@@ -36,20 +37,17 @@ class MoE(nn.Module):
         self._active = active
         self._normalize = normalize
 
-    def __call__(self, x: mx.array, likely: mx.array | None = None) -> mx.array:
+    def __call__(self, residual: mx.array, x: mx.array, likely: mx.array | None = None) -> mx.array:
         """``likely``: a guess at the next layer's ids, or None."""
         ids, weights = self.route(x)
-        return self._experts(x, ids, weights, likely)
+        return residual + self._experts(x, ids, weights, likely)
 
     def wants_guess(self, x: mx.array) -> bool:
         return self._experts.wants_guess(x.shape[0] * x.shape[1])
 
     def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """The experts of each token: ids and weights [..., K]."""
-        scores = mx.softmax(self.gate(x).astype(mx.float32), axis=-1)
-        ids = mx.argpartition(scores, kth=-self._active, axis=-1)[..., -self._active :]
-        weights = mx.take_along_axis(scores, ids, axis=-1)
-        return ids, weights / weights.sum(axis=-1, keepdims=True) if self._normalize else weights
+        return route(self.gate(x), self._active, self._normalize)
 
 
 class SharedExpert(nn.Module):
@@ -73,7 +71,8 @@ class SharedExpertMoE(MoE):
         self.shared_expert = SharedExpert(dims, shared)
         self.shared_expert_gate = nn.Linear(dims, 1, bias=False)
 
-    def __call__(self, x: mx.array, likely: mx.array | None = None) -> mx.array:
+    def __call__(self, residual: mx.array, x: mx.array, likely: mx.array | None = None) -> mx.array:
         ids, weights = self.route(x)
         shared = self.shared_expert(x)
-        return plus_gated(self._experts(x, ids, weights, likely), shared, self.shared_expert_gate(x))
+        y = self._experts(x, ids, weights, likely)
+        return plus_gated(residual, y, shared, self.shared_expert_gate(x))

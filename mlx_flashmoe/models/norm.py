@@ -5,12 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_flashmoe.models.fused import scale_and_gate
-
-
-def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
-    """x / rms(x) * weight in float32, in x's dtype."""
-    return mx.fast.rms_norm(x.astype(mx.float32), weight, eps).astype(x.dtype)
+from mlx_flashmoe.kernels.add_norm import add_norm, rms_norm
+from mlx_flashmoe.kernels.gated_norm import gated_norm
 
 
 def l2_normalize(x: mx.array, scale: float = 1.0) -> mx.array:
@@ -36,14 +32,18 @@ class RMSNorm(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         return rms_norm(x, self.weight, self.eps)
 
+    def after_adding(self, x: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
+        """x + y, and the norm of that."""
+        return add_norm(x, y, self.weight, self.eps)
+
 
 class GatedRMSNorm(nn.Module):
-    """rms_norm(x) * weight, then times silu(gate) in float32."""
+    """y / rms(y) * weight over the last axis of float32 y, times silu(gate) in float32; in gate's dtype."""
 
     def __init__(self, dims: int, eps: float):
         super().__init__()
         self.weight = mx.ones((dims,))
         self.eps = eps
 
-    def __call__(self, x: mx.array, gate: mx.array) -> mx.array:
-        return scale_and_gate(rms_norm(x, None, self.eps), self.weight, gate)
+    def __call__(self, y: mx.array, gate: mx.array) -> mx.array:
+        return gated_norm(y, gate, self.weight, self.eps)

@@ -390,6 +390,8 @@ using std::fabs;
 using std::fma;
 namespace precise {
 using std::exp;
+using std::log;
+inline float rsqrt(float v) { return 1 / std::sqrt(v); }
 }
 enum class mem_flags { mem_none, mem_device, mem_threadgroup };
 

@@ -1,0 +1,70 @@
+"""The norm at the end of a gated delta net: each head's output over its RMS, times a weight and silu of a gate.
+
+One launch; the roundings are those of the published models' separate operations.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_flashmoe.kernels import gpu
+
+_SOURCE = """
+const size_t first = size_t(group.y) * DIMS;
+float squares = 0;
+for (unsigned at = lane; at < DIMS; at += 32) {
+  const float v = float(T(y[first + at]));
+  squares += v * v;
+}
+const float scale = fm_rsqrt(fm_sum(squares) / DIMS + EPS);
+for (unsigned at = lane; at < DIMS; at += 32) {
+  const T normed = T(float(T(y[first + at])) * scale);
+  const T weighted = T(float(weight[at]) * float(normed));
+  const float z = float(gate[first + at]);
+  out[first + at] = T(float(weighted) * (z * fm_sigmoid(z)));
+}
+"""
+
+
+def gated_norm(y: mx.array, gate: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """y / rms(y) over the last axis, times weight, times silu(gate) in float32.
+
+    Args:
+        y: float32 [..., D], rounded to gate's dtype before all else.
+        gate: [..., D].
+        weight: [D], in gate's dtype.
+
+    Returns:
+        [..., D] in gate's dtype.
+    """
+    language = gpu.current()
+    if language is not None:
+        return launch(language, y, gate, weight, eps)
+    rounded = y.astype(gate.dtype).astype(mx.float32)
+    normed = mx.fast.rms_norm(rounded, None, eps).astype(gate.dtype)
+    return (weight * normed * nn.silu(gate.astype(mx.float32))).astype(gate.dtype)
+
+
+def launch(language: gpu.Language, y: mx.array, gate: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """On a GPU: a SIMD group for each row."""
+    dims = y.shape[-1]
+    (out,) = _kernel(language, dims, eps)(
+        inputs=[y, gate, weight],
+        template=[("T", gate.dtype)],
+        grid=(32, y.size // dims, 1),
+        threadgroup=(32, 1, 1),
+        output_shapes=[y.shape],
+        output_dtypes=[gate.dtype],
+    )
+    return out
+
+
+@cache
+def _kernel(language: gpu.Language, dims: int, eps: float) -> Any:
+    return gpu.row_kernel(
+        language, "flashmoe_gated_norm", ["y", "gate", "weight"], ["out"], _SOURCE, DIMS=dims, EPS=eps
+    )

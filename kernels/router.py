@@ -1,0 +1,99 @@
+"""A router's choice in one launch: softmax over all experts, the most probable of them, their weights."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_flashmoe.kernels import gpu
+
+MOST_EXPERTS = 1024
+
+# A thread counts the experts that go before its own: that is its place, and nobody else's. Ties go to the smaller
+# number; what is not a number counts as impossible, for an id must be valid whatever happens.
+_SOURCE = """
+const float IMPOSSIBLE = fm_bits_to_float(0xff800000u);  // minus infinity
+FM_ARRAY float scores[EXPERTS];
+FM_ARRAY float chosen[ACTIVE];
+FM_ARRAY float partial[SIMDGROUPS];
+const unsigned mine = simdgroup * 32 + lane;
+const size_t row = group.y;
+float score = IMPOSSIBLE;
+if (mine < EXPERTS) {
+  const float v = float(logits[row * EXPERTS + mine]);
+  score = v == v ? v : IMPOSSIBLE;
+  scores[mine] = score;
+}
+fm_barrier();
+unsigned place = 0;
+float most = IMPOSSIBLE;
+for (unsigned i = 0; i < EXPERTS; ++i) {
+  const float other = scores[i];
+  place += other > score || (other == score && i < mine);
+  most = other > most ? other : most;
+}
+const float likely = mine < EXPERTS ? fm_exp(score - most) : 0;
+const float all = fm_total(likely, partial, SIMDGROUPS, simdgroup, lane);
+const bool picked = mine < EXPERTS && place < ACTIVE;
+if (picked) chosen[place] = likely / all;
+fm_barrier();
+if (picked) {
+  float sum = 0;
+  for (unsigned i = 0; i < ACTIVE; ++i) sum += chosen[i];
+  ids[row * ACTIVE + place] = int(mine);
+  weights[row * ACTIVE + place] = NORMALIZE ? chosen[place] / sum : chosen[place];
+}
+"""
+
+
+def route(logits: mx.array, active: int, normalize: bool) -> tuple[mx.array, mx.array]:
+    """The ``active`` most probable experts of each token.
+
+    Args:
+        logits: [..., experts], in any float dtype; the softmax is computed in float32.
+        normalize: the chosen experts' weights are made to sum to 1; else they are their probabilities.
+
+    Returns:
+        integer ids [..., active], in no particular order, and float32 weights [..., active].
+    """
+    language = gpu.current()
+    if language is not None and logits.shape[-1] <= MOST_EXPERTS:
+        return launch(language, logits, active, normalize)
+    scores = mx.softmax(logits.astype(mx.float32), axis=-1)
+    ids = mx.argpartition(scores, kth=-active, axis=-1)[..., -active:]
+    weights = mx.take_along_axis(scores, ids, axis=-1)
+    return ids, weights / weights.sum(axis=-1, keepdims=True) if normalize else weights
+
+
+def launch(
+    language: gpu.Language, logits: mx.array, active: int, normalize: bool
+) -> tuple[mx.array, mx.array]:
+    """On a GPU, for at most ``MOST_EXPERTS``."""
+    experts = logits.shape[-1]
+    threads = -(-experts // 32) * 32
+    shape = (*logits.shape[:-1], active)
+    ids, weights = _kernel(language, experts, active, normalize)(
+        inputs=[logits],
+        grid=(threads, logits.size // experts, 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[shape, shape],
+        output_dtypes=[mx.int32, mx.float32],
+    )
+    return ids, weights
+
+
+@cache
+def _kernel(language: gpu.Language, experts: int, active: int, normalize: bool) -> Any:
+    return gpu.row_kernel(
+        language,
+        "flashmoe_route",
+        ["logits"],
+        ["ids", "weights"],
+        _SOURCE,
+        EXPERTS=experts,
+        ACTIVE=active,
+        NORMALIZE=int(normalize),
+        SIMDGROUPS=-(-experts // 32),
+    )
