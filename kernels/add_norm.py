@@ -80,9 +80,8 @@ def launch(
     dims = x.shape[-1]
     threads = min(MOST_THREADS, -(-dims // (32 * EACH)) * 32)
     outputs = 1 if y is None else 2
-    normed: list[mx.array] = _kernel(language, y is not None, dims, threads, eps)(
+    normed: list[mx.array] = _kernel(language, x.dtype, y is not None, dims, threads, eps)(
         inputs=[x, weight] if y is None else [x, y, weight],
-        template=[("T", x.dtype)],
         grid=(threads, x.size // dims, 1),
         threadgroup=(threads, 1, 1),
         output_shapes=[x.shape] * outputs,
@@ -92,13 +91,14 @@ def launch(
 
 
 @cache
-def _kernel(language: gpu.Language, add: bool, dims: int, threads: int, eps: float) -> Any:
+def _kernel(language: gpu.Language, dtype: mx.Dtype, add: bool, dims: int, threads: int, eps: float) -> Any:
     return gpu.row_kernel(
         language,
-        "flashmoe_add_norm" if add else "flashmoe_norm",
+        "add_norm" if add else "norm",
         ["x", "y", "weight"] if add else ["x", "weight"],
         ["total", "normed"] if add else ["normed"],
         _SOURCE.replace("LOAD", _ADD if add else _LOAD),
+        dtype,
         DIMS=dims,
         SIMDGROUPS=threads // 32,
         EACH=-(-dims // threads),

@@ -95,9 +95,8 @@ def launch(
     value_heads = a.shape[-1]
     dims = channels // (2 * key_heads + value_heads)
     keys, values = (batch, 1, key_heads, dims), (batch, 1, value_heads, dims)
-    outputs = _kernel(language, dims, key_heads, value_heads, past)(
+    outputs = _kernel(language, qkv.dtype, dims, key_heads, value_heads, past)(
         inputs=[qkv, before, filter, a, b, a_log, dt_bias],
-        template=[("T", qkv.dtype)],
         grid=(channels, batch, 1),
         threadgroup=(dims, 1, 1),
         output_shapes=[keys, keys, values, values[:-1], values[:-1], before.shape],
@@ -107,13 +106,16 @@ def launch(
 
 
 @cache
-def _kernel(language: gpu.Language, dims: int, key_heads: int, value_heads: int, past: int) -> Any:
+def _kernel(
+    language: gpu.Language, dtype: mx.Dtype, dims: int, key_heads: int, value_heads: int, past: int
+) -> Any:
     return gpu.row_kernel(
         language,
-        "flashmoe_delta_inputs",
+        "delta_inputs",
         ["qkv", "before", "filter", "a", "b", "a_log", "dt_bias"],
         list(DeltaInputs._fields),
         _SOURCE,
+        dtype,
         DIMS=dims,
         KEY_HEADS=key_heads,
         VALUE_HEADS=value_heads,

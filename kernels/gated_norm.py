@@ -52,9 +52,8 @@ def gated_norm(y: mx.array, gate: mx.array, weight: mx.array, eps: float) -> mx.
 def launch(language: gpu.Language, y: mx.array, gate: mx.array, weight: mx.array, eps: float) -> mx.array:
     """On a GPU: a SIMD group for each row."""
     dims = y.shape[-1]
-    (out,) = _kernel(language, dims, eps)(
+    (out,) = _kernel(language, gate.dtype, dims, eps)(
         inputs=[y, gate, weight],
-        template=[("T", gate.dtype)],
         grid=(32, y.size // dims, 1),
         threadgroup=(32, 1, 1),
         output_shapes=[y.shape],
@@ -64,7 +63,7 @@ def launch(language: gpu.Language, y: mx.array, gate: mx.array, weight: mx.array
 
 
 @cache
-def _kernel(language: gpu.Language, dims: int, eps: float) -> Any:
+def _kernel(language: gpu.Language, dtype: mx.Dtype, dims: int, eps: float) -> Any:
     return gpu.row_kernel(
-        language, "flashmoe_gated_norm", ["y", "gate", "weight"], ["out"], _SOURCE, DIMS=dims, EPS=eps
+        language, "gated_norm", ["y", "gate", "weight"], ["out"], _SOURCE, dtype, DIMS=dims, EPS=eps
     )

@@ -10,6 +10,7 @@ the experts. Every sum has a fixed order and there are no atomics: same inputs, 
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +30,7 @@ CHUNK = 32
 SPAN = 1024  # floats: one chunk for each of 32 lanes
 PANEL = 16  # weight rows of a matrix instruction
 COLUMNS = 8  # and rows of x
+TYPES = {mx.float32: "float32", mx.bfloat16: "bfloat16", mx.float16: "float16"}
 MOST_TILES = 65535  # CUDA's limit on a grid's second dimension
 
 
@@ -81,18 +83,34 @@ def current() -> Language | None:
     return language
 
 
-def row_kernel(
-    language: Language, name: str, inputs: list[str], outputs: list[str], source: str, **constants: float
+def make(
+    language: Language, name: str, inputs: list[str], outputs: list[str], source: str, header: str
 ) -> Any:
-    """A kernel of one launch over rows of activations, with the words of ``rows.h`` and its ``constants``."""
+    """A kernel whose name tells of its text: on Metal MLX compiles anew whenever a name's text changes."""
+    source = language.positions + source
+    name = f"flashmoe_{name}_{zlib.crc32((header + source).encode()):08x}"
+    return language.make_kernel(name, inputs, outputs, source, header)
+
+
+def row_kernel(
+    language: Language,
+    name: str,
+    inputs: list[str],
+    outputs: list[str],
+    source: str,
+    dtype: mx.Dtype,
+    **constants: float,
+) -> Any:
+    """A kernel over rows of activations, with the words of ``rows.h``, its ``constants``, and T for ``dtype``."""
     whole = {k: v for k, v in constants.items() if isinstance(v, int)}
     lines = [
         _read(language.prelude),
+        f"typedef fm_{TYPES[dtype]} T;",
         "enum : unsigned { " + ", ".join(f"{k} = {v}" for k, v in whole.items()) + " };",
         *(f"#define {k} {v!r}f" for k, v in constants.items() if k not in whole),
         _read("rows.h"),
     ]
-    return language.make_kernel(name, inputs, outputs, language.positions + source, "\n".join(lines))
+    return make(language, name, inputs, outputs, source, "\n".join(lines))
 
 
 def supports(layout: BlobLayout) -> bool:
@@ -265,10 +283,9 @@ _ROWS = {
 def _ffn_kernels(language: Language, layout: BlobLayout, formulation: str, top_k: int) -> tuple[Any, Any]:
     text, gate_up, down = _FFN[formulation]
     header = _header(language, layout, formulation, top_k, text)
-    make, positions = language.make_kernel, language.positions
     return (
-        make("flashmoe_gate_up", ["x", "slab", "slots"], ["h"], positions + gate_up, header),
-        make("flashmoe_down", ["h", "slab", "slots", "weights"], ["y"], positions + down, header),
+        make(language, "gate_up", ["x", "slab", "slots"], ["h"], gate_up, header),
+        make(language, "down", ["h", "slab", "slots", "weights"], ["y"], down, header),
     )
 
 
@@ -276,10 +293,9 @@ def _ffn_kernels(language: Language, layout: BlobLayout, formulation: str, top_k
 def _rows_kernels(language: Language, layout: BlobLayout, formulation: str) -> tuple[Any, Any]:
     text, gate_up, down = _ROWS[formulation]
     header = _header(language, layout, formulation, 1, text)
-    make, positions = language.make_kernel, language.positions
     return (
-        make("flashmoe_rows_gate_up", ["x", "slab", "tiles"], ["h"], positions + gate_up, header),
-        make("flashmoe_rows_down", ["h", "slab", "tiles"], ["y"], positions + down, header),
+        make(language, "rows_gate_up", ["x", "slab", "tiles"], ["h"], gate_up, header),
+        make(language, "rows_down", ["h", "slab", "tiles"], ["y"], down, header),
     )
 
 

@@ -74,7 +74,7 @@ def launch(
     experts = logits.shape[-1]
     threads = -(-experts // 32) * 32
     shape = (*logits.shape[:-1], active)
-    ids, weights = _kernel(language, experts, active, normalize)(
+    ids, weights = _kernel(language, logits.dtype, experts, active, normalize)(
         inputs=[logits],
         grid=(threads, logits.size // experts, 1),
         threadgroup=(threads, 1, 1),
@@ -85,13 +85,14 @@ def launch(
 
 
 @cache
-def _kernel(language: gpu.Language, experts: int, active: int, normalize: bool) -> Any:
+def _kernel(language: gpu.Language, dtype: mx.Dtype, experts: int, active: int, normalize: bool) -> Any:
     return gpu.row_kernel(
         language,
-        "flashmoe_route",
+        "route",
         ["logits"],
         ["ids", "weights"],
         _SOURCE,
+        dtype,
         EXPERTS=experts,
         ACTIVE=active,
         NORMALIZE=int(normalize),

@@ -35,7 +35,7 @@ COMPILER = shutil.which("g++") or shutil.which("clang++")
 FLAGS = ["-std=gnu++14", "-O1", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra"]
 FLAGS += ["-Wno-attributes", "-Wno-unknown-pragmas", "-Wno-unused-variable", "-Wno-ignored-attributes"]
 FLAGS += ["-Wno-unused-parameter", "-Wno-unused-but-set-parameter", "-Wno-type-limits", "-Wno-div-by-zero"]
-DTYPES = {mx.float32: np.float32, mx.bfloat16: np.uint16, mx.float16: np.float16}
+DTYPES = {mx.float32: np.float32, mx.bfloat16: np.uint16, mx.float16: np.float16, mx.int32: np.int32}
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,8 @@ struct half {
       bits = uint16_t(sign | (std::isnan(v) ? 0x7e00 : 0x7c00));
       return;
     }
-    int e = 0;
-    std::frexp(a, &e);                                          // a = m * 2^e, m in [1/2, 1)
+    int e = -13;  // for 0, of which frexp says e = 0
+    if (a > 0) std::frexp(a, &e);                               // a = m * 2^e, m in [1/2, 1)
     const int unit = (e < -13 ? -13 : e) - 11;                  // of the last place, subnormals included
     const uint32_t n = uint32_t(std::nearbyint(std::ldexp(a, -unit)));  // to nearest even
     bits = uint16_t(sign | ((uint32_t(unit + 24) << 10) + n));  // a carry of n moves into the exponent
