@@ -1,6 +1,24 @@
 """For all tests: hypothesis sets no deadline, because a busy machine is not a wrong answer."""
 
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
 
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Gives each of xdist's processes its own folder for temporary files.
+
+    MLX keeps the functions that it compiles on the CPU there, and two processes that compile the same one at the
+    same time can find each other's half written.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker:
+        folder = Path(tempfile.gettempdir(), f"mlx-flashmoe-tests-{os.getuid()}", worker)
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ["TMPDIR"] = tempfile.tempdir = str(folder)

@@ -37,7 +37,8 @@ def decode(a: np.ndarray) -> np.ndarray:
 
 def pack(q: np.ndarray, bits: int) -> np.ndarray:
     """Integers [rows, n] -> uint32 [rows, n * bits / 32]: a stream of bits, the lowest first."""
-    stream = (q[..., None] >> np.arange(bits) & 1).astype(np.uint8).reshape(q.shape[0], -1)
+    each = np.unpackbits(q.astype(np.uint8)[..., None], axis=-1, bitorder="little")  # 8 bits a value
+    stream = each[..., :bits].reshape(q.shape[0], -1)
     return np.packbits(stream, axis=1, bitorder="little").view(np.uint32)
 
 

@@ -81,9 +81,9 @@ def test_an_answer_is_the_same_however_it_comes() -> None:
 
 @pytest.mark.parametrize("height", [3, 5, 10])
 def test_a_block_taller_than_the_screen_loses_no_line(height: int) -> None:
-    code = "\n".join(f"line {i}" for i in range(40))
-    items = "\n".join(f"- item {i}" for i in range(40))
-    paragraph = "\n".join(f"verse {i}" for i in range(40))
+    code = "\n".join(f"line {i}" for i in range(16))
+    items = "\n".join(f"- item {i}" for i in range(16))
+    paragraph = "\n".join(f"verse {i}" for i in range(16))
     text = f"before\n\n```\n{code}\n```\n\n{items}\n\n{paragraph}\n\nafter"
     screen = show(list(text), height=height)
     assert screen.text == show([text], slow=False, height=1000).text

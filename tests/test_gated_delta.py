@@ -1,61 +1,54 @@
 """The gated delta rule: segments, and the CUDA kernel's text executed on the CPU, against the definition.
 
-The CUDA text is compiled as C++ with a warp's 32 lanes as threads that meet at shuffles. That shows its indexing and
+The CUDA text is compiled as C++ and run by the emulation of tests/metal_emulator. That shows its indexing and
 arithmetic; it is no GPU.
 """
 
 from __future__ import annotations
 
-import ctypes
-import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from metal_emulator import COMPILER, HERE, Job, Launch, run
 
 from mlx_flashmoe.kernels import gated_delta
 
-COMPILER = shutil.which("g++") or shutil.which("clang++")
 B, T, HK, HV, DK, DV = 2, 37, 2, 6, 64, 8
 
+# What CUDA gives a kernel, in terms of the emulation, whose SIMD groups are as wide as warps.
 HARNESS = """
-#include <barrier>
-#include <thread>
-#include <vector>
-struct Index { int x, y, z; };
-thread_local Index threadIdx, blockIdx, blockDim;
-static std::barrier<> meet(32);
-static float given[32];
-static float __shfl_xor_sync(unsigned, float v, int step) {
-  given[threadIdx.x] = v;
-  meet.arrive_and_wait();
-  const float other = given[threadIdx.x ^ step];
-  meet.arrive_and_wait();
-  return other;
+#include "metal_emulator.h"
+static float __shfl_xor_sync(unsigned, float value, int step) {
+  struct Lane { float value; int step; } mine = {value, step};
+  emulator::together(&mine, [](void** lanes) {
+    float given[32];
+    for (int i = 0; i < 32; ++i) given[i] = static_cast<Lane*>(lanes[i])->value;
+    for (int i = 0; i < 32; ++i) {
+      Lane& lane = *static_cast<Lane*>(lanes[i]);
+      lane.value = given[i ^ lane.step];
+    }
+  });
+  return mine.value;
 }
-constexpr int Dk = %(DK)d, Dv = %(DV)d, Hk = %(HK)d, Hv = %(HV)d;
-static void kernel(const float* q, const float* k, const float* v, const float* decay, const float* beta,
-                   const float* state, float* y, float* new_state, const int* q_shape) {
+%(CONSTANTS)s
+static void kernel(void** buffers) {
+  const uint3 threadIdx = emulator::self().thread_position_in_threadgroup;
+  const uint3 blockIdx = emulator::self().threadgroup_position_in_grid;
+  const uint3 blockDim = {%(BLOCK)s};
+  %(BUFFERS)s
 %(SOURCE)s
 }
-extern "C" void run(const float* q, const float* k, const float* v, const float* decay, const float* beta,
-                    const float* state, float* y, float* new_state, const int* q_shape) {
-  for (int z = 0; z < q_shape[0] * Hv; ++z)
-    for (int row = 0; row < Dv; ++row) {
-      std::vector<std::thread> lanes;
-      for (int lane = 0; lane < 32; ++lane)
-        lanes.emplace_back([=] {
-          blockDim = {32, %(ROWS)d, 1};
-          threadIdx = {lane, row %% %(ROWS)d, 0};
-          blockIdx = {0, row / %(ROWS)d, z};
-          kernel(q, k, v, decay, beta, state, y, new_state, q_shape);
-        });
-      for (auto& lane : lanes) lane.join();
-    }
+extern "C" void run_%(KEY)s(int n, const emulator::Buffer* buffers, const int32_t* grid, const int32_t* group,
+                            int backwards) {
+  emulator::launch(kernel, n, buffers, grid, group, backwards);
 }
 """
+INPUTS = ("q", "k", "v", "decay", "beta", "state", "q_shape")
+OUTPUTS = ("y", "new_state")
 
 
 def inputs() -> list[np.ndarray]:
@@ -98,16 +91,40 @@ def test_segments_and_single_tokens_follow_the_definition() -> None:
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler to execute the CUDA text with")
-def test_the_cuda_text_follows_the_definition(tmp_path: Path) -> None:
-    constants = dict(DK=DK, DV=DV, HK=HK, HV=HV, ROWS=gated_delta.ROWS, SOURCE=gated_delta._CUDA)
-    (tmp_path / "kernel.cpp").write_text(HARNESS % constants)
-    library = tmp_path / "kernel.so"
-    command = [str(COMPILER), "-std=c++20", "-O1", "-pthread", "-shared", "-fPIC", "-o", str(library)]
-    subprocess.run([*command, str(tmp_path / "kernel.cpp")], check=True, timeout=120)
+def test_the_cuda_text_follows_the_definition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: dict[str, Any] = {}
+
+    def kernel(**arguments: Any) -> tuple[None, None]:
+        called.update(arguments)
+        return None, None
+
+    monkeypatch.setattr(gated_delta, "_cuda_kernel", lambda: kernel)
     arrays = inputs()
-    y = np.full((B, T, HV, DV), np.nan, np.float32)
-    state = np.full((B, HV, DV, DK), np.nan, np.float32)
-    shape = np.array([B, T, HK, DK], np.int32)
-    pointers = [ctypes.c_void_p(a.ctypes.data) for a in (*arrays, y, state, shape)]
-    ctypes.CDLL(str(library)).run(*pointers)
-    assert close((y, state), definition(*arrays))
+    gated_delta._cuda(*map(mx.array, arrays))
+    launch = Launch(
+        gated_delta._CUDA,
+        INPUTS,
+        OUTPUTS,
+        called["grid"],
+        called["threadgroup"],
+        tuple(map(tuple, called["output_shapes"])),
+        tuple(called["output_dtypes"]),
+    )
+    kinds = ["const float*"] * 6 + ["const int*"] + ["float*"] * 2
+    named = enumerate(zip(kinds, INPUTS + OUTPUTS))
+    source, library = tmp_path / "kernel.cpp", tmp_path / "kernel.so"
+    source.write_text(
+        HARNESS
+        % {
+            "CONSTANTS": "\n".join(f"constexpr int {name} = {n};" for name, n in called["template"]),
+            "BLOCK": ", ".join(map(str, launch.threadgroup)),
+            "BUFFERS": "\n  ".join(f"{kind} {name} = ({kind})buffers[{i}];" for i, (kind, name) in named),
+            "SOURCE": launch.text,
+            "KEY": launch.key,
+        }
+    )
+    command = [str(COMPILER), "-std=gnu++14", "-O1", "-shared", "-fPIC", f"-I{HERE}", "-o", str(library)]
+    subprocess.run([*command, str(source)], check=True, timeout=120)
+    given = dict(zip(INPUTS, [*arrays, np.array(arrays[0].shape, np.int32)]))
+    (result,) = run({launch.key: library}, [Job([launch], given)])
+    assert close((result["y"], result["new_state"]), definition(*arrays))
