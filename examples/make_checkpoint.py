@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,11 @@ KEY_HEADS, VALUE_HEADS, LINEAR_DIM, KERNEL = 2, 4, 32, 4
 
 def build_tokenizer() -> Tokenizer:
     """A byte-level BPE tokenizer, trained on the text above."""
+    return train_tokenizer([TEXT], 700, MARKS)
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int, marks: Sequence[str]) -> Tokenizer:
+    """A byte-level BPE tokenizer of the family: ``vocabulary`` learned tokens, then ``SPECIAL``, then ``marks``."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -84,13 +89,13 @@ def build_tokenizer() -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=700,
+        vocab_size=vocabulary,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
-    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in MARKS])
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in marks])
     return tokenizer
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -122,6 +122,24 @@ class AnswerFigures:
         return {task: (sum(right), len(right)) for task, right in sorted(tasks.items())}
 
 
+def record_routing(model: StreamingModel) -> list[list[mx.array]]:
+    """For each layer, a list that from now on gets the expert ids [..., active] of every call of its router."""
+
+    def recorded(route: Callable[..., Any], picked: list[mx.array]) -> Callable[..., Any]:
+        def call(x: mx.array) -> tuple[mx.array, mx.array]:
+            ids, weights = route(x)
+            picked.append(ids)
+            return ids, weights
+
+        return call
+
+    layers = model.model.model.layers
+    every: list[list[mx.array]] = [[] for _ in layers]
+    for layer, picked in zip(layers, every):
+        layer.mlp.route = recorded(layer.mlp.route, picked)
+    return every
+
+
 class ExpertUse:
     """Counts how often each expert is picked, from the moment it is made; for a model loaded without read-ahead.
 
@@ -131,12 +149,9 @@ class ExpertUse:
     """
 
     def __init__(self, model: StreamingModel) -> None:
-        layers = model.model.model.layers
-        self._picked: list[list[mx.array]] = [[] for _ in layers]
-        self.counts = np.zeros((len(layers), model.model.config.num_experts), np.int64)
+        self._picked = record_routing(model)
+        self.counts = np.zeros((len(self._picked), model.model.config.num_experts), np.int64)
         self.tokens = 0
-        for layer, picked in zip(layers, self._picked):
-            layer.mlp.route = _noting(layer.mlp.route, picked)
 
     def collect(self) -> None:
         for layer, picked in enumerate(self._picked):
@@ -158,15 +173,6 @@ class ExpertUse:
     def unused(self) -> float:
         """Share of experts that no token used."""
         return float((self.counts == 0).mean())
-
-
-def _noting(route: Any, picked: list[mx.array]) -> Any:
-    def noted(x: mx.array) -> tuple[mx.array, mx.array]:
-        ids, weights = route(x)
-        picked.append(ids)
-        return ids, weights
-
-    return noted
 
 
 def run(

@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flashmoe import load
+from mlx_flashmoe.evaluate import record_routing
 
 from .heldout import PATH
 
@@ -25,31 +26,20 @@ TOKENS = 20_000
 def record(folder: Path, tokens: int = TOKENS) -> tuple[np.ndarray, np.ndarray]:
     """``experts`` and ``begins`` of the first held-out dialogues, prompt and expected answer."""
     model, tokenizer = load(folder)
-    picked: list[mx.array] = []
-    for layer in model.model.model.layers:
-        layer.mlp.route = _recording(layer.mlp.route, picked)
+    picked = record_routing(model)
     dialogues: list[np.ndarray] = []
     for line in PATH.read_text().splitlines():
         r = json.loads(line)
         ids = tokenizer.apply_chat_template(
             [*r["messages"], r["expected"]], tools=r["tools"], add_generation_prompt=False
         )
-        picked.clear()
         model(mx.array([ids]))
-        dialogues.append(np.sort(np.stack([np.array(p)[0] for p in picked], 1), -1).astype(np.uint8))
+        experts = np.stack([np.array(layer.pop())[0] for layer in picked], 1)
+        dialogues.append(np.sort(experts, -1).astype(np.uint8))
         if sum(map(len, dialogues)) >= tokens:
             break
     lengths = [len(d) for d in dialogues]
     return np.concatenate(dialogues), np.cumsum([0, *lengths[:-1]])
-
-
-def _recording(route, picked: list[mx.array]):
-    def recorded(x: mx.array) -> tuple[mx.array, mx.array]:
-        ids, weights = route(x)
-        picked.append(ids)
-        return ids, weights
-
-    return recorded
 
 
 def main() -> None:

@@ -12,18 +12,14 @@ from typing import Any
 
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
+from ..make_checkpoint import PRETOKENIZE, SPECIAL, train_tokenizer
 from .corpus import Dialogue, dialogue
 
 VOCABULARY = 3072
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # Marks are ordinary tokens of a vocabulary of their own: decoding shows them.
 MARKS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
-PRETOKENIZE = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
-    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 SAMPLE = 12_000  # dialogues that the merges are learned from
 SAMPLE_SEED = 7
@@ -31,26 +27,10 @@ SAMPLE_SEED = 7
 
 def build() -> Tokenizer:
     """The same tokenizer every time; a few seconds."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRETOKENIZE), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(SPECIAL) - len(MARKS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
     render = Renderer()
     texts = (render(dialogue(SAMPLE_SEED, i)) for i in range(SAMPLE))
     marks = SPECIAL + MARKS
-    tokenizer.train_from_iterator((_without(marks, text) for text in texts), trainer, length=SAMPLE)
-    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
-    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in MARKS])
-    return tokenizer
+    return train_tokenizer((_without(marks, text) for text in texts), VOCABULARY - len(marks), MARKS)
 
 
 def _without(marks: tuple[str, ...], text: str) -> str:
