@@ -21,7 +21,7 @@ help:
 	@echo "make demo       set up .venv, convert a small trained model, hold a short conversation"
 	@echo "make test       run the tests"
 	@echo "make lint       ruff and mypy"
-	@echo "make reference  compare with transformers and mlx-lm (installs torch)"
+	@echo "make reference  compare with transformers and mlx-lm (installs torch), then the slow tests"
 	@echo "make clean      remove .venv and demo"
 
 # The model is a small one, trained on what examples/small_moe generates; its README says what it can do.
@@ -40,8 +40,9 @@ lint: $(VENV)/installed-lint
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-reference: $(VENV)/installed-reference
+reference: $(VENV)/installed-test $(VENV)/installed-reference
 	$(RUN) -m pytest -o addopts=-q tests/reference $(ARGS)
+	$(RUN) -m pytest -m slow
 
 clean:
 	rm -rf $(VENV) demo

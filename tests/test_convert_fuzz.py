@@ -121,7 +121,7 @@ def test_a_few(good: Path, data: st.DataObject) -> None:
     fuzz(good, good.parent / "work", data)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @settings(max_examples=10_000, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_ten_thousand(good: Path, data: st.DataObject) -> None:

@@ -174,7 +174,7 @@ def test_killed_at_200_instants(tmp_path: Path, seed: int) -> None:
     killed_again_and_again(tmp_path, seed, 2, at_an_instant)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("power", [False, True])
 @pytest.mark.parametrize("layout", ["fused", "mlx4"])
 def test_killed_at_every_change_to_the_disk(tmp_path: Path, layout: str, power: bool) -> None:
