@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from mlx_flashmoe.convert.reread import crc32_on_disk
+from mlx_flashmoe.convert.reread import crc32_on_disk, let_go
 from mlx_flashmoe.errors import ConversionError
 from mlx_flashmoe.layout import MANIFEST, Manifest
 from mlx_flashmoe.sizes import show_size
@@ -221,6 +221,7 @@ class OutputFile:
         """Puts what was written on the disk for good."""
         with writing(self.path):
             os.fsync(self._fd)
+            let_go(self._fd)
 
     def crc32(self, offset: int, nbytes: int) -> int:
         """Of what the disk gives back."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from reprlib import repr as short
 from typing import Any, Literal
 
@@ -85,8 +85,16 @@ class Matrix:
         return sum(t.nbytes for t in self.parts.values())
 
     def _each(self, cut: Callable[[Tensor], Tensor]) -> Matrix:
-        parts = {k: cut(t) for k, t in self.parts.items()}
-        return Matrix(**parts, quantization=self.quantization)
+        def optional(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else cut(tensor)
+
+        return replace(
+            self,
+            weight=cut(self.weight),
+            scales=optional(self.scales),
+            biases=optional(self.biases),
+            scale_inv=optional(self.scale_inv),
+        )
 
     def rows(self, start: int, stop: int) -> Matrix:
         if self.scale_inv is None:

@@ -41,7 +41,7 @@ from mlx_flashmoe.layout import (
 from mlx_flashmoe.sizes import show_size
 
 MLX_CACHE = 64 << 20  # freed buffers are of no use to the next job beyond this
-WORKERS = max(2, min(8, os.cpu_count() or 2))
+WORKERS = max(4, min(8, os.cpu_count() or 4))  # they wait for the disk as much as they work
 
 Progress = Callable[[int, int, str], None]
 Note = Callable[[str], None]
@@ -362,6 +362,7 @@ class _Run:
         self._notes.finish(unit.name, crcs)
         self._done[unit.name] = crcs
         for shard in unit.shards:
+            self._checkpoint.shards[shard].forget()
             self._left[shard] -= 1
             if not self._left[shard]:
                 self._let_go(shard)

@@ -1,4 +1,4 @@
-"""Checksums of what is on the disk, not of what the page cache remembers of it."""
+"""The page cache: checksums of what is on the disk, not of what is remembered of it; and letting go of pages."""
 
 from __future__ import annotations
 
@@ -35,3 +35,13 @@ def crc32_on_disk(fd: int, offset: int, nbytes: int) -> int:
         crc = zlib.crc32(buffer[:n], crc)
         offset += n
     return crc
+
+
+def let_go(fd: int) -> None:
+    """Has the system forget a file's pages that are on the disk too, where it can be told so.
+
+    A conversion never comes back to them, and hundreds of GB of them would push out everybody else's. It is also
+    faster: memory that has just been let go of is at hand, where other memory must be looked for.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_flashmoe.convert.reread import let_go
 from mlx_flashmoe.errors import SourceError
 
 MAX_HEADER = 100_000_000
@@ -114,6 +115,11 @@ class SafetensorsFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def forget(self) -> None:
+        """What was read so far will not be read again soon: it need not stay in the page cache."""
+        if self._fd >= 0:
+            let_go(self._fd)
 
     def _open(self) -> int:
         with self._opening:

@@ -15,6 +15,7 @@ import numpy as np
 
 from mlx_flashmoe.convert.families import FP8_BLOCK, Matrix
 from mlx_flashmoe.convert.safetensors import Tensor
+from mlx_flashmoe.errors import SourceError
 from mlx_flashmoe.layout import Quantization
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -25,6 +26,7 @@ _TYPES = {
     "F32": (np.uint32, mx.float32),
     "U32": (np.uint32, mx.uint32),
 }
+FP8_NAN = 0x7F  # of either sign; e4m3 has no infinities
 # On a CPU every thread has a stream of its own and they run side by side; a GPU is one resource.
 _gpu = threading.Lock()
 
@@ -69,11 +71,20 @@ def quantize(matrix: Matrix, quantization: Quantization, device: mx.Device) -> l
 
 
 def _fp8_values(matrix: Matrix, device: mx.Device) -> mx.array:
-    """weight * scale of its block, in float32: exact where scales are bfloat16, as they are published."""
+    """weight * scale of its block, in float32: exact where scales are bfloat16, as they are published.
+
+    Raises:
+        SourceError: some of it is not a number.
+    """
     assert matrix.scale_inv is not None
     rows, columns = matrix.weight.shape
+    weight = matrix.weight.read()
+    if (weight & 0x7F == FP8_NAN).any():
+        raise SourceError(
+            f"{matrix.weight} has an element that is not a number; download the checkpoint again"
+        )
     with mx.stream(device):
-        codes = mx.array(matrix.weight.read().reshape(rows, columns))
+        codes = mx.array(weight.reshape(rows, columns))
         scales = _array(matrix.scale_inv).astype(mx.float32)
         # A block's scale for each of its rows, then for each of its columns; the last block may be narrower.
         scales = mx.repeat(scales, FP8_BLOCK, axis=0)[matrix.skipped : matrix.skipped + rows]

@@ -130,12 +130,10 @@ class DenseJob:
     def make(self, scratch: Scratch) -> list[memoryview]:
         matrix = self.plan.dense.matrix.rows(self.start, self.stop)
         if self.plan.dense.kind == "norm":
-            return [memoryview(transform.one_plus(matrix.weight))]
+            return [transform.one_plus(matrix.weight).data]
         if copied(matrix, self.plan.quantization):
-            return [memoryview(tensor.read()) for tensor in matrix.parts.values()]
-        return [
-            memoryview(data) for data in transform.convert(matrix, self.plan.quantization, scratch.device)
-        ]
+            return [tensor.read().data for tensor in matrix.parts.values()]
+        return [data.data for data in transform.convert(matrix, self.plan.quantization, scratch.device)]
 
 
 # What of an expert a job brings: a part of a projection as it is, or a projection converted (None).

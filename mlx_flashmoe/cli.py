@@ -252,7 +252,8 @@ def _add_model_flags(parser: argparse.ArgumentParser, required: bool = True) -> 
     parser.add_argument(
         "--check-reads",
         action="store_true",
-        help="compare the checksum of every expert as it is read: a damaged one is an error, and reading is slower",
+        help="compare the checksum of every expert as it is read: a damaged one is an error; reading "
+        "from the page cache takes about twice as long, from disk a quarter longer",
     )
 
 

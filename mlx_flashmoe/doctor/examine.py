@@ -170,9 +170,10 @@ def _on_the_hub(name: str) -> Checkpoint:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         raise SourceError(f"{name}: no such folder, and not a Hugging Face id (org/name)")
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars, logging
 
     disable_progress_bars()
+    logging.set_verbosity_error()  # it tells of every retry; what comes of them is told below
     try:
         config = read_config(Path(hf_hub_download(name, "config.json")).parent)
         metadata = HfApi().get_safetensors_metadata(name)

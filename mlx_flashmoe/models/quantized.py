@@ -12,6 +12,7 @@ class QuantizedLinear(nn.QuantizedLinear):
     """x [..., in] -> [..., out]."""
 
     def __call__(self, x: mx.array) -> mx.array:
+        assert self.biases is not None  # affine quantization has them
         y = quantized_matmul(x, self.weight, self.scales, self.biases, self.group_size, self.bits)
         return y + self.bias if "bias" in self else y
 
@@ -20,6 +21,7 @@ class QuantizedEmbedding(nn.QuantizedEmbedding):
     """Token ids [...] -> [..., dims]; and the head of a model whose embeddings are tied."""
 
     def as_linear(self, x: mx.array) -> mx.array:
+        assert self.biases is not None
         return quantized_matmul(x, self.weight, self.scales, self.biases, self.group_size, self.bits)
 
 

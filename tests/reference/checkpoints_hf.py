@@ -124,6 +124,10 @@ SHAPES: dict[str, tuple[Family, dict[str, Any]]] = {
         ),
     ),
     "YaRN": (QWEN3_5, dict(rope_parameters={**ROPE, **YARN})),
+    "no multiples of 128": (
+        QWEN3_5,
+        dict(hidden_size=192, moe_intermediate_size=96, shared_expert_intermediate_size=96),
+    ),
     "Qwen3-Next": (QWEN3_NEXT, {}),
     "Qwen3-Next, wide values, tied, weights as they are, YaRN": (
         QWEN3_NEXT,
