@@ -40,8 +40,10 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from mlx_flashmoe.kernels.reference import DTYPES
 from mlx_flashmoe.layout import BlobLayout, Component, Projection
 
+KINDS = {dtype: name for name, dtype in DTYPES.items()}
 TILE_OUTPUTS = 4
 PREFETCH = 8192  # bytes ahead: the hardware's own prefetching stops short when x is read alongside
 WIDE = llvm.get_host_cpu_features().get("avx512f", False)
@@ -49,7 +51,7 @@ MAX_LANES = 16 if WIDE else 8
 TILE_ROWS = 4 if WIDE else 2  # what fits the registers beside TILE_OUTPUTS weight rows
 ROW_BLOCK = 32  # rows of x that stay in the second-level cache while weights pass by
 CHUNKS_PER_THREAD = 8
-SMALL = 1 << 18  # multiply-adds below which handing work to threads costs more than it saves
+SMALL = 1 << 20  # multiply-adds below which handing work to threads costs more than it saves
 
 F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
@@ -352,6 +354,15 @@ def _arranger() -> Callable[..., None]:
 
 
 @lru_cache
+def _addresser() -> Callable[..., None]:
+    def addresses(weights, scales, biases, out):  # type: ignore[no-untyped-def]
+        """out[0 to 2, 0] = where the three begin: what numpy takes several microseconds each to say."""
+        out[0, 0], out[1, 0], out[2, 0] = weights.ctypes.data, scales.ctypes.data, biases.ctypes.data
+
+    return _compile("void(uint8[::1], uint8[::1], uint8[::1], int64[:, ::1])", addresses)
+
+
+@lru_cache
 def _combiner() -> Callable[..., None]:
     def combine(pairs, position, weights, out):  # type: ignore[no-untyped-def]
         """out[t] = sum over k, in order, of weights[t, k] * pairs[position[t * K + k]]."""
@@ -429,7 +440,10 @@ def _lanes(count: int, most: int) -> int:
 
 
 def _aligned(rows: int, columns: int) -> np.ndarray:
-    """float32 [rows, columns] from a cache line's start on: a vector astride two lines takes two loads."""
+    """float32 [rows, columns]; from a cache line's start on, since a vector astride two lines takes two loads,
+    unless the rows are so short that finding the address takes longer."""
+    if columns < 1024:
+        return np.empty((rows, columns), np.float32)
     line = 16
     flat = np.empty(rows * columns + line, np.float32)
     first = -(flat.ctypes.data // 4) % line
@@ -475,12 +489,14 @@ class _Matrix:
         """x float32 [rows, in_dims] -> the same numbers as the kernel reads them, and their sums by group."""
         if self.bits == 16:
             return x, np.empty((1, 1), np.float32)
-        arranged = _aligned(*x.shape)
-        sums = _aligned(x.shape[0], self.groups)
-        rows = x.shape[0]
-        step = rows if x.size < SMALL else -(-rows // (THREADS * CHUNKS_PER_THREAD))
+        rows, arrange = x.shape[0], _arranger()
+        arranged, sums = _aligned(rows, self.in_dims), np.empty((rows, self.groups), np.float32)
+        if 4 * x.size < SMALL:  # a number takes about as long to arrange as to multiply with four weights
+            arrange(x, self.factors, self.group, arranged, sums, 0, rows)
+            return arranged, sums
+        step = -(-rows // (THREADS * CHUNKS_PER_THREAD))
         _split(
-            lambda low, high: _arranger()(x, self.factors, self.group, arranged, sums, low, high),
+            lambda low, high: arrange(x, self.factors, self.group, arranged, sums, low, high),
             [*range(0, rows, step), rows],
         )
         return arranged, sums
@@ -494,11 +510,12 @@ def _matrices(layout: BlobLayout) -> tuple[_Matrix, _Matrix, _Matrix]:
 def _each_tile(starts: np.ndarray, m: _Matrix, work: Callable[[int, int], None]) -> None:
     """Runs work(low, high) over all tiles of the runs that begin at ``starts``, in shares of equal cost."""
     blocks = -(-m.out_dims // TILE_OUTPUTS)
+    if int(starts[-1]) * m.in_dims * m.out_dims < SMALL:
+        work(0, (len(starts) - 1) * blocks)
+        return
     # A run costs what its tiles cost: a full tile does the work of two single rows in this machine's registers.
     costs = np.concatenate([[0], np.cumsum(1 + np.diff(starts) // TILE_ROWS)])
-    small = int(starts[-1]) * m.in_dims * m.out_dims < SMALL
-    chunks = 1 if small else THREADS * CHUNKS_PER_THREAD
-    shares = np.linspace(0, costs[-1], chunks + 1)
+    shares = np.linspace(0, costs[-1], THREADS * CHUNKS_PER_THREAD + 1)
     tiles = np.arange(starts.shape[0], dtype=np.float64) * blocks
     _split(work, np.interp(shares, costs, tiles).astype(np.int64).tolist())
 
@@ -547,8 +564,16 @@ def _pairs(
 
 
 def _float32(x: mx.array) -> np.ndarray:
-    """x evaluated, as a contiguous float32 array; its memory aliased where it is one already."""
-    return np.ascontiguousarray(np.asarray(x.astype(mx.float32)))
+    """x evaluated, as a contiguous float32 array; its memory aliased where it is one already.
+
+    Numpy, not MLX, converts and reshapes: each evaluation wakes MLX's thread, which costs more than a small product.
+    """
+    if x.dtype == mx.bfloat16:  # which numpy does not know
+        if not memoryview(x).c_contiguous:  # type: ignore[arg-type]
+            x = mx.contiguous(x)
+        wide = np.frombuffer(x, np.uint16).astype(np.uint32)  # type: ignore[call-overload]
+        return (wide << 16).view(np.float32).reshape(x.shape)
+    return np.ascontiguousarray(np.asarray(x), dtype=np.float32)
 
 
 def expert_rows(x: mx.array, slab: mx.array, slots: mx.array, layout: BlobLayout) -> mx.array:
@@ -564,6 +589,7 @@ def expert_ffn(
 ) -> mx.array:
     """See :func:`mlx_flashmoe.kernels.expert_ffn`. Eager."""
     tokens, top_k = slots.shape
+    mx.eval(x, slots, weights)  # at once: each evaluation costs
     ids = np.asarray(slots).reshape(-1)
     if not ids.size:
         return mx.zeros((tokens, layout.hidden_size), dtype=x.dtype)
@@ -587,13 +613,17 @@ def quantized_matmul(
     x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
 ) -> mx.array:
     """See :func:`mlx_flashmoe.kernels.quantized_matmul`; a row's bits do not depend on the others. Eager."""
-    rows = _float32(x.reshape(-1, x.shape[-1]))
+    rows = _float32(x).reshape(-1, x.shape[-1])
     out_dims = weight.shape[0]
-    parts = [np.asarray(weight), np.asarray(scales.astype(mx.float32)), np.asarray(biases.astype(mx.float32))]
-    m = _dense_matrix(out_dims, rows.shape[1], bits, group_size, "float32")
-    w, s, z = (np.array([p.ctypes.data], dtype=np.int64) for p in parts)
-    starts = np.array([0, rows.shape[0]], dtype=np.int64)
-    order = np.arange(rows.shape[0], dtype=np.int64)
+    if biases.dtype != scales.dtype:
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    m = _dense_matrix(out_dims, rows.shape[1], bits, group_size, KINDS[scales.dtype])
+    # The arrays' own memory, whatever their dtype: a conversion by MLX would be an evaluation each.
+    parts = [np.frombuffer(a, np.uint8) for a in (weight, scales, biases)]  # type: ignore[call-overload]
+    w, s, z = matrix = np.empty((3, 1), np.int64)
+    _addresser()(*parts, matrix)
+    starts = np.array([0, rows.shape[0]])
+    order = np.arange(rows.shape[0])
     arranged, sums = m.arrange(rows)
     y = np.empty((rows.shape[0], out_dims), np.float32)
     _each_tile(
@@ -601,4 +631,4 @@ def quantized_matmul(
         m,
         lambda low, high: m.project(w, s, z, starts, order, arranged, sums, m.in_dims, y, low, high),
     )
-    return mx.array(y).astype(x.dtype).reshape(*x.shape[:-1], out_dims)
+    return mx.array(y.reshape(*x.shape[:-1], out_dims)).astype(x.dtype)
