@@ -2,7 +2,7 @@
 
 Nor a crash, nor a hang, nor more memory than MEMORY. Ten thousand of them, with what came of them, take half an hour:
 
-    python -m pytest -s -m slow tests/test_convert_fuzz.py
+    python -m pytest -s -m exhaustive tests/test_convert_fuzz.py
 """
 
 from __future__ import annotations
