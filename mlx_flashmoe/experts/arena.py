@@ -57,6 +57,7 @@ class Fetch:
         # An expert that arrived by another way in the meantime keeps its place.
         new = whole & (self.arena.slot_of[self.row, self.experts] < 0)
         self.arena.slot_of[self.row, self.experts[new]] = self.slots[new]
+        self.arena._held[self.slots[new]] = True
         self.arena._free(self.slots[~new])
 
     def cut_short(self) -> None:
@@ -93,8 +94,9 @@ class SlotArena:
         self._slab = make_slab(self.capacity, self.slot_bytes)
         self.table = make_table(rows, experts)
         self.slot_of = self.table.host
-        self._owner_row = np.full(self.capacity, -1, dtype=np.int32)
-        self._owner_expert = np.full(self.capacity, -1, dtype=np.int32)
+        # Of each slot: the expert it was last claimed for, as a flat index into slot_of, and whether it holds that.
+        self._owner = np.zeros(self.capacity, dtype=np.int64)
+        self._held = np.zeros(self.capacity, dtype=bool)
         self._free_slots = list(range(self.capacity - 1, -1, -1))
         self._used_by = np.full(self.capacity, -1, dtype=np.int64)
         self._pending: dict[int, mx.array] = {}
@@ -124,8 +126,7 @@ class SlotArena:
         if not len(missing):
             return Fetch(self, row, missing, missing, None)
         claimed = self._claim(len(missing), slots[slots >= 0], keep)
-        self._owner_row[claimed] = row
-        self._owner_expert[claimed] = missing
+        self._owner[claimed] = row * self.slot_of.shape[1] + missing
         requests = [
             ReadRequest(layer, expert, slot) for expert, slot in zip(missing.tolist(), claimed.tolist())
         ]
@@ -193,7 +194,7 @@ class SlotArena:
                     f"[SlotArena] {n} experts are needed at once beside {len(in_use)} in use, "
                     f"but there are only {self.capacity} slots; give more --expert-memory"
                 )
-            worth = self.policy.priority[self._owner_row[candidates], self._owner_expert[candidates]]
+            worth = self.policy.priority.reshape(-1).take(self._owner.take(candidates))
             victims = candidates[np.argpartition(worth, need - 1)[:need]]
             taken.extend(victims.tolist())
         claimed = np.array(taken, dtype=np.int32)
@@ -203,20 +204,18 @@ class SlotArena:
                 mx.eval(output)
         self._used_by[claimed] = -1
         if need:
-            self.slot_of[self._owner_row[victims], self._owner_expert[victims]] = -1
+            self.slot_of.reshape(-1)[self._owner[victims]] = -1
+            self._held[victims] = False
         return claimed
 
     def _settled(self, in_use: np.ndarray, keep: np.ndarray | None) -> np.ndarray:
         """The slots that hold an expert and may be given up: neither being filled, nor in use, nor to keep."""
-        # A slot being filled has an owner that does not point back at it yet.
-        held = self.slot_of[self._owner_row, self._owner_expert] == np.arange(self.capacity)
-        held &= self._owner_row >= 0
-        held[in_use] = False
+        free = self._held.copy()
+        free[in_use] = False
         if keep is not None:
-            held[keep] = False
-        return np.flatnonzero(held)
+            free[keep] = False
+        return np.flatnonzero(free)
 
     def _free(self, slots: np.ndarray) -> None:
-        self._owner_row[slots] = -1
-        self._owner_expert[slots] = -1
+        self._held[slots] = False
         self._free_slots.extend(slots.tolist())
