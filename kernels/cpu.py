@@ -25,7 +25,7 @@ which tile computed it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import lru_cache
@@ -256,12 +256,19 @@ def _tile(  # type: ignore[no-untyped-def]
 # ---------------------------------------------------------------------------------------------- numba kernels
 
 
-def _compile(signature: str, function: Callable[..., None]) -> Callable[..., None]:
-    """Compiles ahead of the first call, cached on disk where some folder can be written."""
+def compile_kernel(
+    signature: str, function: Callable[..., None], allow: Collection[str] = ()
+) -> Callable[..., None]:
+    """Compiles ahead of the first call, cached on disk where some folder can be written.
+
+    Args:
+        allow: what LLVM may do to floating-point arithmetic; by default nothing.
+    """
+    options: dict[str, Any] = {"nogil": True, "fastmath": set(allow)}
     try:
-        return njit(signature, nogil=True, cache=True)(function)
+        return njit(signature, cache=True, **options)(function)
     except RuntimeError:  # numba found no folder to cache in
-        return njit(signature, nogil=True)(function)
+        return njit(signature, **options)(function)
 
 
 @lru_cache
@@ -320,7 +327,7 @@ def _projector(bits: int, group: int, kind: str, lanes: int, group_lanes: int) -
             low += stop - block
 
     ints, floats = "int64[::1]", "float32[:, ::1]"
-    return _compile(
+    return compile_kernel(
         f"void({ints}, {ints}, {ints}, {ints}, {ints}, {floats}, {floats}, int64, {floats}, int64, int64)",
         project,
     )
@@ -350,7 +357,7 @@ def _arranger() -> Callable[..., None]:
                 sums[r, g] = (a + b) + (c + d)
 
     floats = "float32[:, ::1]"
-    return _compile(f"void({floats}, float32[::1], int64, {floats}, {floats}, int64, int64)", arrange)
+    return compile_kernel(f"void({floats}, float32[::1], int64, {floats}, {floats}, int64, int64)", arrange)
 
 
 @lru_cache
@@ -359,7 +366,7 @@ def _addresser() -> Callable[..., None]:
         """out[0 to 2, 0] = where the three begin: what numpy takes several microseconds each to say."""
         out[0, 0], out[1, 0], out[2, 0] = weights.ctypes.data, scales.ctypes.data, biases.ctypes.data
 
-    return _compile("void(uint8[::1], uint8[::1], uint8[::1], int64[:, ::1])", addresses)
+    return compile_kernel("void(uint8[::1], uint8[::1], uint8[::1], int64[:, ::1])", addresses)
 
 
 @lru_cache
@@ -375,7 +382,7 @@ def _combiner() -> Callable[..., None]:
                     out[t, i] += w * pairs[p, i]
 
     floats = "float32[:, ::1]"
-    return _compile(f"void({floats}, int64[::1], {floats}, {floats})", combine)
+    return compile_kernel(f"void({floats}, int64[::1], {floats}, {floats})", combine)
 
 
 # ---------------------------------------------------------------------------------------------- threads
@@ -411,7 +418,7 @@ if hasattr(os, "register_at_fork"):  # a forked child has none of the pool's thr
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-def _split(work: Callable[[int, int], None], bounds: list[int]) -> None:
+def split(work: Callable[[int, int], None], bounds: list[int]) -> None:
     """Runs work(low, high) for every pair of neighbouring bounds: on this thread if there is one, else on all of
     the pool while this one sleeps, so that no worker finds its core taken."""
     pieces = [(a, b) for a, b in pairwise(bounds) if a < b]
@@ -495,7 +502,7 @@ class _Matrix:
             arrange(x, self.factors, self.group, arranged, sums, 0, rows)
             return arranged, sums
         step = -(-rows // (THREADS * CHUNKS_PER_THREAD))
-        _split(
+        split(
             lambda low, high: arrange(x, self.factors, self.group, arranged, sums, low, high),
             [*range(0, rows, step), rows],
         )
@@ -517,7 +524,7 @@ def _each_tile(starts: np.ndarray, m: _Matrix, work: Callable[[int, int], None])
     costs = np.concatenate([[0], np.cumsum(1 + np.diff(starts) // TILE_ROWS)])
     shares = np.linspace(0, costs[-1], THREADS * CHUNKS_PER_THREAD + 1)
     tiles = np.arange(starts.shape[0], dtype=np.float64) * blocks
-    _split(work, np.interp(shares, costs, tiles).astype(np.int64).tolist())
+    split(work, np.interp(shares, costs, tiles).astype(np.int64).tolist())
 
 
 def _pairs(

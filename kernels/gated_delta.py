@@ -1,11 +1,13 @@
 """The gated delta rule (Yang et al., "Gated Delta Networks", arXiv:2412.06464), token by token, everywhere.
 
 MLX has kernels for it on Metal. Elsewhere its fallback is a graph with every token's state in it, 4 MB a token
-and layer at the 397B's shape: on CUDA a kernel of our own takes its place, on the CPU it is cut into segments.
+and layer at the 397B's shape: kernels of our own take its place on CUDA and, where numba is, on the CPU; for what
+remains it is cut into segments.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -38,7 +40,19 @@ def gated_delta_update(
         return y, state
     if on_gpu and not metal and k.shape[-1] % 32 == 0 and v.shape[-1] % ROWS == 0:
         return _cuda(q, k, v, decay, beta, state)
+    if not on_gpu and (eager := _on_cpu()) is not None:
+        return eager(q, k, v, decay, beta, state)
     return _in_segments(q, k, v, decay, beta, state)
+
+
+@cache
+def _on_cpu() -> Callable[..., tuple[mx.array, mx.array]] | None:
+    """The kernel for the CPU; None where numba is absent or does not go with the installed numpy."""
+    try:
+        from mlx_flashmoe.kernels.gated_delta_cpu import gated_delta_update
+    except ImportError:
+        return None
+    return gated_delta_update
 
 
 def _in_segments(

@@ -78,16 +78,39 @@ def close(got: tuple[np.ndarray, ...], want: tuple[np.ndarray, ...]) -> bool:
     return all(np.linalg.norm(g - w) <= 1e-5 * np.linalg.norm(w) for g, w in zip(got, want))
 
 
-def test_segments_and_single_tokens_follow_the_definition() -> None:
+FUNCTIONS = {
+    "the default": gated_delta.gated_delta_update,
+    "in segments": gated_delta._in_segments,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_prompts_and_single_tokens_follow_the_definition(name: str) -> None:
+    function = FUNCTIONS[name]
     arrays = [mx.array(a) for a in inputs()]
     want = definition(*inputs())
     assert gated_delta.SEGMENT < T  # or there would be one segment
-    assert close(tuple(map(np.asarray, gated_delta.gated_delta_update(*arrays))), want)
+    whole = tuple(map(np.asarray, function(*arrays)))
+    assert close(whole, want)
     state, rows = arrays[5], []
     for t in range(T):
-        y, state = gated_delta.gated_delta_update(*(a[:, t : t + 1] for a in arrays[:5]), state)
+        y, state = function(*(a[:, t : t + 1] for a in arrays[:5]), state)
         rows.append(y)
-    assert close((np.asarray(mx.concatenate(rows, axis=1)), np.asarray(state)), want)
+    single = np.asarray(mx.concatenate(rows, axis=1)), np.asarray(state)
+    assert close(single, want)
+    if mx.default_device() == mx.cpu:
+        assert all(np.array_equal(a, b) for a, b in zip(single, whole))
+
+
+def test_heads_share_work_without_changing_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = pytest.importorskip("mlx_flashmoe.kernels.cpu")
+    eager = gated_delta._on_cpu()
+    assert eager is not None
+    arrays = [mx.array(a) for a in inputs()]
+    alone = eager(*arrays)
+    monkeypatch.setattr(cpu, "SMALL", 0)
+    shared = eager(*arrays)
+    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(alone, shared))
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler to execute the CUDA text with")
