@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -72,12 +71,8 @@ def gated_norm_case(dtype: str, rows: int, dims: int) -> Case:
     r = rounded(y, dtype)
     normed = r / np.sqrt(np.mean(r**2, axis=-1, keepdims=True) + EPS)
     out = weight * normed * gate / (1 + np.exp(-gate))
-    call = partial(_swap_language, gated_norm.launch, EPS)
+    call = lambda language, y, gate, weight: gated_norm.launch(language, y, gate, weight, EPS)  # noqa: E731
     return Case(call, {"y": y, "gate": gate, "weight": weight}, {"out": out}, dtype, ("y",))
-
-
-def _swap_language(function: Callable[..., Any], last: Any, language: Any, *arrays: mx.array) -> Any:
-    return function(language, *arrays, last)
 
 
 def router_case(dtype: str, rows: int, experts: int, active: int, normalize: bool) -> Case:
