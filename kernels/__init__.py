@@ -65,7 +65,8 @@ def expert_rows(x: mx.array, slab: mx.array, slots: mx.array, layout: BlobLayout
         layout: of the blobs in the slab.
 
     Returns:
-        [P, D] in x's dtype: down(silu(gate(x)) * up(x)) of each row's expert.
+        [P, D]: down(silu(gate(x)) * up(x)) of each row's expert; on a GPU in x's dtype, on the CPU in float32, so
+        that a weighted sum of them in order has the bits of expert_ffn.
     """
     return _backend().expert_rows(x, slab, slots, layout)
 

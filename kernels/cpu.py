@@ -587,8 +587,8 @@ def expert_rows(x: mx.array, slab: mx.array, slots: mx.array, layout: BlobLayout
     """See :func:`mlx_flashmoe.kernels.expert_rows`; here a row's bits do not even depend on its run. Eager."""
     ids = np.asarray(slots)
     if not ids.size:
-        return mx.zeros((0, layout.hidden_size), dtype=x.dtype)
-    return mx.array(_pairs(_float32(x), np.arange(ids.size), slab, ids, layout)).astype(x.dtype)
+        return mx.zeros((0, layout.hidden_size))
+    return mx.array(_pairs(_float32(x), np.arange(ids.size), slab, ids, layout))
 
 
 def expert_ffn(

@@ -57,8 +57,8 @@ def expert_rows(x: mx.array, slab: mx.array, slots: mx.array, layout: BlobLayout
         outputs.append(project(h, slab, slot, layout.down))
         start = stop
     if not outputs:
-        return mx.zeros((0, layout.hidden_size), dtype=x.dtype)
-    return mx.concatenate(outputs).astype(x.dtype)
+        return mx.zeros((0, layout.hidden_size))
+    return mx.concatenate(outputs)
 
 
 def expert_ffn(

@@ -56,13 +56,14 @@ def route(logits: mx.array, active: int, normalize: bool) -> tuple[mx.array, mx.
         normalize: the chosen experts' weights are made to sum to 1; else they are their probabilities.
 
     Returns:
-        integer ids [..., active], in no particular order, and float32 weights [..., active].
+        integer ids [..., active], ascending on the CPU, and float32 weights [..., active].
     """
     language = gpu.current()
     if language is not None and logits.shape[-1] <= MOST_EXPERTS:
         return launch(language, logits, active, normalize)
     scores = mx.softmax(logits.astype(mx.float32), axis=-1)
-    ids = mx.argpartition(scores, kth=-active, axis=-1)[..., -active:]
+    # Ascending: the order in which a prompt's experts are added up.
+    ids = mx.sort(mx.argpartition(scores, kth=-active, axis=-1)[..., -active:], axis=-1)
     weights = mx.take_along_axis(scores, ids, axis=-1)
     return ids, weights / weights.sum(axis=-1, keepdims=True) if normalize else weights
 

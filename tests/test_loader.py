@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 from checkpoints import Spec, write_checkpoint
 
-from mlx_flashmoe import convert, load, memory
+from mlx_flashmoe import convert, kernels, load, memory
 from mlx_flashmoe.errors import FormatError, MemoryPlanError, RequestError
 from mlx_flashmoe.generate import generate_step, prefill
 from mlx_flashmoe.memory import Plan, parse_size, plan, prefill_chunk
@@ -50,6 +52,29 @@ def test_a_folder_without_tokenizer_loads_and_says_so_when_text_is_wanted(folder
     assert model(mx.array([[1, 2]])).shape[:2] == (1, 2)
     with pytest.raises(FormatError, match=r"tokenizer\.json is missing"):
         tokenizer.encode("hello")
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="elsewhere products of one row may be computed another way"
+)
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_pieces_of_a_prompt_change_no_bit(tmp_path: Path, dtype: mx.Dtype) -> None:
+    if kernels._cpu() is kernels.reference:
+        pytest.skip("MLX's own products of one row and of many differ")
+    write_checkpoint(tmp_path / "source", Spec(experts=16, per_token=6), "fused")
+    (tmp_path / "source" / "tokenizer.json").unlink()
+    convert(tmp_path / "source", tmp_path / "model", q_bits=4, q_group_size=32)
+    model, _ = load(tmp_path / "model", dtype=dtype)
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, 40)
+
+    def read(cuts: list[int]) -> np.ndarray:
+        cache = model.make_cache()
+        pieces = [model(mx.array(tokens[None, a:b]), cache)[0] for a, b in itertools.pairwise(cuts)]
+        return np.array(mx.concatenate(pieces).astype(mx.float32))
+
+    whole = read([0, 40])
+    for cuts in ([0, 13, 14, 40], [0, 39, 40], [*range(41)]):
+        assert np.array_equal(read(cuts), whole)
 
 
 def test_expert_memory_changes_no_bit(folder: Path) -> None:
