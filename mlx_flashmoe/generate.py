@@ -72,10 +72,11 @@ def prefill(
         progress: called with the tokens done, after each chunk; and, where the model tells of its layers, in
             between: a chunk of which half the layers are done counts as half its tokens.
     """
+    read = getattr(model, "read", model)
     for start in range(0, tokens.size, step_size):
         stop = min(start + step_size, tokens.size)
         with _layers_told(model, start, stop, progress):
-            model(tokens[None, start:stop], cache)
+            read(tokens[None, start:stop], cache)
             mx.eval([layer.state for layer in cache])
         mx.clear_cache()
         if progress is not None:

@@ -92,6 +92,14 @@ class StreamingModel:
         """
         return self.model(tokens, cache)
 
+    def read(self, tokens: mx.array, cache: list[Cache]) -> None:
+        """As a call, for what it does to ``cache``: on the CPU, which computes at once, nobody pays for logits.
+
+        Raises:
+            ReadError: as a call.
+        """
+        self.model.model(tokens, cache)
+
     @property
     def vocab_size(self) -> int:
         """Token ids are below this."""

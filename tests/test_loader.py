@@ -77,6 +77,14 @@ def test_pieces_of_a_prompt_change_no_bit(tmp_path: Path, dtype: mx.Dtype) -> No
         assert np.array_equal(read(cuts), whole)
 
 
+def test_a_prompt_pays_for_no_logits(folder: Path) -> None:
+    model, _ = load(folder)
+    cache = model.make_cache()
+    model.model.lm_head = None  # calling it would be an error
+    prefill(model, mx.arange(1, 11), cache, 4)
+    assert all(layer.offset == 10 for layer in cache)
+
+
 def test_expert_memory_changes_no_bit(folder: Path) -> None:
     want = logits(folder)
     for expert_memory in ("os", "200kB", 150_000):

@@ -65,6 +65,10 @@ class Counting:
         self.calls.append(tokens.shape[1])
         return self._model(tokens, cache)
 
+    def read(self, tokens: mx.array, cache: list) -> None:
+        self.calls.append(tokens.shape[1])
+        self._model.read(tokens, cache)
+
 
 def answer(model, prompt: list[int], prefixes: PrefixCache | None, tokens: int = 8):
     """Tokens and log-probabilities."""

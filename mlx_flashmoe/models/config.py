@@ -77,9 +77,9 @@ class BaseConfig:
 
     def activation_bytes(self, dtype: mx.Dtype) -> int:
         """Bytes a prompt's token takes while a chunk goes through a layer, but for its mixing."""
-        # The residual before and after, its norm, a row of an expert and its result; in float32 that row weighted and
+        # The residual before and after, its norm, a row of an expert; in float32 that row's result, weighted too, and
         # the sum of a token's experts, old and new; the router's scores.
-        return self.hidden_size * (5 * dtype.size + 3 * 4) + 3 * 4 * self.num_experts
+        return self.hidden_size * (4 * dtype.size + 4 * 4) + 3 * 4 * self.num_experts
 
     def mixing_bytes(self, dtype: mx.Dtype) -> int:
         """Bytes a token takes while it mixes with others, at the widest place of all."""
