@@ -12,7 +12,7 @@ from types import ModuleType
 
 import mlx.core as mx
 
-from mlx_flashmoe.kernels import reference
+from mlx_flashmoe.kernels import gpu, reference
 from mlx_flashmoe.layout import BITS, BlobLayout
 
 __all__ = ["expert_ffn", "expert_rows", "quantized_matmul"]
@@ -29,9 +29,7 @@ def _cpu() -> ModuleType:
 
 def _backend() -> ModuleType:
     """The module whose functions run on the current device."""
-    if mx.default_device().type == mx.DeviceType.cpu:
-        return _cpu()
-    return import_module("mlx_flashmoe.kernels." + ("metal" if mx.metal.is_available() else "cuda"))
+    return gpu.backend() or _cpu()
 
 
 def expert_ffn(

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, resources
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -73,14 +74,17 @@ class Language:
     prefer_matrix: bool = False
 
 
-def current() -> Language | None:
-    """That of the current device; None for a CPU."""
+def backend() -> ModuleType | None:
+    """The module whose kernels run on the current device; None for a CPU."""
     if mx.default_device().type == mx.DeviceType.cpu:
         return None
-    language: Language = import_module(
-        "mlx_flashmoe.kernels." + ("metal" if mx.metal.is_available() else "cuda")
-    ).LANGUAGE
-    return language
+    return import_module("mlx_flashmoe.kernels." + ("metal" if mx.metal.is_available() else "cuda"))
+
+
+def current() -> Language | None:
+    """That of the current device; None for a CPU."""
+    module = backend()
+    return None if module is None else module.LANGUAGE
 
 
 def make(

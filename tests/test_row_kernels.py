@@ -6,7 +6,7 @@ Compared with the operations they take the place of, in float64 where nothing is
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -32,7 +32,7 @@ class Case:
     expected: dict[str, np.ndarray]
     dtype: str
     float32: tuple[str, ...] = ()  # inputs that are float32 whatever the activations are
-    ids: tuple[str, ...] = field(default=())  # outputs that must be equal
+    ids: tuple[str, ...] = ()  # outputs that must be equal
 
     def arrays(self) -> list[mx.array]:
         kinds = [mx.float32 if name in self.float32 else DTYPES[self.dtype] for name in self.inputs]

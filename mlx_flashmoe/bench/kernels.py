@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_flashmoe.errors import FlashMoEError, RequestError
-from mlx_flashmoe.kernels import reference
+from mlx_flashmoe.kernels import gpu, reference
 from mlx_flashmoe.layout import PROJECTIONS, BlobLayout, Component, Projection, Quantization
 
 TOKENS = (1, 4, 16)
@@ -127,16 +127,15 @@ def _our_paths(slab: mx.array, layout: BlobLayout) -> dict[str, Path_]:
     def bind(function: Callable[..., mx.array], **options: Any) -> Path_:
         return lambda x, slots, weights: function(x, slab, slots, weights, layout, **options)
 
-    if mx.default_device().type == mx.DeviceType.cpu:
+    module = gpu.backend()
+    if module is None:
         try:
             return {"numba": bind(import_module("mlx_flashmoe.kernels.cpu").expert_ffn)}
         except ImportError:
             raise RequestError(
                 "bench kernels needs numba on a CPU: pip install 'mlx-flashmoe[cpu]'"
             ) from None
-    gpu = import_module("mlx_flashmoe.kernels.gpu")
-    backend = "metal" if mx.metal.is_available() else "cuda"
-    module = import_module(f"mlx_flashmoe.kernels.{backend}")
+    backend = module.__name__.rpartition(".")[2]
     formulations = list(gpu.FORMULATIONS)
     if module.LANGUAGE.prefer_matrix and gpu.supports_matrix(layout, mx.bfloat16):
         formulations.append(gpu.MATRIX)

@@ -165,9 +165,8 @@ class SlotArena:
     def clear(self) -> None:
         """Forgets every resident expert; what was ever used is no reason to keep one."""
         self.settle()
-        held = self._settled(np.empty(0, np.int32), None)
         self.slot_of[:] = -1
-        self._free(held)
+        self._free(np.flatnonzero(self._held))
         self.resident = False
 
     def load_all(self) -> None:
@@ -182,12 +181,13 @@ class SlotArena:
 
     def _claim(self, n: int, in_use: np.ndarray, keep: np.ndarray | None) -> np.ndarray:
         """Takes ``n`` slots for writing: free ones first, then the least worth keeping. THE RULE is here."""
-        if self._in_flight and n > len(self._free_slots) + self._settled(in_use, keep).size:
+        candidates = self._settled(in_use, keep)
+        if self._in_flight and n > len(self._free_slots) + candidates.size:
             self.settle()
+            candidates = self._settled(in_use, keep)
         taken = [self._free_slots.pop() for _ in range(min(n, len(self._free_slots)))]
         need = n - len(taken)
         if need:
-            candidates = self._settled(in_use, keep)
             if candidates.size < need:
                 self._free_slots.extend(taken)
                 raise MemoryPlanError(
