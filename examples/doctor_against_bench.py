@@ -128,6 +128,7 @@ def measure(model: Path, expert_memory: str, active: int, limit: str | None, arg
     return {
         "expert_memory": expert_memory,
         "limit": limit,
+        "prompt": args.prompt,
         "rates": doctor["rates"],
         "prediction": row,
         "measured": {

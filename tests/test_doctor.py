@@ -61,6 +61,8 @@ def test_the_first_token_waits_for_reading_or_computing_whichever_is_longer() ->
     assert predict.prompt_seconds(slow_disk, work, 8) == pytest.approx(2 * 2 * 8, rel=1e-3)
     slow_products = replace(slow_disk, disk=1e12, expert_flops=1e6)
     assert predict.prompt_seconds(slow_products, work, 8) == pytest.approx(2 * 7 * 8 * 2 * 0.5, rel=1e-3)
+    # With all experts in memory nothing is read.
+    assert predict.prompt_seconds(slow_disk, work, 8, resident=True) < 1e-3
 
 
 @given(
@@ -102,14 +104,18 @@ def test_the_published_machine() -> None:
 
 def test_predictions_against_measured_runs() -> None:
     """Recorded by examples/doctor_against_bench.py; the predictions are made anew from the rates measured then."""
-    ratios = []
+    rates_, first = [], []
     for run in SETTINGS:
         row = run["prediction"]
-        work = Work(**row["work"])
+        work, rates = Work(**row["work"]), Rates(**run["rates"])
         where = found(work, row["arena_slots"], row["page_cache_bytes"], uniform)
-        predicted = 1 / token_time(Rates(**run["rates"]), work, where).seconds
-        ratios.append(predicted / run["measured"]["tokens_per_second"])
-    assert sum(0.75 <= ratio <= 1.25 for ratio in ratios) >= 3, ratios
+        predicted = 1 / token_time(rates, work, where).seconds
+        rates_.append(predicted / run["measured"]["tokens_per_second"])
+        resident = row["arena_slots"] == work.layers * work.experts
+        seconds = predict.prompt_seconds(rates, work, run["prompt"], resident)
+        first.append(seconds / run["measured"]["first_token_seconds"])
+    for ratios in (rates_, first):
+        assert sum(0.75 <= ratio <= 1.25 for ratio in ratios) >= 6, ratios
 
 
 # --- Models

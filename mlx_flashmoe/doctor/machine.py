@@ -1,8 +1,8 @@
 """What this machine does in a second, measured with the code that will run: reads, products, a layer of the model.
 
 Nothing of a model's weights is needed, only its shapes. Random experts are written to a file of some hundred MB on
-the disk in question (and removed), and a model of the same architecture that is cut down to 128 wide is run: what
-its layers still take is what a layer takes apart from its weights.
+the disk in question (and removed), and a few layers of the model's own shapes are run with weights of zero: what
+they take longer than the bytes of their weights do is what a layer takes apart from its weights.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_flashmoe import kernels, memory
 from mlx_flashmoe.bench.kernels import memory_reader, random_slab
@@ -34,13 +35,18 @@ from mlx_flashmoe.models import architecture
 from mlx_flashmoe.models.quantized import quantize
 
 PROBE_BYTES = 256 * 10**6  # of experts that are written, read and computed with, about
-NARROW = 128  # width of the model whose layers are timed, and its number of layers at most
-NARROW_LAYERS = 4
-PROMPT_TOKENS = 64  # that products and narrow layers are timed with
+LAYERS = 4  # that are timed, at most: as many as it takes until kinds of layers repeat
+SMALL_VOCABULARY, SMALL_EXPERTS, FEW_EXPERTS = (
+    128,
+    128,
+    64,
+)  # of the model whose layers are timed: next to nothing
+PROMPT_TOKENS = 64  # that products and layers are timed with
 ROWS = 8  # of each expert; a prompt of 400 tokens has as many with 10 of 512 experts
 LEAST_WIDTH = 2048  # of dense products: narrower ones measure nothing but calls
 MOST_READS = 100  # of a token's experts in a layer, in one measurement
 REPEATS = 5
+PROMPT_REPEATS = 3  # a prompt takes a CPU a second
 
 
 @dataclass(frozen=True)
@@ -111,10 +117,11 @@ def measure_rates(model_type: str, settings: Any, layout: BlobLayout, active: in
     """
     dtype = mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32
     disk, page_cache = measure_reads(layout, active, folder)
-    layer, prompt_token = _narrow_layer(model_type, settings, active, dtype)
     dense, dense_flops = _dense_products(max(settings.hidden_size, LEAST_WIDTH), dtype)
     experts, expert_flops = _expert_products(layout, active, dtype)
-    return Rates(disk, page_cache, dense, experts, dense_flops, expert_flops, layer, prompt_token)
+    rates = Rates(disk, page_cache, dense, experts, dense_flops, expert_flops, layer=0.0, prompt_token=0.0)
+    layer, prompt_token = _layers(model_type, settings, active, dtype, rates)
+    return replace(rates, layer=layer, prompt_token=prompt_token)
 
 
 @contextmanager
@@ -156,20 +163,21 @@ def _reads(store: ExpertStore, active: int, from_disk: bool) -> float:
     return _median(read)
 
 
-def _narrow_layer(model_type: str, settings: Any, active: int, dtype: mx.Dtype) -> tuple[float, float]:
-    """Seconds of a layer for one token, and for each token of a prompt, in a model that has next to no weights."""
-    layers = min(NARROW_LAYERS, settings.num_hidden_layers)
-    narrow = {
-        "hidden_size": NARROW,
-        "vocab_size": NARROW,
-        "num_hidden_layers": layers,
-        "layer_types": getattr(settings, "layer_types", ())[:layers],
-        "shared_expert_intermediate_size": NARROW,
+def _layers(
+    model_type: str, settings: Any, active: int, dtype: mx.Dtype, rates: Rates
+) -> tuple[float, float]:
+    """Seconds of a layer for one token, and for each token of a prompt, beyond what its weights take at ``rates``."""
+    count = max(FEW_EXPERTS, active)
+    few = {
+        "vocab_size": SMALL_VOCABULARY,
+        "num_hidden_layers": min(LAYERS, settings.num_hidden_layers),
+        "layer_types": getattr(settings, "layer_types", ())[:LAYERS],
+        "num_experts": count,
     }
-    settings = replace(settings, **{name: v for name, v in narrow.items() if hasattr(settings, name)})
+    settings = replace(settings, **{name: v for name, v in few.items() if hasattr(settings, name)})
+    layers = settings.num_hidden_layers
     q = Quantization(4, 64)
-    layout = BlobLayout.build(NARROW, NARROW, dict.fromkeys(PROJECTIONS, q), "bfloat16")
-    count = settings.num_experts
+    layout = BlobLayout.build(settings.hidden_size, SMALL_EXPERTS, dict.fromkeys(PROJECTIONS, q), "bfloat16")
     entries = tuple(LayerEntry(i, count, 0, (0,) * count) for i in range(layers))
     with tempfile.TemporaryDirectory() as name:
         for entry in entries:
@@ -180,19 +188,21 @@ def _narrow_layer(model_type: str, settings: Any, active: int, dtype: mx.Dtype) 
         store = ExpertStore(name, Manifest(model_type, {}, {}, (layout,), entries, ()))
     arena = SlotArena(store, layers * count)
     arena.load_all()
-    arena.resident = (
-        False  # the router's choice shall come to the host, as it does when experts may be missing
-    )
+    arena.resident = False  # the router's choice shall come to the host, as when experts may be missing
     decode = Decode(arena)
     model = architecture(model_type).Model(settings, lambda i: StreamedExperts(decode, i), active)
     model.set_dtype(dtype)
     linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     quantize(model, {path: {"bits": q.bits, "group_size": q.group_size} for path in linear})
+    model.update(tree_map(mx.zeros_like, model.parameters()))  # random ones would have to be computed first
+    mx.eval(model.parameters())
 
     def prompt() -> float:
         tokens = mx.zeros((1, PROMPT_TOKENS), mx.int32)
+        cache = model.make_cache()
         started = perf_counter()
-        mx.eval(model(tokens, model.make_cache()))
+        model.model(tokens, cache)
+        mx.eval([c.state for c in cache])
         return (perf_counter() - started) / layers / PROMPT_TOKENS
 
     cache = model.make_cache()
@@ -203,16 +213,29 @@ def _narrow_layer(model_type: str, settings: Any, active: int, dtype: mx.Dtype) 
         return (perf_counter() - started) / layers
 
     prompt(), token()
-    return _median(token, 5 * REPEATS), _median(prompt)
+    dense: list[mx.array] = [
+        a for path, a in cast(Any, tree_flatten(model.parameters())) if "embed" not in path
+    ]
+    packed = sum(a.size for a in dense if a.dtype == mx.uint32)
+    routed = sum(p.out_dims * p.in_dims for p in layout.projections.values())
+    seconds = sum(a.nbytes for a in dense) / layers / rates.dense + active * layout.blob_size / rates.experts
+    prompt_seconds = 2 * packed * 32 / q.bits / layers / rates.dense_flops + (
+        2 * active * routed / rates.expert_flops
+    )
+    return (
+        max(0.0, _median(token, 10 * REPEATS) - seconds),
+        max(0.0, _median(prompt, PROMPT_REPEATS) - prompt_seconds),
+    )
 
 
 def _dense_products(width: int, dtype: mx.Dtype) -> tuple[float, float]:
     """Bytes of weights a second with one token, and operations a second with a prompt's."""
     q = Quantization(4, 64)
+    rng, groups = np.random.default_rng(0), mx.full((4 * width, width // q.group_size), 1e-3, dtype)
     weights = []
     for _ in range(3):  # in turn, so that none is left in a cache
-        packed, scales, biases = mx.quantize(mx.random.normal((4 * width, width)), q.group_size, q.bits)
-        weights.append((packed, scales.astype(dtype), biases.astype(dtype)))
+        packed = rng.integers(0, 2**32, (4 * width, width * q.bits // 32), np.uint32)
+        weights.append((mx.array(packed), groups + 0, groups + 0))
     nbytes = sum(part.nbytes for part in weights[0])
     mx.eval(weights)
 

@@ -160,16 +160,20 @@ def token_time(rates: Rates, work: Work, where: Found) -> TokenTime:
     )
 
 
-def prompt_seconds(rates: Rates, work: Work, tokens: int) -> float:
-    """Seconds until the first token of an answer, when nothing of the experts is in memory yet."""
+def prompt_seconds(rates: Rates, work: Work, tokens: int, resident: bool = False) -> float:
+    """Seconds until the first token of an answer, when nothing of the experts is in memory yet.
+
+    Args:
+        resident: all of them are, since the model was loaded.
+    """
     seconds = 0.0
     for start in range(0, tokens - 1, work.chunk):
         chunk = min(work.chunk, tokens - 1 - start)
         distinct = work.experts * (1 - (1 - work.active / work.experts) ** chunk)
-        reading = distinct * work.expert_bytes / rates.disk
+        reading = 0.0 if resident else distinct * work.expert_bytes / rates.disk
         computing = 2 * chunk * work.active * work.expert_parameters / rates.expert_flops
         dense = 2 * chunk * work.dense_parameters / rates.dense_flops
         besides = work.layers * max(rates.layer, chunk * rates.prompt_token)
         seconds += dense + besides + work.layers * max(reading, computing)
     # The last token goes through by itself; its experts have mostly just been read.
-    return seconds + token_time(rates, work, Found(0, 1, 0)).seconds
+    return seconds + token_time(rates, work, Found(1, 0, 0) if resident else Found(0, 1, 0)).seconds

@@ -223,7 +223,7 @@ def _rows(
                 where,
                 token_time(rates, work, where),
                 token_time(rates, work, found(work, plan.slots, left, uniform)),
-                prompt_seconds(rates, work, min(PROMPT, context)),
+                prompt_seconds(rates, work, min(PROMPT, context), plan.slots == work.layers * work.experts),
             )
 
 
@@ -297,7 +297,7 @@ _ASSUMPTIONS = (
     "arena, page cache, disk: where a token's experts are found if few of them do most of the work, as was published "
     f"of the 397B: {100 * PUBLISHED_HITS:.0f}% were in {100 * PUBLISHED_SHARE:.0f}% of the memory that all would take. "
     "At least: tok/s if all are equally likely. First token: after a prompt of {prompt} tokens, no expert being in "
-    "memory yet."
+    "memory yet unless the arena holds all."
 )
 
 
