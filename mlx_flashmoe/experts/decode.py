@@ -49,14 +49,14 @@ class Decode:
         self.on_prefill_layer: Callable[[int, int], None] | None = None
 
     def step(
-        self, layer: int, ids: mx.array, likely: mx.array | None, build: Callable[[], mx.array]
+        self, layer: int, ids: mx.array, likely: mx.array | None, build: Callable[[mx.array], mx.array]
     ) -> mx.array:
         """One token's experts in one layer.
 
         Args:
             ids: integer [1, K].
             likely: a guess at the next layer's ids, or None.
-            build: builds the layer's output, looking slots up in ``arena.table``.
+            build: builds the layer's output from its slots [1, K].
 
         Returns:
             what ``build`` returned. It must not be evaluated before ``settle``, except by the last layer's step
@@ -65,30 +65,34 @@ class Decode:
         Raises:
             ReadError: an expert, of this layer or of the one before, could not be read.
         """
-        layers = self.arena.store.layers
-        if layer == layers[0]:
+        arena = self.arena
+        self.begin(layer)
+        self.settle()
+        both = ids if likely is None else mx.concatenate([ids, likely.reshape(1, -1)])
+        choice = _Choice(layer, self._to_host(both))
+        slots = arena.table.lookup(arena.row_of[layer], ids)
+        if self.deferred and layer != arena.store.layers[-1]:
+            choice.output = build(slots)
+            self._pending = choice
+            return choice.output
+        used = self._arrived(choice)
+        output = build(slots)
+        arena.used(used, output)
+        return output
+
+    def begin(self, layer: int) -> None:
+        """Before a layer's step: the first layer begins a token."""
+        if layer == self.arena.store.layers[0]:
             self.abandon()
             if self.ahead is not None:
                 self.ahead.begin_token()
-        self.settle()
-        if likely is not None:
-            ids = mx.concatenate([ids, likely.reshape(1, -1)])
-        choice = _Choice(layer, self._to_host(ids))
-        if self.deferred and layer != layers[-1]:
-            choice.output = build()
-            self._pending = choice
-            return choice.output
-        slots = self._bring(choice)
-        output = build()
-        self.arena.used(slots, output)
-        return output
 
     def settle(self) -> None:
         """Waits for the pending choice and reads its experts: afterwards its output may be evaluated."""
         choice, self._pending = self._pending, None
         if choice is not None:
             assert choice.output is not None
-            self.arena.used(self._bring(choice), choice.output)
+            self.arena.used(self._arrived(choice), choice.output)
 
     def abandon(self) -> None:
         """A new call begins: a choice still pending is that of a call that was interrupted."""
@@ -104,17 +108,21 @@ class Decode:
         self.arena.routing_seconds += time.perf_counter() - started
         return host
 
-    def _bring(self, choice: _Choice) -> np.ndarray:
-        """Makes a choice's experts resident; their slots."""
-        arena, ahead = self.arena, self.ahead
+    def _arrived(self, choice: _Choice) -> np.ndarray:
+        """Waits for a choice, and makes its experts resident; their slots."""
         ids = self._timed(choice.ids)
+        return self._bring(choice.layer, ids[0], ids[1] if len(ids) > 1 else None)
+
+    def _bring(self, layer: int, ids: np.ndarray, likely: np.ndarray | None) -> np.ndarray:
+        """Makes a layer's experts resident, and begins to read those the next layer likely wants; the slots."""
+        arena, ahead = self.arena, self.ahead
         if ahead is not None:
             ahead.stop()
-        if not arena.touch(choice.layer, ids[0]):
-            arena.fetch(choice.layer, ids[0]).wait()
-        slots = arena.slot_of[arena.row_of[choice.layer]][ids[0]]
-        if ahead is not None and len(ids) > 1:
-            ahead.start(choice.layer + 1, ids[1], slots)
+        if not arena.touch(layer, ids):
+            arena.fetch(layer, ids).wait()
+        slots = arena.slot_of[arena.row_of[layer]][ids]
+        if ahead is not None and likely is not None:
+            ahead.start(layer + 1, likely, slots)
         return slots
 
 
