@@ -23,6 +23,7 @@ from mlx_flashmoe.models import architecture
 from mlx_flashmoe.models.cache import Cache
 from mlx_flashmoe.models.decoder import mixed_at_once
 from mlx_flashmoe.models.quantized import quantize
+from mlx_flashmoe.models.together import join
 from mlx_flashmoe.tokenizer import Tokenizer
 
 # Tokens the memory plan counts the KV cache for, unless more are reserved.
@@ -342,6 +343,7 @@ def _load_dense(
             w = w.astype(dtypes[name])
             model.load_weights([(name, w)], strict=False)
         mx.eval(w)
+    join(model)
     model.eval()
 
 

@@ -27,12 +27,13 @@ from mlx_flashmoe import kernels, memory
 from mlx_flashmoe.bench.kernels import memory_reader, random_slab
 from mlx_flashmoe.doctor.predict import Rates
 from mlx_flashmoe.errors import FlashMoEError
-from mlx_flashmoe.experts import Decode, ExpertStore, SlotArena, StreamedExperts
+from mlx_flashmoe.experts import ExpertStore, SlotArena, StreamedExperts, make_decode
 from mlx_flashmoe.experts.slab import make_slab
 from mlx_flashmoe.experts.store import ReadRequest
 from mlx_flashmoe.layout import PROJECTIONS, BlobLayout, LayerEntry, Manifest, Quantization, expert_file
 from mlx_flashmoe.models import architecture
 from mlx_flashmoe.models.quantized import quantize
+from mlx_flashmoe.models.together import join
 
 PROBE_BYTES = 256 * 10**6  # of experts that are written, read and computed with, about
 LAYERS = 4  # that are timed, at most: as many as it takes until kinds of layers repeat
@@ -189,13 +190,14 @@ def _layers(
     arena = SlotArena(store, layers * count)
     arena.load_all()
     arena.resident = False  # the router's choice shall come to the host, as when experts may be missing
-    decode = Decode(arena)
+    decode = make_decode(arena)
     model = architecture(model_type).Model(settings, lambda i: StreamedExperts(decode, i), active)
     model.set_dtype(dtype)
     linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     quantize(model, {path: {"bits": q.bits, "group_size": q.group_size} for path in linear})
     model.update(tree_map(mx.zeros_like, model.parameters()))  # random ones would have to be computed first
     mx.eval(model.parameters())
+    join(model)
 
     def prompt() -> float:
         tokens = mx.zeros((1, PROMPT_TOKENS), mx.int32)

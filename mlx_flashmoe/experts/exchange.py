@@ -135,7 +135,9 @@ class ExchangeDecode(Decode):
     def __init__(self, arena: SlotArena, ahead: ReadAhead | None = None):
         super().__init__(arena, ahead)
         self._exchange = Exchange(len(arena.row_of))
-        self._open: deque[tuple[int, int, int]] = deque()  # layers launched and not served: layer, ids, likely ids
+        self._open: deque[tuple[int, int, int]] = (
+            deque()
+        )  # layers launched and not served: layer, ids, likely ids
         self._serving = threading.RLock()
         self._failure: BaseException | None = None
         self._busy = threading.Event()

@@ -19,12 +19,12 @@ from pathlib import Path
 
 from mlx_flashmoe.checksum import crc32_of
 from mlx_flashmoe.errors import FormatError, ReadError
-from mlx_flashmoe.experts.slab import Slab
+from mlx_flashmoe.experts.slab import STAGINGS, Slab
 from mlx_flashmoe.layout import PAGE, BlobLayout, Manifest, expert_files
 
 # Enough to keep an NVMe queue busy with reads of several MB; more threads only contend, for memory bandwidth and
 # for Python's lock: of 4, 6, 8, 10 and 16, 8 read fastest on 16 cores, three experts or seven at a time.
-READ_THREADS = max(4, min(8, os.cpu_count() or 4))
+READ_THREADS = max(4, min(STAGINGS, os.cpu_count() or 4))
 
 _pool: ThreadPoolExecutor | None = None
 _pool_lock = threading.Lock()

@@ -10,6 +10,7 @@ from mlx_flashmoe.models.config import BaseConfig
 from mlx_flashmoe.models.fused import gated
 from mlx_flashmoe.models.norm import RMSNorm
 from mlx_flashmoe.models.rope import RotaryEmbedding
+from mlx_flashmoe.models.together import Together
 
 
 class Attention(nn.Module):
@@ -27,21 +28,21 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.rope = RotaryEmbedding(config.rope)
+        self._projections = Together(self, "q_proj", "k_proj", "v_proj")
 
     def __call__(self, x: mx.array, cache: KVCache | None) -> mx.array:
-        B, T, _ = x.shape
-        q = self.q_proj(x).reshape(B, T, self.heads, -1)
-        return self.o_proj(self.attend(q, x, cache))
+        q, k, v = self._projections(x)
+        return self.o_proj(self.attend(q.reshape(*x.shape[:2], self.heads, -1), k, v, cache))
 
-    def attend(self, q: mx.array, x: mx.array, cache: KVCache | None) -> mx.array:
-        """Queries [B, T, heads, head_dim] against the keys and values of x and of what came before it.
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None) -> mx.array:
+        """Queries [B, T, heads, head_dim] against keys and values [B, T, kv_heads * head_dim] and what came before.
 
         Returns:
             [B, T, heads * head_dim].
         """
-        B, T, _ = x.shape
-        k = self.k_proj(x).reshape(B, T, self.kv_heads, -1)
-        v = self.v_proj(x).reshape(B, T, self.kv_heads, -1).transpose(0, 2, 1, 3)
+        B, T, _ = k.shape
+        k = k.reshape(B, T, self.kv_heads, -1)
+        v = v.reshape(B, T, self.kv_heads, -1).transpose(0, 2, 1, 3)
         offset = cache.offset if cache is not None else 0
         q = self.rope(self.q_norm(q).transpose(0, 2, 1, 3), offset)
         k = self.rope(self.k_norm(k).transpose(0, 2, 1, 3), offset)
@@ -64,5 +65,6 @@ class GatedAttention(Attention):
 
     def __call__(self, x: mx.array, cache: KVCache | None) -> mx.array:
         B, T, _ = x.shape
-        q, gate = mx.split(self.q_proj(x).reshape(B, T, self.heads, -1), 2, axis=-1)
-        return self.o_proj(gated(self.attend(q, x, cache), gate.reshape(B, T, -1)))
+        q, k, v = self._projections(x)
+        q, gate = mx.split(q.reshape(B, T, self.heads, -1), 2, axis=-1)
+        return self.o_proj(gated(self.attend(q, k, v, cache), gate.reshape(B, T, -1)))

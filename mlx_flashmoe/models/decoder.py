@@ -58,7 +58,7 @@ class DecoderLayer(nn.Module):
 
     def guess(self, x: mx.array) -> mx.array:
         """The experts this layer will probably want, from an earlier residual x: ids [..., K]."""
-        return self.mlp.route(self.post_attention_layernorm(x))[0]
+        return self.mlp.route(self.mlp.gate(self.post_attention_layernorm(x)))[0]
 
 
 class AttentionLayer(DecoderLayer):

@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from mlx_flashmoe.kernels.router import route
 from mlx_flashmoe.models.fused import plus_gated, swiglu
+from mlx_flashmoe.models.together import Together
 
 
 class Experts(Protocol):
@@ -39,19 +40,19 @@ class MoE(nn.Module):
 
     def __call__(self, residual: mx.array, x: mx.array, likely: mx.array | None = None) -> mx.array:
         """``likely``: a guess at the next layer's ids, or None."""
-        ids, weights = self.route(x)
+        ids, weights = self.route(self.gate(x))
         return residual + self._experts(x, ids, weights, likely)
 
     def wants_guess(self, x: mx.array) -> bool:
         return self._experts.wants_guess(x.shape[0] * x.shape[1])
 
-    def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """The experts of each token: ids and weights [..., K]."""
-        return route(self.gate(x), self._active, self._normalize)
+    def route(self, logits: mx.array) -> tuple[mx.array, mx.array]:
+        """The experts of each token, from the gate's output: ids and weights [..., K]."""
+        return route(logits, self._active, self._normalize)
 
 
 class SharedExpert(nn.Module):
-    """The expert every token uses: down(silu(gate(x)) * up(x))."""
+    """The expert every token uses, from gate(x) and up(x): down(silu(gate) * up)."""
 
     def __init__(self, dims: int, hidden: int):
         super().__init__()
@@ -59,8 +60,8 @@ class SharedExpert(nn.Module):
         self.up_proj = nn.Linear(dims, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, dims, bias=False)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+    def __call__(self, gate: mx.array, up: mx.array) -> mx.array:
+        return self.down_proj(swiglu(gate, up))
 
 
 class SharedExpertMoE(MoE):
@@ -70,9 +71,13 @@ class SharedExpertMoE(MoE):
         super().__init__(dims, count, experts, active, normalize)
         self.shared_expert = SharedExpert(dims, shared)
         self.shared_expert_gate = nn.Linear(dims, 1, bias=False)
+        self._projections = Together(
+            self, "gate", "shared_expert_gate", "shared_expert.gate_proj", "shared_expert.up_proj"
+        )
 
     def __call__(self, residual: mx.array, x: mx.array, likely: mx.array | None = None) -> mx.array:
-        ids, weights = self.route(x)
-        shared = self.shared_expert(x)
+        logits, shared_gate, gate, up = self._projections(x)
+        ids, weights = self.route(logits)
+        shared = self.shared_expert(gate, up)
         y = self._experts(x, ids, weights, likely)
-        return plus_gated(residual, y, shared, self.shared_expert_gate(x))
+        return plus_gated(residual, y, shared, shared_gate)

@@ -16,6 +16,7 @@ import mlx.nn as nn
 from mlx_flashmoe.models.delta_net import DeltaNetConfig, GatedDeltaNet
 from mlx_flashmoe.models.hybrid import HybridConfig, HybridModel
 from mlx_flashmoe.models.moe import Experts
+from mlx_flashmoe.models.together import Together
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,11 @@ class DeltaNet(GatedDeltaNet):
         self.in_proj_z = nn.Linear(dims, config.values, bias=False)
         self.in_proj_b = nn.Linear(dims, config.linear_num_value_heads, bias=False)
         self.in_proj_a = nn.Linear(dims, config.linear_num_value_heads, bias=False)
+        self._projections = Together(self, "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 
     def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-        return self.in_proj_qkv(x), self.in_proj_z(x), self.in_proj_b(x), self.in_proj_a(x)
+        qkv, z, b, a = self._projections(x)
+        return qkv, z, b, a
 
 
 class Model(HybridModel):

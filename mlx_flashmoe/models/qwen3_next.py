@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx_flashmoe.models.delta_net import DeltaNetConfig, GatedDeltaNet
 from mlx_flashmoe.models.hybrid import HybridConfig, HybridModel
 from mlx_flashmoe.models.moe import Experts
+from mlx_flashmoe.models.together import Together
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class DeltaNet(GatedDeltaNet):
         super().__init__(config)
         self.in_proj_qkvz = nn.Linear(config.hidden_size, 2 * (config.keys + config.values), bias=False)
         self.in_proj_ba = nn.Linear(config.hidden_size, 2 * config.linear_num_value_heads, bias=False)
+        self._projections = Together(self, "in_proj_qkvz", "in_proj_ba")
 
     def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
         B, T, _ = x.shape
@@ -47,8 +49,9 @@ class DeltaNet(GatedDeltaNet):
 
         served = self.value_heads // self.key_heads
         values = served * self.value_dim
-        q, k, v, z = by_part(self.in_proj_qkvz(x), [self.key_dim, self.key_dim, values, values])
-        b, a = by_part(self.in_proj_ba(x), [served, served])
+        qkvz, ba = self._projections(x)
+        q, k, v, z = by_part(qkvz, [self.key_dim, self.key_dim, values, values])
+        b, a = by_part(ba, [served, served])
         return mx.concatenate([q, k, v], axis=-1), z, b, a
 
 
