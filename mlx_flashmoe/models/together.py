@@ -20,7 +20,13 @@ ROWS = 8  # rows of a joined matrix are a multiple of this: products want it, on
 
 @dataclass(frozen=True)
 class _Joined:
-    """``whole``: weight, scales, biases. ``places`` of its matrices among a Together's; ``starts`` of all but the first."""
+    """Several matrices of a Together.
+
+    Attributes:
+        whole: weight, scales and biases.
+        places: of the matrices among the Together's.
+        starts: the row where each but the first begins.
+    """
 
     whole: tuple[mx.array, mx.array, mx.array]
     group_size: int
