@@ -17,7 +17,7 @@ import mlx.nn as nn
 
 from mlx_flashmoe import memory
 from mlx_flashmoe.errors import FormatError, MemoryPlanError
-from mlx_flashmoe.experts import Decode, ExpertStore, ReadAhead, SlotArena, StreamedExperts, make_decode
+from mlx_flashmoe.experts import Decode, ExpertStore, ReadAhead, SlotArena, StreamedExperts
 from mlx_flashmoe.layout import Manifest
 from mlx_flashmoe.models import architecture
 from mlx_flashmoe.models.cache import Cache
@@ -239,7 +239,7 @@ def load(
     _limit_memory(plan)
 
     arena = SlotArena(store, plan.slots)
-    decode = make_decode(arena, ReadAhead(arena) if read_ahead else None)
+    decode = Decode(arena, ReadAhead(arena) if read_ahead else None)
     model = arch.Model(settings, lambda layer: StreamedExperts(decode, layer), active)
     _load_dense(model, manifest, weights, dtypes, folder)
     tokenizer = _load_tokenizer(folder)

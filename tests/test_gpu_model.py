@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,9 +19,7 @@ import pytest
 from checkpoints import Spec, write_checkpoint
 
 from mlx_flashmoe import convert, load
-from mlx_flashmoe.errors import ReadError
-from mlx_flashmoe.experts import ExpertStore, ahead
-from mlx_flashmoe.experts.exchange import ExchangeDecode
+from mlx_flashmoe.experts import ahead
 
 pytestmark = pytest.mark.skipif(mx.default_device() != mx.gpu, reason="MLX finds no GPU")
 
@@ -90,72 +88,3 @@ def test_residency_never_changes_a_bit(
         for read_ahead in (False, True):
             got = logits(folders[bits], mx.bfloat16, expert_memory=slots * slot, read_ahead=read_ahead)
             assert np.array_equal(got, want), (slots, read_ahead)
-
-
-on_cuda = pytest.mark.skipif(mx.metal.is_available(), reason="Metal has no kernels that wait for the host")
-
-
-@contextmanager
-def every_nth(cls: type, name: str, n: int, fault: Callable[[], None]) -> Iterator[None]:
-    """Calls ``fault`` before every nth call of a method."""
-    method, calls = getattr(cls, name), itertools.count(1)
-
-    def faulty(*args: object, **kwargs: object) -> object:
-        if next(calls) % n == 0:
-            fault()
-        return method(*args, **kwargs)
-
-    setattr(cls, name, faulty)
-    try:
-        yield
-    finally:
-        setattr(cls, name, method)
-
-
-def fails(error: type[BaseException]) -> Callable[[], None]:
-    def fault() -> None:
-        raise error("on purpose")
-
-    return fault
-
-
-@on_cuda
-@pytest.mark.parametrize(
-    ("where", "error"),
-    [((ExpertStore, "read"), ReadError), ((ExchangeDecode, "step"), KeyboardInterrupt)],
-)
-def test_a_token_cut_short_leaves_a_model_that_is_as_it_was(
-    folders: dict[int, Path], where: tuple[type, str], error: type[BaseException]
-) -> None:
-    """A read fails, or the user interrupts, while the GPU waits for slots."""
-    model, _ = load(folders[4])
-    slot = model.arena.slot_bytes
-    model, _ = load(folders[4], expert_memory=7 * slot, read_ahead=False)
-    tokens = mx.array(np.random.default_rng(1).integers(0, SPEC.vocab, (1, 1)))
-    want = np.array(model(tokens)[0].astype(mx.float32))
-    cut = 0
-    for n in (2, 3, 5, 7):
-        model.arena.clear()
-        with every_nth(*where, n, fails(error)):
-            for _ in range(3):
-                try:
-                    mx.eval(model(tokens))
-                except error:
-                    cut += 1
-        got = np.array(model(tokens)[0].astype(mx.float32))
-        assert np.array_equal(got, want), n
-    assert cut >= 8
-
-
-@on_cuda
-def test_a_host_that_is_held_up_is_stood_in_for(folders: dict[int, Path]) -> None:
-    """What MLX does in a launch may wait for the GPU, which waits for the host."""
-    want = logits(folders[4], mx.bfloat16, answer=6)
-    slot = load(folders[4])[0].arena.slot_bytes
-
-    def wait_for_gpu() -> None:
-        mx.eval(mx.zeros(1) + 1)
-
-    with every_nth(ExchangeDecode, "_serve", 3, wait_for_gpu):
-        got = logits(folders[4], mx.bfloat16, answer=6, expert_memory=7 * slot)
-    assert np.array_equal(got, want)

@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_flashmoe.errors import FlashMoEError, RequestError
-from mlx_flashmoe.experts.store import READ_THREADS, ExpertStore
+from mlx_flashmoe.experts.readers import READ_THREADS
+from mlx_flashmoe.experts.store import ExpertStore
 from mlx_flashmoe.generate import generate_step, prefill
 from mlx_flashmoe.loader import Stats, StreamingModel, load
 from mlx_flashmoe.sizes import show_size

@@ -27,7 +27,7 @@ from mlx_flashmoe import kernels, memory
 from mlx_flashmoe.bench.kernels import memory_reader, random_slab
 from mlx_flashmoe.doctor.predict import Rates
 from mlx_flashmoe.errors import FlashMoEError
-from mlx_flashmoe.experts import ExpertStore, SlotArena, StreamedExperts, make_decode
+from mlx_flashmoe.experts import Decode, ExpertStore, SlotArena, StreamedExperts
 from mlx_flashmoe.experts.slab import make_slab
 from mlx_flashmoe.experts.store import ReadRequest
 from mlx_flashmoe.layout import PROJECTIONS, BlobLayout, LayerEntry, Manifest, Quantization, expert_file
@@ -190,7 +190,7 @@ def _layers(
     arena = SlotArena(store, layers * count)
     arena.load_all()
     arena.resident = False  # the router's choice shall come to the host, as when experts may be missing
-    decode = make_decode(arena)
+    decode = Decode(arena)
     model = architecture(model_type).Model(settings, lambda i: StreamedExperts(decode, i), active)
     model.set_dtype(dtype)
     linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]

@@ -3,8 +3,7 @@
 from mlx_flashmoe.experts.ahead import ReadAhead
 from mlx_flashmoe.experts.arena import SlotArena
 from mlx_flashmoe.experts.decode import Decode
-from mlx_flashmoe.experts.exchange import make_decode
 from mlx_flashmoe.experts.store import ExpertStore
 from mlx_flashmoe.experts.streamed import StreamedExperts
 
-__all__ = ["Decode", "ExpertStore", "ReadAhead", "SlotArena", "StreamedExperts", "make_decode"]
+__all__ = ["Decode", "ExpertStore", "ReadAhead", "SlotArena", "StreamedExperts"]

@@ -78,9 +78,9 @@ class HostCopy:
         return values
 
 
-def address_array(*addresses: int) -> mx.array:
-    """uint64 [n], in the device's own memory: how a kernel is told of memory that is not an MLX array."""
-    array = mx.array(addresses, dtype=mx.uint64) + mx.array([0], dtype=mx.uint64)
+def address_array(address: int) -> mx.array:
+    """uint64 [1], in the device's own memory: how a kernel is told of memory that is not an MLX array."""
+    array = mx.array([address], dtype=mx.uint64) + mx.array([0], dtype=mx.uint64)
     mx.eval(array)
     return array
 

@@ -66,7 +66,10 @@ class Decode:
             ReadError: an expert, of this layer or of the one before, could not be read.
         """
         arena = self.arena
-        self.begin(layer)
+        if layer == arena.store.layers[0]:
+            self.abandon()
+            if self.ahead is not None:
+                self.ahead.begin_token()
         self.settle()
         both = ids if likely is None else mx.concatenate([ids, likely.reshape(1, -1)])
         choice = _Choice(layer, self._to_host(both))
@@ -75,24 +78,17 @@ class Decode:
             choice.output = build(slots)
             self._pending = choice
             return choice.output
-        used = self._arrived(choice)
+        used = self._bring(choice)
         output = build(slots)
         arena.used(used, output)
         return output
-
-    def begin(self, layer: int) -> None:
-        """Before a layer's step: the first layer begins a token."""
-        if layer == self.arena.store.layers[0]:
-            self.abandon()
-            if self.ahead is not None:
-                self.ahead.begin_token()
 
     def settle(self) -> None:
         """Waits for the pending choice and reads its experts: afterwards its output may be evaluated."""
         choice, self._pending = self._pending, None
         if choice is not None:
             assert choice.output is not None
-            self.arena.used(self._arrived(choice), choice.output)
+            self.arena.used(self._bring(choice), choice.output)
 
     def abandon(self) -> None:
         """A new call begins: a choice still pending is that of a call that was interrupted."""
@@ -108,21 +104,17 @@ class Decode:
         self.arena.routing_seconds += time.perf_counter() - started
         return host
 
-    def _arrived(self, choice: _Choice) -> np.ndarray:
-        """Waits for a choice, and makes its experts resident; their slots."""
-        ids = self._timed(choice.ids)
-        return self._bring(choice.layer, ids[0], ids[1] if len(ids) > 1 else None)
-
-    def _bring(self, layer: int, ids: np.ndarray, likely: np.ndarray | None) -> np.ndarray:
-        """Makes a layer's experts resident, and begins to read those the next layer likely wants; the slots."""
+    def _bring(self, choice: _Choice) -> np.ndarray:
+        """Makes a choice's experts resident; their slots."""
         arena, ahead = self.arena, self.ahead
+        ids = self._timed(choice.ids)
         if ahead is not None:
             ahead.stop()
-        if not arena.touch(layer, ids):
-            arena.fetch(layer, ids).wait()
-        slots = arena.slot_of[arena.row_of[layer]][ids]
-        if ahead is not None and likely is not None:
-            ahead.start(layer + 1, likely, slots)
+        if not arena.touch(choice.layer, ids[0]):
+            arena.fetch(choice.layer, ids[0]).wait()
+        slots = arena.slot_of[arena.row_of[choice.layer]][ids[0]]
+        if ahead is not None and len(ids) > 1:
+            ahead.start(choice.layer + 1, ids[1], slots)
         return slots
 
 

@@ -17,8 +17,6 @@ from mlx_flashmoe.errors import MemoryPlanError
 from mlx_flashmoe.experts import cuda
 from mlx_flashmoe.layout import PAGE
 
-STAGINGS = 8  # the most reading threads that a CUDA slab serves
-
 
 class Slab(Protocol):
     """uint32 [slots, words] that kernels read, and the way into it.
@@ -87,12 +85,11 @@ class CudaSlab:
         self._cuda = cuda.Runtime()
         self._address = cuda.device_address(self.array)
         self._thread = threading.local()
-        # At once: making them waits for the GPU, which may be waiting for what is to be read (see exchange.py).
-        self._stagings = [(self._cuda.pinned(slot_bytes), self._cuda.stream()) for _ in range(STAGINGS)]
 
     def begin(self, slot: int, start: int, stop: int) -> memoryview:
         if not hasattr(self._thread, "staging"):
-            self._thread.staging, self._thread.stream = self._stagings.pop()
+            self._thread.staging = self._cuda.pinned(self._slot_bytes)
+            self._thread.stream = self._cuda.stream()
         return self._thread.staging.view[: stop - start]
 
     def finish(self, slot: int, start: int, stop: int) -> None:

@@ -13,31 +13,14 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_flashmoe.checksum import crc32_of
 from mlx_flashmoe.errors import FormatError, ReadError
-from mlx_flashmoe.experts.slab import STAGINGS, Slab
+from mlx_flashmoe.experts.readers import READ_THREADS, readers
+from mlx_flashmoe.experts.slab import Slab
 from mlx_flashmoe.layout import PAGE, BlobLayout, Manifest, expert_files
-
-# Enough to keep an NVMe queue busy with reads of several MB; more threads only contend, for memory bandwidth and
-# for Python's lock: of 4, 6, 8, 10 and 16, 8 read fastest on 16 cores, three experts or seven at a time.
-READ_THREADS = max(4, min(STAGINGS, os.cpu_count() or 4))
-
-_pool: ThreadPoolExecutor | None = None
-_pool_lock = threading.Lock()
-
-
-def read_pool() -> ThreadPoolExecutor:
-    """The process's one pool of reading threads. They move bytes only and never touch a lazy array."""
-    global _pool
-    with _pool_lock:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="expert-read")
-        return _pool
-
 
 # A blob is read in one piece while there are blobs enough for all threads; otherwise in even parts, not
 # smaller than this: a warm page cache gives one thread only a fraction of the memory's bandwidth.
@@ -85,8 +68,8 @@ def open_for_reading(path: Path, direct: bool) -> int:
 class PendingReads:
     """Reads under way. Made by :meth:`ExpertStore.start`.
 
-    Parts are handed out to the threads one by one, in order, so that a slow read does not hold others back.
-    Where a layer is on several disks, its parts are read from each in turn.
+    Parts are handed out to the threads one by one, in order, so that a slow read does not hold others back; whoever
+    waits reads with them. Where a layer is on several disks, its parts are read from each in turn.
     """
 
     def __init__(self, store: ExpertStore, requests: Sequence[ReadRequest], slab: Slab):
@@ -104,9 +87,12 @@ class PendingReads:
         for i, _, _ in parts:
             self._left[i] += 1
         self._cancelled = False
+        self._failure: BaseException | None = None
         self._lock = threading.Lock()
-        pool = read_pool()
-        self._futures = [pool.submit(self._drain) for _ in range(min(READ_THREADS, len(parts)))]
+        self._helping = 0  # threads that are reading, and whether more may begin to
+        self._closed = False
+        self._over = threading.Event()
+        readers().help(self._help, min(READ_THREADS, len(parts)))
 
     def cancel(self) -> None:
         """Reads that have not begun will not be done."""
@@ -119,39 +105,57 @@ class PendingReads:
             ReadError: the first failure.
         """
         # Memory must not be written to after this returns or raises, so not even Ctrl-C cuts the waiting short.
-        interrupt: BaseException | None = None
         while True:
             try:
-                wait(self._futures)
+                self._read_parts()
+                with self._lock:
+                    self._closed = True
+                    if self._helping == 0:
+                        self._over.set()
+                self._over.wait()
                 break
-            except KeyboardInterrupt as e:
-                interrupt = e
-        if interrupt is not None:
-            raise interrupt
-        for future in self._futures:
-            future.result()
+            except BaseException as e:
+                self._fail(e)
+        if self._failure is not None:
+            raise self._failure
         return [left == 0 for left in self._left]
 
-    def _drain(self) -> None:
-        with self._store.reading():
+    def _fail(self, error: BaseException) -> None:
+        """What was interrupted is of more interest than what could not be read."""
+        self.cancel()
+        if self._failure is None or not isinstance(error, ReadError):
+            self._failure = error
+
+    def _help(self) -> None:
+        """One of the threads reads along."""
+        with self._lock:
+            if self._closed:
+                return
+            self._helping += 1
+        try:
             self._read_parts()
+        except BaseException as e:
+            self._fail(e)
+        finally:
+            with self._lock:
+                self._helping -= 1
+                if self._closed and self._helping == 0:
+                    self._over.set()
 
     def _read_parts(self) -> None:
-        for turn, (i, request, (start, stop)) in self._queue:
-            if self._cancelled:
-                return
-            try:
-                crc = self._store.read(request, start, stop, self._slab, turn)
+        store = self._store
+        with store.reading():
+            for turn, (i, request, (start, stop)) in self._queue:
+                if self._cancelled:
+                    return
+                crc = store.read(request, start, stop, self._slab, turn)
                 with self._lock:
                     if crc is not None:
                         self._crcs[i].append((start, stop - start, crc))
                     self._left[i] -= 1
                     last = self._left[i] == 0
-                if last and self._store.check_reads:
-                    self._store.check(request, self._crcs[i])
-            except BaseException:
-                self.cancel()
-                raise
+                if last and store.check_reads:
+                    store.check(request, self._crcs[i])
 
 
 class ExpertStore:
@@ -248,9 +252,8 @@ class ExpertStore:
         """
         file = self._files[request.layer]
         copy = turn % len(file.fds)
-        what = f"{file.paths[copy]}: layer {request.layer}, expert {request.expert}"
         if not 0 <= request.expert < file.num_experts:
-            raise ReadError(f"{what}: the layer has only {file.num_experts} experts")
+            raise ReadError(f"{self._name(request, copy)}: the layer has only {file.num_experts} experts")
         into = slab.begin(request.slot, start, stop)
         size = file.layout.blob_size
         offset, done = request.expert * size + start, 0
@@ -258,10 +261,10 @@ class ExpertStore:
             try:
                 n = os.preadv(file.fds[copy], [into[done:]], offset + done)
             except OSError as e:
-                raise ReadError(f"{what}: reading failed: {e.strerror or e}") from e
+                raise ReadError(f"{self._name(request, copy)}: reading failed: {e.strerror or e}") from e
             if n <= 0:
                 raise ReadError(
-                    f"{what}: the file ends after {start + done} of the blob's {size} bytes; "
+                    f"{self._name(request, copy)}: the file ends after {start + done} of the blob's {size} bytes; "
                     "it was truncated or replaced: convert the checkpoint again"
                 )
             done += n
@@ -271,6 +274,9 @@ class ExpertStore:
             self.bytes_read += done
             self.reads += start == 0
         return crc
+
+    def _name(self, request: ReadRequest, copy: int) -> str:
+        return f"{self._files[request.layer].paths[copy]}: layer {request.layer}, expert {request.expert}"
 
     def check(self, request: ReadRequest, parts: list[tuple[int, int, int]]) -> None:
         """Raises ReadError unless a blob's parts, (offset, bytes, crc32), are what was written."""
