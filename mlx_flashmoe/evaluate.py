@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -25,6 +25,7 @@ from rich.table import Table
 from mlx_flashmoe.errors import RequestError
 from mlx_flashmoe.generate import stream_generate
 from mlx_flashmoe.loader import StreamingModel, load
+from mlx_flashmoe.models.moe import Experts
 from mlx_flashmoe.tokenizer import Tokenizer
 from mlx_flashmoe.tools import CALL_START, Text, Tool, ToolCall, parameter_schemas, parse_answer
 
@@ -123,21 +124,29 @@ class AnswerFigures:
 
 
 def record_routing(model: StreamingModel) -> list[list[mx.array]]:
-    """For each layer, a list that from now on gets the expert ids [..., active] of every call of its router."""
+    """For each layer, a list that from now on gets the expert ids [..., active] of every call of its experts."""
+    recorders = []
+    for layer in model.model.model.layers:
+        recorders.append(_Recorded(layer.mlp._experts))
+        layer.mlp._experts = recorders[-1]
+    return [recorder.picked for recorder in recorders]
 
-    def recorded(route: Callable[..., Any], picked: list[mx.array]) -> Callable[..., Any]:
-        def call(x: mx.array) -> tuple[mx.array, mx.array]:
-            ids, weights = route(x)
-            picked.append(ids)
-            return ids, weights
 
-        return call
+class _Recorded:
+    """A layer's experts, and which of them were asked for."""
 
-    layers = model.model.model.layers
-    every: list[list[mx.array]] = [[] for _ in layers]
-    for layer, picked in zip(layers, every):
-        layer.mlp.route = recorded(layer.mlp.route, picked)
-    return every
+    def __init__(self, experts: Experts) -> None:
+        self.picked: list[mx.array] = []
+        self._experts = experts
+
+    def __call__(
+        self, x: mx.array, ids: mx.array, weights: mx.array, likely: mx.array | None = None
+    ) -> mx.array:
+        self.picked.append(ids)
+        return self._experts(x, ids, weights, likely)
+
+    def wants_guess(self, tokens: int) -> bool:
+        return self._experts.wants_guess(tokens)
 
 
 class ExpertUse:

@@ -12,7 +12,7 @@ from mlx_flashmoe.kernels.delta_inputs import DeltaInputs, launch, supports
 from mlx_flashmoe.kernels.gated_delta import gated_delta_update
 from mlx_flashmoe.models.cache import RecurrentCache
 from mlx_flashmoe.models.config import BaseConfig
-from mlx_flashmoe.models.fused import decay_and_beta, silu
+from mlx_flashmoe.models.fused import decay_and_beta, replayed, silu
 from mlx_flashmoe.models.norm import GatedRMSNorm, l2_normalize
 
 
@@ -62,6 +62,7 @@ class GatedDeltaNet(nn.Module):
         self.dt_bias = mx.ones((self.value_heads,))
         self.norm = GatedRMSNorm(self.value_dim, config.rms_norm_eps)
         self.out_proj = nn.Linear(config.values, config.hidden_size, bias=False)
+        self._replayed = replayed(self._mix)
 
     def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
         """What the rule computes with.
@@ -75,20 +76,27 @@ class GatedDeltaNet(nn.Module):
 
     def __call__(self, x: mx.array, cache: RecurrentCache | None) -> mx.array:
         B, T, _ = x.shape
-        qkv, z, b, a = self.project(x)
         before = cache.conv if cache is not None else None
         if before is None:
-            before = mx.zeros((B, self.conv1d.weight.shape[1] - 1, qkv.shape[2]), dtype=x.dtype)
+            channels, kernel, _ = self.conv1d.weight.shape
+            before = mx.zeros((B, kernel - 1, channels), dtype=x.dtype)
         state = cache.recurrent if cache is not None else None
         if state is None:
             state = mx.zeros((B, self.value_heads, self.value_dim, self.key_dim))
+        y, before, state = self._replayed(x, before, state)
+        if cache is not None:
+            cache.conv, cache.recurrent = before, state
+            cache.offset += T
+        return y
+
+    def _mix(self, x: mx.array, before: mx.array, state: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """The layer's output, and what a ``RecurrentCache`` holds before and after."""
+        B, T, _ = x.shape
+        qkv, z, b, a = self.project(x)
         q, k, v, decay, beta, after = self._inputs(qkv, a, b, before)
         y, state = gated_delta_update(q, k, v, decay, beta, state)
-        if cache is not None:
-            cache.conv, cache.recurrent = after, state
-            cache.offset += T
         z = z.reshape(B, T, self.value_heads, self.value_dim)
-        return self.out_proj(self.norm(y, z).reshape(B, T, -1))
+        return self.out_proj(self.norm(y, z).reshape(B, T, -1)), after, state
 
     def _inputs(self, qkv: mx.array, a: mx.array, b: mx.array, before: mx.array) -> DeltaInputs:
         """From queries, keys and values before the convolution, and its state ``before``."""

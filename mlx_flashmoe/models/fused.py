@@ -27,6 +27,29 @@ def fused(function: F) -> F:
     return call  # type: ignore[return-value]
 
 
+def replayed(function: F) -> F:
+    """Where x is one token on a GPU, the graph is built once and then replayed.
+
+    Building a layer's graph takes the host about as long as computing it takes a GPU.
+
+    Args:
+        function: of x [..., dims] and more arrays, all of them always of the same shapes for one token; depends on
+            nothing else but weights, and does nothing else.
+    """
+    compiled = mx.compile(function)
+
+    @wraps(function)
+    def call(x: mx.array, *arrays: mx.array) -> Any:
+        return compiled(x, *arrays) if replays(x) else function(x, *arrays)
+
+    return call  # type: ignore[return-value]
+
+
+def replays(x: mx.array) -> bool:
+    """Whether a graph for x is replayed. On the CPU, whose kernels compute at once, there is no graph."""
+    return bool(x.size == x.shape[-1] and mx.default_device() == mx.gpu)
+
+
 @fused
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) * up."""

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_flashmoe.kernels.router import route
-from mlx_flashmoe.models.fused import plus_gated, swiglu
+from mlx_flashmoe.models.fused import plus_gated, replayed, swiglu
 from mlx_flashmoe.models.together import Together
 
 
@@ -74,10 +74,15 @@ class SharedExpertMoE(MoE):
         self._projections = Together(
             self, "gate", "shared_expert_gate", "shared_expert.gate_proj", "shared_expert.up_proj"
         )
+        self._replayed = replayed(self._routed_and_shared)
 
     def __call__(self, residual: mx.array, x: mx.array, likely: mx.array | None = None) -> mx.array:
-        logits, shared_gate, gate, up = self._projections(x)
-        ids, weights = self.route(logits)
-        shared = self.shared_expert(gate, up)
+        ids, weights, shared, shared_gate = self._replayed(x)
         y = self._experts(x, ids, weights, likely)
         return plus_gated(residual, y, shared, shared_gate)
+
+    def _routed_and_shared(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        """The experts of each token and their weights, the shared expert's output and its gate."""
+        logits, shared_gate, gate, up = self._projections(x)
+        ids, weights = self.route(logits)
+        return ids, weights, self.shared_expert(gate, up), shared_gate
