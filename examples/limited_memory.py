@@ -1,11 +1,11 @@
 """Generates under a memory limit, with several --expert-memory settings, and compares them. Linux, as root.
 
-    python examples/limited_memory.py --model DIR --fraction 8 --settings os 200MB auto
+    python examples/limited_memory.py --model DIR --fraction 8 --settings os 200MB auto 400MB+direct
 
 Each setting runs in a process of its own, in a control group whose limit is the model's size over --fraction: page
 cache counts, as it does on a machine with that much memory. The tokens fed are random and the same for all; the
 most likely next token at every step must be the same for all, and the same as without a limit. Rates are medians
-over tokens, of --repeats runs in turn.
+over tokens, of --repeats runs in turn. "+direct" behind a setting reads around the page cache, as --direct-reads does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ import json, statistics, sys, time
 import mlx.core as mx, numpy as np
 from mlx_flashmoe import load
 from mlx_flashmoe.generate import prefill
-model, _ = load(sys.argv[1], expert_memory=sys.argv[2])
+memory, _, direct = sys.argv[2].partition("+")
+model, _ = load(sys.argv[1], expert_memory=memory, direct_reads=direct == "direct")
 rng = np.random.default_rng(0)
 prompt = mx.array(rng.integers(0, model.vocab_size, int(sys.argv[3])))
 feed = rng.integers(0, model.vocab_size, int(sys.argv[4])).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -90,6 +91,23 @@ def test_expert_memory_changes_no_bit(folder: Path) -> None:
     for expert_memory in ("os", "200kB", 150_000):
         assert np.array_equal(logits(folder, expert_memory=expert_memory), want)
     assert np.array_equal(logits(folder, read_ahead=False, expert_memory="os"), want)
+
+
+@pytest.mark.parametrize("expert_memory", ["100KB", "1GB"])
+def test_a_dropped_model_leaves_nothing(folder: Path, expert_memory: str) -> None:
+    """Not when Python next looks for cycles, but at once: it may be most of the machine's memory."""
+    gc.collect()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    gc.disable()
+    try:
+        model, _ = load(folder, expert_memory=expert_memory)
+        cache = model.make_cache()
+        mx.eval(model(mx.array([[1, 2, 3]]), cache), model(mx.array([[1]]), cache))
+        del model, cache
+        assert mx.get_active_memory() - before < 10_000
+    finally:
+        gc.enable()
 
 
 def test_experts_on_several_disks(copy: Path, tmp_path: Path) -> None:

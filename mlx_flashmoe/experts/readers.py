@@ -37,6 +37,7 @@ class Readers:
     def _work(self) -> None:
         while (work := self._wanted.get()) is not None:
             work()
+            del work  # while waiting for more, keep no memory that was read into
 
     def _stop(self) -> None:
         """A read must not outlast the memory that it goes to."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
+from weakref import WeakMethod
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,20 +28,27 @@ def fused(function: F) -> F:
     return call  # type: ignore[return-value]
 
 
-def replayed(function: F) -> F:
-    """Where x is one token on a GPU, the graph is built once and then replayed.
+def replayed(method: F) -> F:
+    """Where x is one token on a GPU, the method's graph is built once and then replayed.
 
     Building a layer's graph takes the host about as long as computing it takes a GPU.
 
     Args:
-        function: of x [..., dims] and more arrays, all of them always of the same shapes for one token; depends on
-            nothing else but weights, and does nothing else.
+        method: a module's, of x [..., dims] and more arrays, all of them always of the same shapes for one token;
+            depends on nothing else but weights, and does nothing else.
     """
-    compiled = mx.compile(function)
+    # The module will have what is made here: a cycle would keep a dropped model's memory.
+    weak = WeakMethod(method)
 
-    @wraps(function)
+    def build(*arrays: mx.array) -> Any:
+        alive = weak()
+        assert alive is not None
+        return alive(*arrays)
+
+    compiled = mx.compile(build)
+
     def call(x: mx.array, *arrays: mx.array) -> Any:
-        return compiled(x, *arrays) if replays(x) else function(x, *arrays)
+        return compiled(x, *arrays) if replays(x) else build(x, *arrays)
 
     return call  # type: ignore[return-value]
 

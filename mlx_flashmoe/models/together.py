@@ -7,6 +7,7 @@ the other in one array, of which each module holds its part.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -49,7 +50,7 @@ class Together:
     """
 
     def __init__(self, parent: nn.Module, *paths: str):
-        self._parent = parent
+        self._parent = weakref.ref(parent)  # which has this: a cycle would keep a dropped model's memory
         self._paths = paths
         self._joined: list[_Joined] = []
         self._alone = tuple(range(len(paths)))
@@ -75,9 +76,11 @@ class Together:
         self._alone = tuple(places[0] for places in alike.values() if len(places) == 1)
 
     def _modules(self) -> list[nn.Module]:
+        parent = self._parent()
+        assert parent is not None
         modules = []
         for path in self._paths:
-            module = self._parent
+            module = parent
             for name in path.split("."):
                 module = module[name]
             modules.append(module)
