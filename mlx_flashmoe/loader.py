@@ -269,7 +269,7 @@ class _NoTokenizer:
     """Stands in for the tokenizer a folder does not have: the model can be called, text cannot be made."""
 
     def __init__(self, error: FormatError):
-        self._error = error
+        self._error = error.with_traceback(None)  # its frames would keep the model
 
     def __getattr__(self, name: str) -> Any:
         raise self._error
