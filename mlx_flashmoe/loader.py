@@ -18,7 +18,8 @@ import mlx.nn as nn
 from mlx_flashmoe import memory
 from mlx_flashmoe.errors import FormatError, MemoryPlanError
 from mlx_flashmoe.experts import Decode, ExpertStore, ReadAhead, SlotArena, StreamedExperts
-from mlx_flashmoe.layout import Manifest
+from mlx_flashmoe.experts.store import reads_directly
+from mlx_flashmoe.layout import Manifest, expert_files
 from mlx_flashmoe.models import architecture
 from mlx_flashmoe.models.cache import Cache
 from mlx_flashmoe.models.decoder import mixed_at_once
@@ -180,7 +181,7 @@ def load(
         read_ahead: read the next layer's likely experts while this one computes, as long as that pays.
         experts_path: more folders that hold copies of some or all of the expert files, best on other disks:
             reads are spread over all copies, and ``path`` itself need not have those that are elsewhere.
-        direct_reads: read experts around the operating system's page cache.
+        direct_reads: read experts around the operating system's page cache, also where "auto" would not.
         prefix_memory: bytes that the plan leaves for a ``PrefixCache``.
         check_reads: checksum every expert as it is read; a damaged one is a ReadError when it is needed.
 
@@ -211,7 +212,6 @@ def load(
         if dtype not in (mx.float32, mx.bfloat16, mx.float16):
             raise FormatError(f"{folder / 'config.json'}: dtype {settings.dtype!r} is not supported")
 
-    store = ExpertStore(folder, manifest, experts_path, direct_reads, check_reads)
     weights = _open_dense(folder, manifest)
     dtypes = {
         name: mx.float32 if arch.Model.keep_float32(name) else dtype
@@ -233,11 +233,15 @@ def load(
         largest_buffer=memory.largest_buffer(),
         kv=kv_bytes(PLANNED_CONTEXT),
         prefixes=prefix_memory,
+        may_read_directly=all(
+            reads_directly(path) for path in expert_files(manifest.layers[0].layer, folder, experts_path)
+        ),
     )
     if announce is not None:
         announce(str(plan))
     _limit_memory(plan)
 
+    store = ExpertStore(folder, manifest, experts_path, direct_reads or plan.direct, check_reads)
     arena = SlotArena(store, plan.slots)
     decode = Decode(arena, ReadAhead(arena) if read_ahead else None)
     model = arch.Model(settings, lambda layer: StreamedExperts(decode, layer), active)

@@ -15,6 +15,8 @@ from mlx_flashmoe.sizes import show_size
 # What a generation takes besides the named parts: activations of one chunk of a prompt, buffers MLX keeps for
 # reuse, the interpreter.
 WORKING_BYTES = 500 * 10**6
+# Of memory, what is left to everyone else at least where the arena takes the rest.
+OTHERS_SHARE = 0.1
 # Freed buffers MLX may keep for reuse; more would only take memory from the page cache.
 CACHE_LIMIT = 128 * 2**20
 
@@ -40,6 +42,16 @@ def parse_size(text: str | int, flag: str = "--expert-memory", choices: str = ",
 def physical_memory() -> int:
     """Bytes of memory, or of a control group's limit on it: programs and page cache together."""
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_cgroup_limits()])
+
+
+def available_memory() -> int:
+    """Bytes of memory that nobody has taken, page cache included, as Linux counts it; elsewhere all of it."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return physical_memory()
+    kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return 1024 * int(kib)
 
 
 def memory_limit() -> int:
@@ -108,6 +120,7 @@ class Plan:
     limit: int
     reason: str
     prefixes: int = 0
+    direct: bool = False  # experts are to be read around the page cache
 
     @property
     def arena(self) -> int:
@@ -137,6 +150,7 @@ def plan(
     prefixes: int = 0,
     limit: int | None = None,
     largest_buffer: int | None = None,
+    may_read_directly: bool = False,
 ) -> Plan:
     """Decides how many slots the arena has.
 
@@ -148,6 +162,7 @@ def plan(
         active: experts a token uses in a layer.
         limit: bytes there are; this machine's if None.
         largest_buffer: bytes one array can have, where the device limits that: the arena is one.
+        may_read_directly: "auto" may choose to read experts around the page cache.
 
     Raises:
         MemoryPlanError: it does not fit; says what would.
@@ -157,9 +172,16 @@ def plan(
     least = min(experts, max(active, 3))
     most = experts if largest_buffer is None else min(experts, largest_buffer // slot_bytes)
     room = limit - dense - kv - prefixes - WORKING_BYTES
+    direct = False
     if expert_memory == "auto":
         if most == experts and experts * slot_bytes <= room:
             slots, reason = experts, "all of them fit"
+        elif may_read_directly:
+            # What is read into the arena need not be in the page cache too; some memory is for everyone else.
+            direct = True
+            others = max(int(OTHERS_SHARE * limit), limit - available_memory())
+            slots = max(least, min(most, (room - others) // slot_bytes))
+            reason = f"{100 * slots / experts:.0f}% of them; the others are read around the page cache"
         else:
             # Half for the arena, half left to the page cache.
             slots = max(least, min(most, room // 2 // slot_bytes))
@@ -180,7 +202,7 @@ def plan(
                 f"--expert-memory {expert_memory} holds {slots} experts of {show_size(slot_bytes)}, but a layer "
                 f"at work needs {least}: give at least {show_size(least * slot_bytes)}"
             )
-    result = Plan(dense, int(slots), slot_bytes, kv, limit, reason, prefixes)
+    result = Plan(dense, int(slots), slot_bytes, kv, limit, reason, prefixes, direct)
     if result.total > limit:
         raise MemoryPlanError(
             f"{result}: does not fit; the dense part and {least} experts need "

@@ -224,7 +224,7 @@ def test_sizes_for_people() -> None:
     assert shown == ["5 bytes", "1 kB", "6.75 MB", "209 GB", "7.08 MB"]
 
 
-def a_plan(expert_memory: str | int, limit: int, experts: int = 1000) -> Plan:
+def a_plan(expert_memory: str | int, limit: int, experts: int = 1000, **options: bool) -> Plan:
     return plan(
         expert_memory,
         dense=10**9,
@@ -233,14 +233,24 @@ def a_plan(expert_memory: str | int, limit: int, experts: int = 1000) -> Plan:
         active=10,
         kv=10**8,
         limit=limit,
+        **options,
     )
 
 
-def test_plans_never_exceed_the_limit() -> None:
+def test_plans_never_exceed_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: 10**12)
     assert a_plan("auto", 10**11).slots == 1000
     for limit in (2 * 10**9, 5 * 10**9, 10**10):
         partial = a_plan("auto", limit)
         assert 10 <= partial.slots < 1000 and partial.total <= limit
+        direct = a_plan("auto", limit, may_read_directly=True)
+        # All but a tenth, which others may need, goes into the arena where nothing need stay in the page cache.
+        assert direct.direct and direct.slots >= partial.slots and direct.total <= 0.9 * limit + 10**7
+        assert not partial.direct
+    monkeypatch.setattr(memory, "available_memory", lambda: 6 * 10**9)  # of 10: others have 4
+    assert a_plan("auto", 10**10, may_read_directly=True).total <= 6 * 10**9
+    assert not a_plan("auto", 10**11, may_read_directly=True).direct  # all fit: nothing is read but once
+    assert not a_plan("3GB", 10**10, may_read_directly=True).direct  # as asked
     assert a_plan("3GB", 10**10).slots == 300
     assert a_plan("os", 10**10).slots == 32
     assert a_plan("900GB", 10**11).slots == 1000
@@ -250,6 +260,10 @@ def test_plans_never_exceed_the_limit() -> None:
             a_plan(expert_memory, limit)
     with pytest.raises(MemoryPlanError, match="give at least 100 MB"):
         a_plan("50MB", 10**10)
+
+
+def test_what_is_available_is_not_more_than_there_is() -> None:
+    assert 0 < memory.available_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def test_a_longer_context_is_counted_and_refused_where_it_does_not_fit(

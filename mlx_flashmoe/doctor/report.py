@@ -35,7 +35,8 @@ from mlx_flashmoe.doctor.predict import (
     uniform,
 )
 from mlx_flashmoe.errors import MemoryPlanError, RequestError
-from mlx_flashmoe.layout import PROJECTIONS, BlobLayout, Quantization
+from mlx_flashmoe.experts.store import reads_directly
+from mlx_flashmoe.layout import PROJECTIONS, BlobLayout, Quantization, expert_file
 from mlx_flashmoe.loader import PLANNED_CONTEXT, prefill_chunk
 from mlx_flashmoe.sizes import show_size
 
@@ -117,7 +118,9 @@ def run(
     console.print(_facts(_model_lines(model, needs, folder, other)))
     console.print()
     try:
-        rows = list(_rows(needs, rates, expert_memory, context, total, usable, dtype))
+        here = needs.converted and other == Other()
+        may_read_directly = here and reads_directly(folder / expert_file(0))
+        rows = list(_rows(needs, rates, expert_memory, context, total, usable, dtype, may_read_directly))
     except MemoryPlanError as e:
         raise MemoryPlanError(f"{e}{_what_would_fit(needs, context, usable, dtype)}") from None
     chosen = rows[0]
@@ -171,7 +174,14 @@ def _memory(other: Other) -> tuple[int, int]:
 
 
 def _rows(
-    needs: Needs, rates: Rates, expert_memory: str, context: int, total: int, usable: int, dtype: mx.Dtype
+    needs: Needs,
+    rates: Rates,
+    expert_memory: str,
+    context: int,
+    total: int,
+    usable: int,
+    dtype: mx.Dtype,
+    may_read_directly: bool,
 ) -> Iterator[Row]:
     """Predictions for the model's own number of active experts and for FEWER, with arenas of several sizes.
 
@@ -205,6 +215,7 @@ def _rows(
                     active=active,
                     kv=kv,
                     limit=usable,
+                    may_read_directly=may_read_directly,
                 )
             except MemoryPlanError:
                 if not seen:
@@ -213,7 +224,7 @@ def _rows(
             if plan.slots in seen:
                 continue
             seen.add(plan.slots)
-            left = total * (1 - SYSTEM_SHARE) - plan.total
+            left = 0.0 if plan.direct else total * (1 - SYSTEM_SHARE) - plan.total
             where = found(work, plan.slots, left, skewed)
             yield Row(
                 size,
