@@ -16,7 +16,7 @@ from mlx_flashmoe.sizes import show_size
 # reuse, the interpreter.
 WORKING_BYTES = 500 * 10**6
 # Of memory, what is left to everyone else at least where the arena takes the rest.
-OTHERS_SHARE = 0.1
+OTHERS_SHARE = 0.05
 # Freed buffers MLX may keep for reuse; more would only take memory from the page cache.
 CACHE_LIMIT = 128 * 2**20
 
