@@ -16,7 +16,10 @@ from checkpoints import Spec, write_checkpoint
 
 from mlx_flashmoe import convert, kernels, load, memory
 from mlx_flashmoe.errors import FormatError, MemoryPlanError, RequestError
+from mlx_flashmoe.experts import slab
+from mlx_flashmoe.experts.store import reads_directly
 from mlx_flashmoe.generate import generate_step, prefill
+from mlx_flashmoe.layout import PAGE
 from mlx_flashmoe.memory import Plan, parse_size, plan, prefill_chunk
 from mlx_flashmoe.models import decoder
 from mlx_flashmoe.sizes import show_size
@@ -108,6 +111,24 @@ def test_a_dropped_model_leaves_nothing(folder: Path, expert_memory: str) -> Non
         assert mx.get_active_memory() - before < 10_000
     finally:
         gc.enable()
+
+
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="elsewhere slabs are aligned by themselves")
+@pytest.mark.parametrize("direct_reads", [False, True])
+def test_a_slab_too_long_for_one_dimension(
+    folder: Path, direct_reads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 8.6 GB and more its slots have spare pages, so that each begins at a page: direct reads need that."""
+    if direct_reads and not reads_directly(next((folder / "experts").iterdir())):
+        pytest.skip("this file system has no direct reads")
+    want = logits(folder)
+    monkeypatch.setattr(slab, "MOST_ELEMENTS", 1)
+    model, _ = load(folder, expert_memory="100KB", direct_reads=direct_reads)
+    array = model.arena.slab
+    assert np.asarray(array).ctypes.data % PAGE == 0 and np.asarray(array).strides[0] % PAGE == 0
+    assert array.shape[1] * 4 == model.arena.slot_bytes
+    for options in ({"expert_memory": "100KB"}, {}):
+        assert np.array_equal(logits(folder, direct_reads=direct_reads, **options), want)
 
 
 def test_experts_on_several_disks(copy: Path, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from mlx_flashmoe.errors import MemoryPlanError
 from mlx_flashmoe.experts import cuda
 from mlx_flashmoe.layout import PAGE
 
+MOST_ELEMENTS = 2**31  # of a dimension of an MLX array, less one
+
 
 class Slab(Protocol):
     """uint32 [slots, words] that kernels read, and the way into it.
@@ -37,37 +39,44 @@ class UnifiedSlab:
 
     def __init__(self, slots: int, slot_bytes: int):
         words = slot_bytes // 4
-        if mx.default_device() == mx.cpu and slots * words + PAGE // 4 < 2**31:
-            self.array = _aligned(slots, words)
+        if mx.default_device() != mx.cpu:  # a Metal buffer begins at a page by itself
+            whole = array = mx.zeros((slots, words), dtype=mx.uint32)
+            mx.eval(whole)
         else:
-            # A Metal buffer begins at a page by itself; and one dimension holds at most 2^31 elements.
-            self.array = mx.zeros((slots, words), dtype=mx.uint32)
-            mx.eval(self.array)
-        self._slot_bytes = slot_bytes
+            whole, array = _aligned(slots, words)
+        self.array = array
+        self._first = _address(array) - _address(whole)
+        self._stride = slot_bytes if whole.ndim == 1 else 4 * whole.shape[1]
         # An alias, not a copy: mlx exposes an evaluated array's memory, writable.
-        self._memory = memoryview(cast(Any, self.array)).cast("B")
+        self._memory = memoryview(cast(Any, whole)).cast("B")
 
     def begin(self, slot: int, start: int, stop: int) -> memoryview:
-        first = slot * self._slot_bytes
+        first = self._first + slot * self._stride
         return self._memory[first + start : first + stop]
 
     def finish(self, slot: int, start: int, stop: int) -> None:
         pass
 
 
-def _aligned(slots: int, words: int) -> mx.array:
-    """Zeros uint32 [slots, words] that begin at a page.
+def _aligned(slots: int, words: int) -> tuple[mx.array, mx.array]:
+    """Zeros uint32 [slots, words] in which every slot of whole pages begins at a page; the array they lie in first.
 
-    MLX's arrays on a CPU are aligned to 8 bytes only, and reading into them runs at two thirds of the speed.
+    MLX's arrays on a CPU are aligned to 8 bytes only: reading into them runs at two thirds of the speed, and direct
+    reads fail.
     """
-    whole = mx.zeros((slots * words + PAGE // 4,), dtype=mx.uint32)
+    spare = PAGE // 4
+    flat = slots * words + spare < MOST_ELEMENTS
+    # One dimension has its limit: where the slots would go beyond it each has a spare page of its own.
+    whole = mx.zeros((slots * words + spare,) if flat else (slots, words + spare), dtype=mx.uint32)
     mx.eval(whole)
     skip = -_address(whole) % PAGE // 4
-    array = whole[skip : skip + slots * words].reshape(slots, words)
+    array = (
+        whole[skip : skip + slots * words].reshape(slots, words) if flat else whole[:, skip : skip + words]
+    )
     mx.eval(array)
     if _address(array) != _address(whole) + 4 * skip:
         raise MemoryPlanError("[UnifiedSlab] MLX has copied a slice that should share its array's memory")
-    return array
+    return whole, array
 
 
 def _address(array: mx.array) -> int:
