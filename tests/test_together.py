@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
+from mlx_flashmoe.models import together
 from mlx_flashmoe.models.quantized import quantize
 from mlx_flashmoe.models.together import Together, join
 
@@ -60,7 +61,6 @@ def test_one_token_goes_through_one_product_of_those_alike(monkeypatch: pytest.M
     layer = made([16, 1, 24, 8], [8, 8, 4, 4])
     join(layer)
     calls = []
-    from mlx_flashmoe.models import together
 
     def counted(x: mx.array, weight: mx.array, *rest: object) -> mx.array:
         calls.append(weight.shape[0])

@@ -49,14 +49,14 @@ class Decode:
         self.on_prefill_layer: Callable[[int, int], None] | None = None
 
     def step(
-        self, layer: int, ids: mx.array, likely: mx.array | None, build: Callable[[mx.array], mx.array]
+        self, layer: int, ids: mx.array, likely: mx.array | None, build: Callable[[], mx.array]
     ) -> mx.array:
         """One token's experts in one layer.
 
         Args:
             ids: integer [1, K].
             likely: a guess at the next layer's ids, or None.
-            build: builds the layer's output from its slots [1, K].
+            build: builds the layer's output, looking slots up in ``arena.table``.
 
         Returns:
             what ``build`` returned. It must not be evaluated before ``settle``, except by the last layer's step
@@ -65,22 +65,22 @@ class Decode:
         Raises:
             ReadError: an expert, of this layer or of the one before, could not be read.
         """
-        arena = self.arena
-        if layer == arena.store.layers[0]:
+        layers = self.arena.store.layers
+        if layer == layers[0]:
             self.abandon()
             if self.ahead is not None:
                 self.ahead.begin_token()
         self.settle()
-        both = ids if likely is None else mx.concatenate([ids, likely.reshape(1, -1)])
-        choice = _Choice(layer, self._to_host(both))
-        slots = arena.table.lookup(arena.row_of[layer], ids)
-        if self.deferred and layer != arena.store.layers[-1]:
-            choice.output = build(slots)
+        if likely is not None:
+            ids = mx.concatenate([ids, likely.reshape(1, -1)])
+        choice = _Choice(layer, self._to_host(ids))
+        if self.deferred and layer != layers[-1]:
+            choice.output = build()
             self._pending = choice
             return choice.output
-        used = self._bring(choice)
-        output = build(slots)
-        arena.used(used, output)
+        slots = self._bring(choice)
+        output = build()
+        self.arena.used(slots, output)
         return output
 
     def settle(self) -> None:

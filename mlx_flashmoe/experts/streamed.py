@@ -120,13 +120,14 @@ class StreamedExperts(nn.Module):
         x, ids = x.reshape(-1, shape[-1]), ids.reshape(-1, top_k)
         weights = weights.reshape(-1, top_k).astype(mx.float32)
 
-        def one_token(slots: mx.array) -> mx.array:
+        def one_token() -> mx.array:
+            slots = self._arena.table.lookup(self._row, ids)
             return kernels.expert_ffn(x, self._arena.slab, slots, weights, self._layout)
 
         if x.shape[0] > 1:
             y = self._prefill(x, ids, weights)
         elif self._arena.resident:
-            y = one_token(self._arena.table.lookup(self._row, ids))
+            y = one_token()
         else:
             y = self._decode.step(self._layer, ids, likely, one_token)
         return y.reshape(shape)

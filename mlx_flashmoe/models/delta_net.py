@@ -83,14 +83,14 @@ class GatedDeltaNet(nn.Module):
         state = cache.recurrent if cache is not None else None
         if state is None:
             state = mx.zeros((B, self.value_heads, self.value_dim, self.key_dim))
-        y, before, state = self._replayed(x, before, state)
+        y, after, state = self._replayed(x, before, state)
         if cache is not None:
-            cache.conv, cache.recurrent = before, state
+            cache.conv, cache.recurrent = after, state
             cache.offset += T
         return y
 
     def _mix(self, x: mx.array, before: mx.array, state: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """The layer's output, and what a ``RecurrentCache`` holds before and after."""
+        """The layer's output, and what a ``RecurrentCache`` holds after it: convolution, then state."""
         B, T, _ = x.shape
         qkv, z, b, a = self.project(x)
         q, k, v, decay, beta, after = self._inputs(qkv, a, b, before)

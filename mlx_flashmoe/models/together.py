@@ -56,17 +56,16 @@ class Together:
         self._alone = tuple(range(len(paths)))
 
     def __call__(self, x: mx.array) -> list[mx.array]:
-        modules = self._modules()
-        if x.size != x.shape[-1]:  # several tokens: parts of rows would have to be copied
-            return [module(x) for module in modules]
-        ys = {place: modules[place](x) for place in self._alone}
-        for joined in self._joined:
-            ys.update(zip(joined.places, joined(x), strict=True))
-        return [ys[place] for place in range(len(modules))]
+        several = x.size != x.shape[-1]  # tokens: parts of rows would have to be copied
+        alone, joined = (range(len(self._paths)), ()) if several else (self._alone, self._joined)
+        ys = {place: self._module(place)(x) for place in alone}
+        for matrices in joined:
+            ys.update(zip(matrices.places, matrices(x), strict=True))
+        return [ys[place] for place in range(len(self._paths))]
 
     def join(self) -> None:
         """Lays the matrices that are quantized alike together. They must have been loaded."""
-        modules = self._modules()
+        modules = [self._module(place) for place in range(len(self._paths))]
         alike: dict[object, list[int]] = defaultdict(list)
         for place, m in enumerate(modules):
             joins = isinstance(m, nn.QuantizedLinear) and "bias" not in m
@@ -75,16 +74,12 @@ class Together:
         self._joined = [self._lay(modules, places) for places in groups]
         self._alone = tuple(places[0] for places in alike.values() if len(places) == 1)
 
-    def _modules(self) -> list[nn.Module]:
-        parent = self._parent()
-        assert parent is not None
-        modules = []
-        for path in self._paths:
-            module = parent
-            for name in path.split("."):
-                module = module[name]
-            modules.append(module)
-        return modules
+    def _module(self, place: int) -> nn.Module:
+        module = self._parent()
+        assert module is not None
+        for name in self._paths[place].split("."):
+            module = module[name]
+        return module
 
     @staticmethod
     def _lay(modules: list[nn.Module], places: list[int]) -> _Joined:
