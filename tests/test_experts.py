@@ -19,6 +19,7 @@ from mlx_flashmoe.errors import MemoryPlanError, ReadError
 from mlx_flashmoe.experts import Decode, ExpertStore, ReadAhead, SlotArena, StreamedExperts
 from mlx_flashmoe.experts import store as store_module
 from mlx_flashmoe.experts.ahead import KEEP, TRIAL, PaysOff
+from mlx_flashmoe.experts.leaving import Leaving
 from mlx_flashmoe.experts.policy import LRFU, LRU, POLICIES
 from mlx_flashmoe.experts.slab import Slab
 from mlx_flashmoe.experts.store import PendingReads, ReadRequest
@@ -423,3 +424,28 @@ def test_lrfu_priorities_order_as_the_decayed_sums(uses: list[int], half_life: f
     assert np.isneginf(policy.priority[0][~used]).all()
     got = policy.priority[0][used] - len(uses) / half_life
     assert np.allclose(got, np.log2(worth[used]), atol=1e-6)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_what_leaves_is_held_and_not_busy_and_worth_least(data: st.DataObject) -> None:
+    """Chosen ahead or not, whatever happens in between."""
+    slots = data.draw(st.integers(1, 24))
+    policy = LRU(1, slots)
+    owner = np.array(data.draw(st.permutations(range(slots))))
+    held = np.array(data.draw(st.lists(st.booleans(), min_size=slots, max_size=slots)))
+    leaving = Leaving(policy, owner, held)
+    some = st.sets(st.integers(0, slots - 1))
+    for expert in data.draw(st.lists(st.integers(0, slots - 1), max_size=30)):
+        policy.touch(0, np.array([expert]))
+    in_use, used, gone = data.draw(some), data.draw(some), data.draw(some)
+    leaving.choose_ahead(data.draw(st.integers(0, 6)), in_use)
+    policy.touch(0, owner[sorted(in_use | used)])
+    held[sorted(gone)] = False
+    busy, n = data.draw(some), data.draw(st.integers(0, 8))
+    chosen = leaving.choose(n, busy)
+    free = [slot for slot in range(slots) if held[slot] and slot not in busy]
+    assert len(set(chosen)) == len(chosen) == min(n, len(free)) and set(chosen) <= set(free)
+    # Uses only make an expert worth more: those chosen ahead and not used since are still worth least.
+    worth = policy.priority[0, owner]
+    assert sorted(worth[chosen]) == sorted(worth[free])[: len(chosen)]

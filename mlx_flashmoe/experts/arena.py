@@ -21,6 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flashmoe.errors import MemoryPlanError, ReadError
+from mlx_flashmoe.experts.leaving import Leaving
 from mlx_flashmoe.experts.policy import LRFU, Policy
 from mlx_flashmoe.experts.slab import make_slab
 from mlx_flashmoe.experts.store import ExpertStore, PendingReads, ReadRequest
@@ -98,6 +99,7 @@ class SlotArena:
         self._owner = np.zeros(self.capacity, dtype=np.int64)
         self._held = np.zeros(self.capacity, dtype=bool)
         self._free_slots = list(range(self.capacity - 1, -1, -1))
+        self._leaving = Leaving(self.policy, self._owner, self._held)
         self._used_by = np.full(self.capacity, -1, dtype=np.int64)
         self._pending: dict[int, mx.array] = {}
         self._next_use = 0
@@ -125,27 +127,27 @@ class SlotArena:
         missing = experts[slots < 0]
         if not len(missing):
             return Fetch(self, row, missing, missing, None)
-        claimed = self._claim(len(missing), slots[slots >= 0], keep)
+        busy = {slot for slot in slots.tolist() if slot >= 0}
+        if keep is not None:
+            busy.update(keep.tolist())
+        claimed = self._claim(len(missing), busy)
         self._owner[claimed] = row * self.slot_of.shape[1] + missing
         requests = [
             ReadRequest(layer, expert, slot) for expert, slot in zip(missing.tolist(), claimed.tolist())
         ]
         fetch = Fetch(self, row, missing, claimed, self.store.start(requests, self._slab))
         self._in_flight.append(fetch)
+        if len(self._free_slots) < len(missing):
+            self._leaving.choose_ahead(len(missing), busy)  # now, while the disks are busy
         return fetch
 
-    def touch(self, layer: int, experts: np.ndarray) -> bool:
-        """Counts a routing decision (distinct experts): for the policy and the hit rate. Before ``fetch``.
-
-        Returns:
-            whether all of them are resident, so that nothing need be fetched.
-        """
+    def touch(self, layer: int, experts: np.ndarray) -> None:
+        """Counts a routing decision (distinct experts), for the policy and the hit rate, before its reads are over."""
         row = self.row_of[layer]
         missing = int(np.count_nonzero(self.slot_of[row][experts] < 0))
         self.hits += len(experts) - missing
         self.misses += missing
         self.policy.touch(row, experts)
-        return missing == 0
 
     def used(self, slots: np.ndarray, output: mx.array) -> None:
         """``output`` is a lazy array computed from the contents of ``slots``."""
@@ -179,42 +181,28 @@ class SlotArena:
             self.fetch(layer, experts).wait()
         self.resident = True
 
-    def _claim(self, n: int, in_use: np.ndarray, keep: np.ndarray | None) -> np.ndarray:
+    def _claim(self, n: int, busy: set[int]) -> np.ndarray:
         """Takes ``n`` slots for writing: free ones first, then the least worth keeping. THE RULE is here."""
-        candidates = self._settled(in_use, keep)
-        if self._in_flight and n > len(self._free_slots) + candidates.size:
+        free = self._free_slots
+        victims = self._leaving.choose(n - len(free), busy) if n > len(free) else []
+        if len(free) + len(victims) < n and self._in_flight:
             self.settle()
-            candidates = self._settled(in_use, keep)
-        taken = [self._free_slots.pop() for _ in range(min(n, len(self._free_slots)))]
-        need = n - len(taken)
-        if need:
-            if candidates.size < need:
-                self._free_slots.extend(taken)
-                raise MemoryPlanError(
-                    f"[SlotArena] {n} experts are needed at once beside {len(in_use)} in use, "
-                    f"but there are only {self.capacity} slots; give more --expert-memory"
-                )
-            worth = self.policy.priority.reshape(-1).take(self._owner.take(candidates))
-            victims = candidates[np.argpartition(worth, need - 1)[:need]]
-            taken.extend(victims.tolist())
-        claimed = np.array(taken, dtype=np.int32)
-        for use in np.unique(self._used_by[claimed]).tolist():
+            victims = self._leaving.choose(n - len(free), busy) if n > len(free) else []
+        if len(free) + len(victims) < n:
+            raise MemoryPlanError(
+                f"[SlotArena] {n} experts are needed at once beside {len(busy)} slots in use, "
+                f"but there are only {self.capacity} slots; give more --expert-memory"
+            )
+        claimed = np.array([free.pop() for _ in range(min(n, len(free)))] + victims, dtype=np.int32)
+        for use in set(self._used_by[claimed].tolist()):
             output = self._pending.pop(use, None)
             if output is not None:
                 mx.eval(output)
         self._used_by[claimed] = -1
-        if need:
+        if victims:
             self.slot_of.reshape(-1)[self._owner[victims]] = -1
             self._held[victims] = False
         return claimed
-
-    def _settled(self, in_use: np.ndarray, keep: np.ndarray | None) -> np.ndarray:
-        """The slots that hold an expert and may be given up: neither being filled, nor in use, nor to keep."""
-        free = self._held.copy()
-        free[in_use] = False
-        if keep is not None:
-            free[keep] = False
-        return np.flatnonzero(free)
 
     def _free(self, slots: np.ndarray) -> None:
         self._held[slots] = False

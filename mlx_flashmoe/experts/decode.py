@@ -110,8 +110,9 @@ class Decode:
         ids = self._timed(choice.ids)
         if ahead is not None:
             ahead.stop()
-        if not arena.touch(choice.layer, ids[0]):
-            arena.fetch(choice.layer, ids[0]).wait()
+        fetch = arena.fetch(choice.layer, ids[0])
+        arena.touch(choice.layer, ids[0])  # while the disks are busy; nobody that it concerns could have left
+        fetch.wait()
         slots = arena.slot_of[arena.row_of[choice.layer]][ids[0]]
         if ahead is not None and len(ids) > 1:
             ahead.start(choice.layer + 1, ids[1], slots)

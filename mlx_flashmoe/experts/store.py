@@ -93,11 +93,10 @@ class PendingReads:
     def __init__(self, store: ExpertStore, requests: Sequence[ReadRequest], slab: Slab):
         self._store = store
         self._slab = slab
-        parts = [
-            (i, request, span)
-            for i, request in enumerate(requests)
-            for span in store.spans(request.layer, len(requests))
-        ]
+        spans = {
+            layer: store.spans(layer, len(requests)) for layer in {request.layer for request in requests}
+        }
+        parts = [(i, request, span) for i, request in enumerate(requests) for span in spans[request.layer]]
         self._queue = enumerate(parts)
         self._left = [0] * len(requests)
         # (offset, bytes, crc32) of the parts read, where reads are checked.
