@@ -2,8 +2,8 @@
 
     python examples/against_mlx_lm.py --layers 4 --work DIR            needs 7.3 GB of disk a layer, and mlx-lm
 
-Each system runs in a process of its own, one after the other: mlx-lm with everything in memory, mlx-flashmoe likewise,
-the same but asking the host for every layer's experts as streaming does, and mlx-flashmoe with --expert-memory for the
+Each of the two runs in a process of its own, one after the other: mlx-lm with everything in memory; mlx-flashmoe
+likewise, the same but asking the host for every layer's experts as streaming does, and with --expert-memory for the
 experts, at 10 and at 4 active experts. All are fed the same random tokens (a model of random weights would repeat
 itself, and with itself its experts). Medians of --repeats; the first run of everything compiles, and is left out. Page
 cache warm.
@@ -29,13 +29,17 @@ import true_shapes
 from rich.console import Console
 from rich.table import Table
 
-SYSTEMS = {
-    "mlx-lm, all in memory": ("mlx-lm", None, None),
-    "mlx-lm, 4 experts": ("mlx-lm", None, 4),
-    "all in memory": ("ours", "1000GB", None),
-    "host asked, nothing missing": ("ours, asking", "1000GB", None),
-    "streamed": ("ours", "asked", None),
-    "streamed, 4 experts": ("ours", "asked", 4),
+EVERYTHING = "1000GB"
+ASKED = "host asked, nothing missing"
+# Of each system: a row's name, the experts' memory (None: --expert-memory), active experts (None: the model's own).
+ROWS = {
+    "mlx-lm": (("mlx-lm, all in memory", EVERYTHING, None), ("mlx-lm, 4 experts", EVERYTHING, 4)),
+    "mlx-flashmoe": (
+        ("all in memory", EVERYTHING, None),
+        (ASKED, EVERYTHING, None),
+        ("streamed", None, None),
+        ("streamed, 4 experts", None, 4),
+    ),
 }
 
 
@@ -60,9 +64,8 @@ def decode_rate(steps: Iterator[Any]) -> float:
     return 1 / statistics.median(took)
 
 
-def measure(system: str, memory: str | None, active: int | None, work: Path, args: Any) -> dict[str, Any]:
-    vocabulary = true_shapes.TRUE_VOCABULARY if args.vocabulary is None else args.vocabulary
-    prompt = mx.array([tokens(args.prompt, vocabulary)])
+def load(system: str, name: str, memory: str, active: int | None, work: Path) -> tuple[Any, Any]:
+    """A row's model, and its system's generate_step."""
     model: Any
     generate_step: Any
     if system == "mlx-lm":
@@ -77,12 +80,17 @@ def measure(system: str, memory: str | None, active: int | None, work: Path, arg
         from mlx_flashmoe import load
         from mlx_flashmoe.generate import generate_step
 
-        model, _ = load(work / "converted", args.expert_memory if memory == "asked" else memory, active)
-        if system == "ours, asking":
+        model, _ = load(work / "converted", memory, active)
+        if name == ASKED:
             model.arena.resident = False
+    return model, generate_step
+
+
+def measure(model: Any, generate_step: Any, vocabulary: int, streamed: bool, args: Any) -> dict[str, Any]:
+    prompt = mx.array([tokens(args.prompt, vocabulary)])
 
     def prefill() -> float:
-        if memory == "asked":
+        if streamed:
             model.arena.clear()
         cache = model.make_cache()
         started = time.perf_counter()
@@ -98,11 +106,21 @@ def measure(system: str, memory: str | None, active: int | None, work: Path, arg
 
     prefill(), decode()
     mx.reset_peak_memory()
-    before = model.stats() if memory is not None else None
+    before = model.stats().reads if streamed else 0
     prefills = [prefill() for _ in range(args.repeats)]
-    read = (model.stats() - before).reads / args.repeats if before is not None else 0
+    read = (model.stats().reads - before) / args.repeats if streamed else 0
     decodes = [decode() for _ in range(args.repeats)]
     return {"prefill": prefills, "decode": decodes, "peak": mx.get_peak_memory(), "reads": read}
+
+
+def measure_all(system: str, work: Path, args: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A system's rows, one after the other."""
+    vocabulary = true_shapes.TRUE_VOCABULARY if args.vocabulary is None else args.vocabulary
+    for name, memory, active in ROWS[system]:
+        model, generate_step = load(system, name, memory or args.expert_memory, active, work)
+        yield name, measure(model, generate_step, vocabulary, memory is None, args)
+        del model
+        mx.clear_cache()
 
 
 def prepare(work: Path, args: Any) -> None:
@@ -124,32 +142,32 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, help="folder for the weights, kept for another run; default: none"
     )
-    parser.add_argument("--one", choices=SYSTEMS, help=argparse.SUPPRESS)
+    parser.add_argument("--system", choices=ROWS, help="measure this one alone; prints JSON")
     args = parser.parse_args()
-    if args.one:
-        print(json.dumps(measure(*SYSTEMS[args.one], args.work, args)))
+    if args.system:
+        for row in measure_all(args.system, args.work, args):
+            print(json.dumps(row), flush=True)
         return
     work = args.work or Path(tempfile.mkdtemp(prefix="against-mlx-lm-"))
     console = Console()
-    columns = ("system", "prompt tok/s", "answer tok/s", "ms a layer", "peak GB", "reads a prompt")
+    columns = ("tokens a second of", "prompt", "answer", "ms a layer", "peak GB", "prompt reads")
     table = Table(*columns, box=None)
     try:
         if not (work / "converted").exists():
             prepare(work, args)
-        for name in SYSTEMS:
-            command = [sys.executable, __file__, *sys.argv[1:], "--work", str(work), "--one", name]
+        for system in ROWS:
+            command = [sys.executable, __file__, *sys.argv[1:], "--work", str(work), "--system", system]
             result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            figures = json.loads(result.stdout.splitlines()[-1])
-            console.print(name, figures)
-            rate = statistics.median(figures["decode"])
-            table.add_row(
-                name,
-                f"{statistics.median(figures['prefill']):.0f}",
-                f"{rate:.1f}",
-                f"{1e3 / rate / args.layers:.2f}",
-                f"{figures['peak'] / 1e9:.1f}",
-                f"{figures['reads']:.0f}",
-            )
+            for name, figures in map(json.loads, result.stdout.splitlines()):
+                rate = statistics.median(figures["decode"])
+                table.add_row(
+                    name,
+                    f"{statistics.median(figures['prefill']):.0f}",
+                    f"{rate:.1f}",
+                    f"{1e3 / rate / args.layers:.2f}",
+                    f"{figures['peak'] / 1e9:.1f}",
+                    f"{figures['reads']:.0f}",
+                )
     finally:
         if args.work is None:
             shutil.rmtree(work)
