@@ -98,11 +98,11 @@ def measure(model: Any, generate_step: Any, vocabulary: int, streamed: bool, arg
         mx.eval([layer.state for layer in cache])
         return args.prompt / (time.perf_counter() - started)
 
+    feed = feeder(vocabulary)  # no repeat sees another's tokens: their experts would still be there
+
     def decode() -> float:
         start = mx.array(tokens(8, vocabulary))
-        return decode_rate(
-            generate_step(start, model, max_tokens=args.tokens + 1, sampler=feeder(vocabulary))
-        )
+        return decode_rate(generate_step(start, model, max_tokens=args.tokens + 1, sampler=feed))
 
     prefill(), decode()
     mx.reset_peak_memory()
