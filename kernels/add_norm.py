@@ -52,7 +52,7 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     Returns:
         [..., D] in x's dtype.
     """
-    language = gpu.current()
+    language = gpu.for_rows(x)
     if language is None:
         return _plain_norm(x, weight, eps)
     (normed,) = launch(language, x, None, weight, eps)
@@ -61,7 +61,7 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
 
 def add_norm(x: mx.array, y: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
     """x + y, and :func:`rms_norm` of that. x and y have one shape and dtype."""
-    language = gpu.current()
+    language = gpu.for_rows(x)
     if language is None:
         total = x + y
         return total, _plain_norm(total, weight, eps)

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import lru_cache
 from itertools import pairwise
@@ -42,6 +41,7 @@ from numba.extending import intrinsic
 
 from mlx_flashmoe.kernels.reference import DTYPES
 from mlx_flashmoe.layout import BlobLayout, Component, Projection
+from mlx_flashmoe.threads import Shared, Threads
 
 KINDS = {dtype: name for name, dtype in DTYPES.items()}
 TILE_OUTPUTS = 4
@@ -401,7 +401,7 @@ THREADS = min(len(CPUS), 16)
 
 
 @lru_cache
-def _pool() -> ThreadPoolExecutor:
+def _pool() -> Threads:
     homes = iter(CPUS)
 
     def settle() -> None:
@@ -411,7 +411,7 @@ def _pool() -> ThreadPoolExecutor:
             with suppress(OSError):  # the processor has been taken away since
                 os.sched_setaffinity(0, {next(homes)})  # 0: this thread alone
 
-    return ThreadPoolExecutor(THREADS, thread_name_prefix="flashmoe-cpu", initializer=settle)
+    return Threads(THREADS, "flashmoe-cpu", settle)
 
 
 if hasattr(os, "register_at_fork"):  # a forked child has none of the pool's threads
@@ -420,22 +420,19 @@ if hasattr(os, "register_at_fork"):  # a forked child has none of the pool's thr
 
 def split(work: Callable[[int, int], None], bounds: list[int]) -> None:
     """Runs work(low, high) for every pair of neighbouring bounds: on this thread if there is one, else on all of
-    the pool while this one sleeps, so that no worker finds its core taken."""
+    the pool while this one sleeps, so that no worker finds its core taken.
+
+    After Ctrl-C workers go on for a piece each: ``work`` must hold on to the arrays whose addresses it was given.
+    """
     pieces = [(a, b) for a, b in pairwise(bounds) if a < b]
     if len(pieces) <= 1 or THREADS == 1:
         for piece in pieces:
             work(*piece)
         return
-    shared = iter(pieces)  # next() on a list's iterator is atomic
-
-    def drain() -> None:
-        for piece in shared:
-            work(*piece)
-
-    workers = [_pool().submit(drain) for _ in range(min(THREADS, len(pieces)))]
-    wait(workers)
-    for worker in workers:
-        worker.result()
+    helpers = min(THREADS, len(pieces))
+    shared = Shared(lambda piece: work(*piece), pieces, helpers)
+    _pool().help(shared.drain, helpers)
+    shared.wait()
 
 
 # ---------------------------------------------------------------------------------------------- the calls
@@ -547,7 +544,11 @@ def _pairs(
         m: _Matrix, rows: np.ndarray, a: tuple[np.ndarray, np.ndarray], out: np.ndarray
     ) -> Callable[[int, int], None]:
         w, s, z = (blobs + offset for offset in m.offsets)
-        return lambda low, high: m.project(w, s, z, starts, rows, *a, m.in_dims, out, low, high)
+
+        def project(low: int, high: int, alive: np.ndarray = memory) -> None:
+            m.project(w, s, z, starts, rows, *a, m.in_dims, out, low, high)
+
+        return project
 
     arranged = gate.arrange(x)
     same = (gate.bits, gate.group) == (up.bits, up.group)
@@ -633,9 +634,9 @@ def quantized_matmul(
     order = np.arange(rows.shape[0])
     arranged, sums = m.arrange(rows)
     y = np.empty((rows.shape[0], out_dims), np.float32)
-    _each_tile(
-        starts,
-        m,
-        lambda low, high: m.project(w, s, z, starts, order, arranged, sums, m.in_dims, y, low, high),
-    )
+
+    def project(low: int, high: int, alive: list[np.ndarray] = parts) -> None:
+        m.project(w, s, z, starts, order, arranged, sums, m.in_dims, y, low, high)
+
+    _each_tile(starts, m, project)
     return mx.array(y.reshape(*x.shape[:-1], out_dims)).astype(x.dtype)

@@ -41,7 +41,7 @@ def gated_norm(y: mx.array, gate: mx.array, weight: mx.array, eps: float) -> mx.
     Returns:
         [..., D] in gate's dtype.
     """
-    language = gpu.current()
+    language = gpu.for_rows(y)
     if language is not None:
         return launch(language, y, gate, weight, eps)
     rounded = y.astype(gate.dtype).astype(mx.float32)

@@ -87,6 +87,11 @@ def current() -> Language | None:
     return None if module is None else module.LANGUAGE
 
 
+def for_rows(x: mx.array) -> Language | None:
+    """``current`` for a kernel that takes one row of x [..., D] after the other; None where they are too many."""
+    return current() if x.size <= MOST_TILES * x.shape[-1] else None
+
+
 def make(
     language: Language, name: str, inputs: list[str], outputs: list[str], source: str, header: str
 ) -> Any:

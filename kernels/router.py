@@ -58,7 +58,7 @@ def route(logits: mx.array, active: int, normalize: bool) -> tuple[mx.array, mx.
     Returns:
         integer ids [..., active], ascending on the CPU, and float32 weights [..., active].
     """
-    language = gpu.current()
+    language = gpu.for_rows(logits)
     if language is not None and logits.shape[-1] <= MOST_EXPERTS:
         return launch(language, logits, active, normalize)
     scores = mx.softmax(logits.astype(mx.float32), axis=-1)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -120,13 +124,13 @@ def test_matches_the_definition(folder: Path, truth: list[StreamedExperts]) -> N
 def spy_on_reads(store: ExpertStore, patch: pytest.MonkeyPatch) -> list[int]:
     """The experts asked of ``store`` from now on, in order."""
     order: list[int] = []
-    start = store.start
+    prepare = store.prepare
 
     def spy(requests: list[ReadRequest], slab: Slab) -> PendingReads:
         order.extend(r.expert for r in requests)
-        return start(requests, slab)
+        return prepare(requests, slab)
 
-    patch.setattr(store, "start", spy)
+    patch.setattr(store, "prepare", spy)
     return order
 
 
@@ -449,3 +453,75 @@ def test_what_leaves_is_held_and_not_busy_and_worth_least(data: st.DataObject) -
     # Uses only make an expert worth more: those chosen ahead and not used since are still worth least.
     worth = policy.priority[0, owner]
     assert sorted(worth[chosen]) == sorted(worth[free])[: len(chosen)]
+
+
+# --- Interrupts
+
+
+@contextmanager
+def interrupted_at(chance: int) -> Iterator[list[int]]:
+    """Ctrl-C at the nth chance that Python has to notice it in the engine's own modules: where a function begins,
+    and where one written in C has returned. Yields the chances counted so far."""
+    home, count = str(Path(store_module.__file__).parent), [0]
+
+    def notice(frame: FrameType, event: str, arg: object) -> None:
+        if event in ("call", "c_return") and frame.f_code.co_filename.startswith(home):
+            count[0] += 1
+            if count[0] == chance:
+                raise KeyboardInterrupt
+
+    sys.setprofile(notice)
+    try:
+        yield count
+    finally:
+        sys.setprofile(None)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_an_interrupt_at_any_time_costs_no_slot_and_no_bit(
+    folder: Path, truth: list[StreamedExperts], tokens: int
+) -> None:
+    arena = SlotArena(open_store(folder), 2 * TOP_K)
+    decode = Decode(arena, ReadAhead(arena, Always()) if tokens == 1 else None)
+    layers = [StreamedExperts(decode, layer) for layer in range(LAYERS)]
+    rng = np.random.default_rng(tokens)
+
+    def step(layer: int) -> None:
+        call = route(rng, tokens)
+        assert np.array_equal(
+            np.asarray(layers[layer](*call, guess(rng, layer, tokens))), np.asarray(truth[layer](*call))
+        )
+
+    chance = 0
+    while True:
+        chance += 1
+        try:
+            with interrupted_at(chance) as chances:
+                layer = chance % LAYERS
+                mx.eval(layers[layer](*route(rng, tokens), guess(rng, layer, tokens)))
+            done = chances[0] < chance
+        except KeyboardInterrupt:
+            done = False
+        for layer in range(LAYERS):
+            step(layer)
+        if decode.ahead is not None:
+            decode.ahead.stop()
+        arena.settle()
+        assert len(set(arena._free_slots)) == len(arena._free_slots) == arena.capacity - arena._held.sum()
+        placed = arena.slot_of[arena.slot_of >= 0]
+        assert sorted(placed.tolist()) == np.flatnonzero(arena._held).tolist()
+        if done:
+            break
+    assert chance > 50
+
+
+def test_a_prompt_leaves_no_more_than_its_last_layers_output_behind(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    for slots in (TOP_K, LAYERS * EXPERTS):
+        arena = SlotArena(open_store(folder), slots)
+        if slots == LAYERS * EXPERTS:
+            arena.load_all()
+        decode = Decode(arena)
+        for layer in range(LAYERS):
+            mx.eval(StreamedExperts(decode, layer)(*route(rng, 30)))
+        assert len(arena._pending) == (0 if arena.resident else 1)

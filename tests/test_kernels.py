@@ -1,6 +1,9 @@
 """The CPU kernel and the reference against float64, and what a row's bits may depend on: itself alone."""
 
+import gc
+import signal
 import threading
+import time
 from itertools import product
 
 import mlx.core as mx
@@ -265,3 +268,59 @@ def test_the_cpu_gets_the_fast_kernel_and_the_reference_without_numba(monkeypatc
         assert kernels._backend() is reference
     finally:
         kernels._cpu.cache_clear()
+
+
+@needs_numba
+def test_an_interrupt_while_threads_compute_leaves_at_once(monkeypatch):
+    if cpu.THREADS == 1:
+        pytest.skip("one processor computes by itself")
+    begun, left, at_it, go = [], [], threading.Event(), threading.Event()
+
+    def work(low, high):
+        begun.append(low)
+        at_it.set()
+        go.wait()
+
+    def interrupt():
+        at_it.wait()
+        while not left:  # a signal that comes just before a lock is waited for is noticed after that
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+            time.sleep(0.02)
+
+    def once(number, frame):
+        if not left:
+            left.append(number)
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, once)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        cpu.split(work, list(range(101)))
+    thread.join()
+    signal.signal(signal.SIGUSR1, before)
+    assert not go.is_set()
+    go.set()
+    done = []
+    cpu.split(lambda low, high: done.append(low), list(range(101)))
+    assert sorted(done) == list(range(100)) and len(begun) <= cpu.THREADS
+
+
+@needs_numba
+def test_what_threads_compute_with_outlasts_the_call(monkeypatch):
+    """They are given addresses, and an interrupt does not wait for them."""
+    works = []
+    monkeypatch.setattr(cpu, "split", lambda work, bounds: works.append(work))
+    monkeypatch.setattr(cpu, "SMALL", 0)
+    layout = layout_of(256, 128, 4, 64)
+    blobs = Experts(layout, 6).blobs.view(np.uint32)
+    before = mx.get_active_memory()
+    slab = mx.array(blobs) + 0
+    x = mx.zeros((2, 256))
+    mx.eval(slab, x)
+    cpu.expert_rows(x, slab, mx.array([0, 1], dtype=mx.int32), layout)
+    del slab
+    assert mx.get_active_memory() - before >= blobs.nbytes
+    works.clear()
+    gc.collect()
+    assert mx.get_active_memory() - before < blobs.nbytes

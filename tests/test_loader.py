@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 
 import mlx.core as mx
@@ -79,6 +80,19 @@ def test_pieces_of_a_prompt_change_no_bit(tmp_path: Path, dtype: mx.Dtype) -> No
     whole = read([0, 40])
     for cuts in ([0, 13, 14, 40], [0, 39, 40], [*range(41)]):
         assert np.array_equal(read(cuts), whole)
+
+
+def test_a_model_is_used_on_another_thread_than_loaded_it(folder: Path) -> None:
+    model, _ = load(folder)
+    got: list[np.ndarray] = []
+
+    def use() -> None:
+        got.append(np.asarray(model(mx.array([[1, 2, 3]])).astype(mx.float32)))
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join()
+    assert np.array_equal(got[0], np.asarray(model(mx.array([[1, 2, 3]])).astype(mx.float32)))
 
 
 def test_a_prompt_pays_for_no_logits(folder: Path) -> None:

@@ -45,21 +45,35 @@ class Fetch:
         """Returns when the experts are in place; if a read fails none of them is, and ReadError is raised."""
         if self.reads is None:
             return
+        if self.arena._unsure:  # an interrupt on the way out, maybe of this very function
+            self.arena._repair()
+            self.reads = None
+            return
         started = time.perf_counter()
-        reads, self.reads = self.reads, None
-        self.arena._in_flight.remove(self)
         try:
-            whole = np.array(reads.wait())
+            whole = np.array(self.reads.wait())
+        except ReadError:
+            self._end(np.zeros(len(self.slots), dtype=bool))
+            raise
         except BaseException:
-            self.arena._free(self.slots)
+            self.arena._unsure = True
             raise
         finally:
             self.arena.reading_seconds += time.perf_counter() - started
+        self._end(whole)
+
+    def _end(self, whole: np.ndarray) -> None:
+        """The reads are over: those that were read ``whole`` are in place, the slots of the others free."""
+        arena = self.arena
+        arena._unsure = True
         # An expert that arrived by another way in the meantime keeps its place.
-        new = whole & (self.arena.slot_of[self.row, self.experts] < 0)
-        self.arena.slot_of[self.row, self.experts[new]] = self.slots[new]
-        self.arena._held[self.slots[new]] = True
-        self.arena._free(self.slots[~new])
+        new = whole & (arena.slot_of[self.row, self.experts] < 0)
+        arena.slot_of[self.row, self.experts[new]] = self.slots[new]
+        arena._held[self.slots[new]] = True
+        arena._free(self.slots[~new])
+        arena._in_flight.remove(self)
+        self.reads = None
+        arena._unsure = False
 
     def cut_short(self) -> None:
         """Like ``wait``, but reads that have not begun are given up; and a failed one is no error."""
@@ -104,6 +118,7 @@ class SlotArena:
         self._pending: dict[int, mx.array] = {}
         self._next_use = 0
         self._in_flight: list[Fetch] = []
+        self._unsure = False  # what tells whose a slot is may be half changed: an interrupt came
         self.hits = 0
         self.misses = 0
         self.routing_seconds = 0.0
@@ -122,6 +137,8 @@ class SlotArena:
             experts: int [n], distinct; at most as many as there are slots.
             keep: slots that must not be given up besides those of ``experts`` themselves.
         """
+        if self._unsure:
+            self._repair()
         row = self.row_of[layer]
         slots = self.slot_of[row, experts]
         missing = experts[slots < 0]
@@ -135,8 +152,11 @@ class SlotArena:
         requests = [
             ReadRequest(layer, expert, slot) for expert, slot in zip(missing.tolist(), claimed.tolist())
         ]
-        fetch = Fetch(self, row, missing, claimed, self.store.start(requests, self._slab))
+        reads = self.store.prepare(requests, self._slab)
+        fetch = Fetch(self, row, missing, claimed, reads)
         self._in_flight.append(fetch)
+        self._unsure = False
+        reads.begin()
         if len(self._free_slots) < len(missing):
             self._leaving.choose_ahead(len(missing), busy)  # now, while the disks are busy
         return fetch
@@ -149,18 +169,33 @@ class SlotArena:
         self.misses += missing
         self.policy.touch(row, experts)
 
-    def used(self, slots: np.ndarray, output: mx.array) -> None:
-        """``output`` is a lazy array computed from the contents of ``slots``."""
-        use = self._next_use
-        self._next_use += 1
+    def used(self, slots: np.ndarray, output: mx.array, before: int | None = None) -> int:
+        """``output`` is a lazy array computed from the contents of ``slots``.
+
+        Args:
+            before: what an earlier call returned, if ``output`` was computed from that call's output: takes its place.
+        """
+        use = before
+        if use is None:
+            use = self._next_use
+            self._next_use += 1
         self._pending[use] = output
         self._used_by[slots] = use
         while len(self._pending) > MAX_PENDING:
             oldest = next(iter(self._pending))
-            mx.eval(self._pending.pop(oldest))
+            mx.eval(self._pending[oldest])
+            del self._pending[oldest]
+        return use
+
+    def all_computed(self) -> None:
+        """Everything that ``used`` was told of has been evaluated, or is now: none of it is kept any longer."""
+        mx.eval(list(self._pending.values()))
+        self._pending.clear()
 
     def settle(self) -> None:
         """Ends reads that nobody waits for any more: those of a call that was interrupted, or read-ahead."""
+        if self._unsure:
+            self._repair()
         for fetch in list(self._in_flight):
             fetch.cut_short()
 
@@ -193,16 +228,34 @@ class SlotArena:
                 f"[SlotArena] {n} experts are needed at once beside {len(busy)} slots in use, "
                 f"but there are only {self.capacity} slots; give more --expert-memory"
             )
+        self._unsure = True  # until whoever claims has it written down that these slots are being filled
         claimed = np.array([free.pop() for _ in range(min(n, len(free)))] + victims, dtype=np.int32)
         for use in set(self._used_by[claimed].tolist()):
-            output = self._pending.pop(use, None)
+            output = self._pending.get(use)
             if output is not None:
                 mx.eval(output)
+                del self._pending[use]  # only now: an interrupt must not make it forgotten
         self._used_by[claimed] = -1
         if victims:
             self.slot_of.reshape(-1)[self._owner[victims]] = -1
             self._held[victims] = False
         return claimed
+
+    def _repair(self) -> None:
+        """After an interrupt, wherever it came: once nothing is being read, what the table says is so, and all else
+        follows from it."""
+        for fetch in self._in_flight:
+            if fetch.reads is not None:
+                fetch.reads.end()
+                fetch.reads = None
+        self._in_flight.clear()
+        rows, experts = np.nonzero(self.slot_of >= 0)
+        slots = self.slot_of[rows, experts]
+        self._held[:] = False
+        self._held[slots] = True
+        self._owner[slots] = rows * self.slot_of.shape[1] + experts
+        self._free_slots[:] = np.flatnonzero(~self._held).tolist()
+        self._unsure = False
 
     def _free(self, slots: np.ndarray) -> None:
         self._held[slots] = False

@@ -84,10 +84,13 @@ def reads_directly(path: Path) -> bool:
 
 
 class PendingReads:
-    """Reads under way. Made by :meth:`ExpertStore.start`.
+    """Reads under way, once ``begin`` was called. See :meth:`ExpertStore.start`.
 
     Parts are handed out to the threads one by one, in order, so that a slow read does not hold others back; whoever
     waits reads with them. Where a layer is on several disks, its parts are read from each in turn.
+
+    Attributes:
+        over: nothing is being read any more, nor will be.
     """
 
     def __init__(self, store: ExpertStore, requests: Sequence[ReadRequest], slab: Slab):
@@ -97,6 +100,7 @@ class PendingReads:
             layer: store.spans(layer, len(requests)) for layer in {request.layer for request in requests}
         }
         parts = [(i, request, span) for i, request in enumerate(requests) for span in spans[request.layer]]
+        self._threads = min(READ_THREADS, len(parts))
         self._queue = enumerate(parts)
         self._left = [0] * len(requests)
         # (offset, bytes, crc32) of the parts read, where reads are checked.
@@ -108,34 +112,50 @@ class PendingReads:
         self._lock = threading.Lock()
         self._helping = 0  # threads that are reading, and whether more may begin to
         self._closed = False
-        self._over = threading.Event()
-        readers().help(self._help, min(READ_THREADS, len(parts)))
+        self.over = False
+        self._end = threading.Lock()  # released when it is; not an Event, which an interrupt can leave locked
+        self._end.acquire()
+
+    def begin(self) -> None:
+        readers().help(self._help, self._threads)
 
     def cancel(self) -> None:
         """Reads that have not begun will not be done."""
         self._cancelled = True
 
+    def end(self) -> None:
+        """Returns when nothing is being read any more, however it ended."""
+        self.cancel()
+        while not self.over:
+            with contextlib.suppress(BaseException):
+                self.wait()
+
     def wait(self) -> list[bool]:
-        """Returns when nothing is being read any more: which requests were read whole.
+        """Returns when nothing is being read any more: which requests were read whole. May be called again.
 
         Raises:
             ReadError: the first failure.
         """
         # Memory must not be written to after this returns or raises, so not even Ctrl-C cuts the waiting short.
-        while True:
+        while not self.over:
             try:
                 self._read_parts()
                 with self._lock:
                     self._closed = True
-                    if self._helping == 0:
-                        self._over.set()
-                self._over.wait()
-                break
+                    self._if_over()
+                self._end.acquire()
+                self._end.release()
             except BaseException as e:
                 self._fail(e)
         if self._failure is not None:
             raise self._failure
         return [left == 0 for left in self._left]
+
+    def _if_over(self) -> None:
+        """Called with the lock held."""
+        if self._closed and self._helping == 0 and not self.over:
+            self.over = True
+            self._end.release()
 
     def _fail(self, error: BaseException) -> None:
         """What was interrupted is of more interest than what could not be read."""
@@ -156,8 +176,7 @@ class PendingReads:
         finally:
             with self._lock:
                 self._helping -= 1
-                if self._closed and self._helping == 0:
-                    self._over.set()
+                self._if_over()
 
     def _read_parts(self) -> None:
         store = self._store
@@ -248,6 +267,12 @@ class ExpertStore:
                 names the file, the layer and the expert. The other reads are finished or given up, and the store
                 can be used again.
         """
+        reads = self.prepare(requests, slab)
+        reads.begin()
+        return reads
+
+    def prepare(self, requests: Sequence[ReadRequest], slab: Slab) -> PendingReads:
+        """The reads of ``start``, not begun: for whoever has to know of them before anything is written."""
         return PendingReads(self, requests, slab)
 
     def spans(self, layer: int, requests: int) -> list[tuple[int, int]]:

@@ -144,6 +144,7 @@ class StreamedExperts(nn.Module):
             self._decode.ahead.stop()
             self._decode.ahead.interrupt_timing()
         ids = self._decode.to_host(routed)
+        self._arena.all_computed()  # the ids come from all of it; a prompt's outputs are large
         tokens, top_k = ids.shape
         flat = ids.reshape(-1)
         order = np.argsort(flat, kind="stable")
@@ -153,6 +154,7 @@ class StreamedExperts(nn.Module):
 
         shares = weights.reshape(-1)
         y = mx.zeros(x.shape, dtype=mx.float32)
+        use: int | None = None
         for first, last, slots in waves(self._arena, self._layer, experts):
             for a, b in pieces(bounds[first : last + 1], max(tokens, LEAST_PIECE)):
                 rows = order[bounds[first + a] : bounds[first + b]]
@@ -165,7 +167,8 @@ class StreamedExperts(nn.Module):
                     y = y.at[mx.array(rows[chosen] // top_k)].add(
                         share * out[mx.array(chosen)].astype(mx.float32)
                     )
-                self._arena.used(slots[a:b], y)
+                if not self._arena.resident:  # or nothing is ever given up
+                    use = self._arena.used(slots[a:b], y, use)
                 mx.async_eval(y)
         if self._decode.on_prefill_layer is not None:
             self._decode.on_prefill_layer(self._row + 1, len(self._arena.row_of))

@@ -102,6 +102,7 @@ class RotaryEmbedding:
             periods = 1 / (share / (rope.yarn.factor * periods) + (1 - share) / periods)
         self._dims = rope.dims
         self._periods = periods
+        mx.eval(periods)  # now: lazy, it could only ever be computed on the thread that loaded the model
         self._factor = rope.yarn.attention_factor if rope.yarn is not None else 1.0
 
     def __call__(self, x: mx.array, offset: int) -> mx.array:
