@@ -294,9 +294,15 @@ class Manifest:
             also: more folders that may hold expert files (see ``check_files``).
 
         Raises:
-            FormatError: not a converted folder, another format version, a file missing or of another size.
+            FormatError: not a converted folder, another format version, a file missing, of another size or of
+                another model.
         """
-        folder = Path(folder)
+        manifest = cls._read(Path(folder))
+        manifest.check_files(folder, also)
+        return manifest
+
+    @classmethod
+    def _read(cls, folder: Path) -> Manifest:
         path = folder / MANIFEST
         try:
             text = path.read_text(encoding="utf-8")
@@ -312,9 +318,7 @@ class Manifest:
             data = json.loads(text)
         except (ValueError, RecursionError) as e:
             raise FormatError(f"{path}: not valid JSON: {e}") from None
-        manifest = cls.from_json(data, str(path))
-        manifest.check_files(folder, also)
-        return manifest
+        return cls.from_json(data, str(path))
 
     @classmethod
     def from_json(cls, data: Any, where: str = MANIFEST) -> Manifest:
@@ -386,23 +390,41 @@ class Manifest:
         """Raises FormatError for the first file that is missing or has another size than the manifest says.
 
         Args:
-            also: more folders that may hold expert files: one in any of them is enough.
+            also: more folders that may hold expert files: one in any of them is enough. One that is a converted
+                model itself must be the same one.
         """
+        folder = Path(folder)
+        for other in map(Path, also):
+            self._check_same_experts(folder, other)
         for dense in self.dense:
-            self._check(Path(folder) / dense.file, dense.size, "")
+            self._check(folder / dense.file, dense.size, "", "convert the checkpoint again")
         for entry in self.layers:
             blob_size = self.layout_of(entry).blob_size
             what = f" (layer {entry.layer}, {entry.num_experts} experts of {blob_size} bytes)"
             for path in expert_files(entry.layer, folder, also):
-                self._check(path, entry.num_experts * blob_size, what)
+                advice = "convert the checkpoint again"
+                if path != folder / entry.file:
+                    advice = f"copy it again from where {folder} has it, or do without the copies in {path.parents[1]}"
+                self._check(path, entry.num_experts * blob_size, what, advice)
+
+    def _check_same_experts(self, folder: Path, other: Path) -> None:
+        """Raises FormatError if ``other`` is a converted model, and one of its expert files is not this model's."""
+        if not (other / MANIFEST).exists():
+            return  # copies of files alone: nothing but reading them would tell
+        theirs = {entry.layer: entry.crc32 for entry in Manifest._read(other).layers}
+        for entry in self.layers:
+            if (other / entry.file).exists() and theirs.get(entry.layer) != entry.crc32:
+                raise FormatError(
+                    f"{other} belongs to another model: its {MANIFEST} has other checksums for the experts of layer "
+                    f"{entry.layer} than {folder / MANIFEST}; give a folder with copies of files of "
+                    f"{folder / 'experts'}"
+                )
 
     @staticmethod
-    def _check(path: Path, size: int, what: str) -> None:
+    def _check(path: Path, size: int, what: str, advice: str) -> None:
         try:
             actual = os.stat(path).st_size
         except (OSError, ValueError):
-            raise FormatError(f"{path}{what} is missing; convert the checkpoint again") from None
+            raise FormatError(f"{path}{what} is missing; {advice}") from None
         if actual != size:
-            raise FormatError(
-                f"{path}{what} has {actual} bytes, but should have {size}; convert the checkpoint again"
-            )
+            raise FormatError(f"{path}{what} has {actual} bytes, but should have {size}; {advice}")

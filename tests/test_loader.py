@@ -155,6 +155,24 @@ def test_a_path_without_expert_files_is_no_experts_path(folder: Path, tmp_path: 
         load(folder, experts_path=[tmp_path])
 
 
+def test_experts_of_another_model_are_no_copies(copy: Path, tmp_path: Path) -> None:
+    """Of one of the same sizes: its manifest tells. Without one, a file of another size is the copy's fault."""
+    write_checkpoint(tmp_path / "source", Spec(seed=1), "fused")
+    other = tmp_path / "other"
+    convert(tmp_path / "source", other, q_bits=4, q_group_size=32)
+    (other / "experts" / "layer_000.bin").unlink()
+    with pytest.raises(FormatError, match=rf"{other} belongs to another model: .* of layer 1 than {copy}"):
+        load(copy, experts_path=[other])
+    # The whole model elsewhere is a copy like any other.
+    assert np.array_equal(logits(copy, experts_path=[copy]), logits(copy))
+    (other / "flashmoe.json").unlink()
+    load(copy, experts_path=[other])
+    os.truncate(other / "experts" / "layer_001.bin", 16384)
+    with pytest.raises(FormatError, match=rf"has 16384 bytes.*; copy it again from where {copy} has it") as e:
+        load(copy, experts_path=[other])
+    assert "convert" not in str(e.value)
+
+
 def test_fewer_active_experts_is_another_answer(folder: Path) -> None:
     assert not np.array_equal(logits(folder, active_experts=1), logits(folder))
     for number in (0, 10_000):
