@@ -223,7 +223,7 @@ def _convert(
     files = {name: out.file(name, size) for name, size in sizes.items()}
     _Run(units, done, checkpoint, files, notes, progress or (lambda done, total, what: None)).run()
 
-    manifest = _manifest(bound, plan, checkpoint, asked, units, done)
+    manifest = _manifest(bound, plan, checkpoint, asked, units, done, side_files)
     out.check_names()
     notes.move()
     out.complete(manifest)
@@ -396,6 +396,7 @@ def _manifest(
     asked: dict[str, Any],
     units: list[Unit],
     done: dict[str, list[int]],
+    side_files: list[tuple[str, bytes]],
 ) -> Manifest:
     parts: dict[str, list[tuple[int, int, int]]] = {}
     for unit in units:
@@ -415,6 +416,7 @@ def _manifest(
             "path": asked["path"],
             "revision": checkpoint.revision,
             "asked": {"revision": asked["revision"], "recipe": asked["recipe"]},
+            "files": {name: zlib.crc32(data) for name, data in sorted(side_files)},
         },
         dense_quantization={m.path: m.quantization for m in plan.modules() if m.quantization.quantized},
         layouts=tuple(plan.layouts),

@@ -232,7 +232,8 @@ class Manifest:
 
     Attributes:
         model_type: the checkpoint's, a key of ``models.ARCHITECTURES``.
-        source: where it came from ("path", "revision"), and what was "asked" for.
+        source: where it came from ("path", "revision"), what was "asked" for, and the "files" that are kept as
+            published, name -> crc32; folders that were converted earlier have no "files".
         dense_quantization: module path -> Quantization, for every quantized dense module.
         layouts: distinct blob layouts; a layer names one by its index.
         layers: the expert files, by layer.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import zlib
@@ -119,6 +120,43 @@ def test_what_is_missing(tmp_path: Path) -> None:
         verify(out)
     with pytest.raises(FormatError, match="nowhere is not a converted model"):
         verify(tmp_path / "nowhere")
+
+
+def test_small_files(tmp_path: Path) -> None:
+    """Missing or changed: by checksum or against the source; without checksums, what loading needs."""
+    source, out = write_checkpoint(tmp_path / "source"), tmp_path / "out"
+    convert(source, out)
+
+    def faults(against: Path | None = None) -> list[str]:
+        lines: list[str] = []
+        with pytest.raises(FormatError, match="damaged in"):
+            verify(out, against, note=lines.append)
+        return [line.replace(f"{out}/", "") for line in lines]
+
+    (out / "config.json").unlink()
+    (out / "tokenizer.json").write_text("[]")
+    assert faults() == ["config.json: is missing", "tokenizer.json: differs from what was written"]
+    assert faults(source) == ["config.json: is missing", "tokenizer.json: differs from the source"]
+    manifest = json.loads((out / "flashmoe.json").read_text())
+    del manifest["source"]["files"]  # as before they were kept
+    (out / "flashmoe.json").write_text(json.dumps(manifest))
+    assert [line[:33] for line in faults()] == [
+        "config.json: is missing",
+        "tokenizer.json: not a tokenizer: ",
+    ]
+    (out / "config.json").write_text("{")
+    (out / "tokenizer.json").unlink()
+    assert faults() == [
+        "config.json: is not a JSON object",
+        "tokenizer.json is missing: the folder has no tokenizer",
+    ]
+    (out / "config.json").write_bytes((source / "config.json").read_bytes())
+    (out / "tokenizer_config.json").unlink()  # one without a tokenizer is a model, too
+    verify(out)
+    manifest["source"]["files"] = {"../config.json": 0}
+    (out / "flashmoe.json").write_text(json.dumps(manifest))
+    with pytest.raises(FormatError, match=r"malformed manifest .source: files"):
+        verify(out)
 
 
 def test_command(made: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
