@@ -233,8 +233,11 @@ def load(
         largest_buffer=memory.largest_buffer(),
         kv=kv_bytes(PLANNED_CONTEXT),
         prefixes=prefix_memory,
+        # Every copy: folders, and files that are links, may be on file systems of different kinds.
         may_read_directly=all(
-            reads_directly(path) for path in expert_files(manifest.layers[0].layer, folder, experts_path)
+            reads_directly(path)
+            for entry in manifest.layers
+            for path in expert_files(entry.layer, folder, experts_path)
         ),
     )
     if announce is not None:

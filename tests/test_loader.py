@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from checkpoints import Spec, write_checkpoint
 
-from mlx_flashmoe import convert, kernels, load, memory
+from mlx_flashmoe import convert, kernels, load, loader, memory
 from mlx_flashmoe.errors import FormatError, MemoryPlanError, RequestError
-from mlx_flashmoe.experts import slab
+from mlx_flashmoe.experts import slab, store
 from mlx_flashmoe.experts.store import reads_directly
 from mlx_flashmoe.generate import generate_step, prefill
 from mlx_flashmoe.layout import PAGE
@@ -153,6 +153,21 @@ def test_experts_on_several_disks(copy: Path, tmp_path: Path) -> None:
 def test_a_path_without_expert_files_is_no_experts_path(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=rf"--experts-path {tmp_path}: there is no experts/layer_000\.bin"):
         load(folder, experts_path=[tmp_path])
+
+
+def test_auto_reads_directly_only_where_every_copy_can_be_read_so(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    (other / "experts").mkdir(parents=True)
+    (other / "experts" / "layer_001.bin").write_bytes((copy / "experts" / "layer_001.bin").read_bytes())
+    room = load(copy)[0].plan.total - 1  # not for all experts
+    monkeypatch.setattr(memory, "memory_limit", lambda: room)
+    monkeypatch.setattr(memory, "available_memory", lambda: room)
+    monkeypatch.setattr(loader, "reads_directly", lambda path: other not in path.parents)
+    monkeypatch.setattr(store, "open_for_reading", lambda path, direct: os.open(path, os.O_RDONLY))
+    assert load(copy)[0].plan.direct
+    assert not load(copy, experts_path=[other])[0].plan.direct
 
 
 def test_experts_of_another_model_are_no_copies(copy: Path, tmp_path: Path) -> None:
