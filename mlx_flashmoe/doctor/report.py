@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -160,6 +161,10 @@ def _rates(needs: Needs, folder: Path, other: Other) -> Rates:
     if other.bandwidth is not None:
         disk, _ = measure_reads(needs.layout, active, folder)
         return replace(simulated(0, other.bandwidth), disk=disk)
+    if other.disk is not None:
+        folder = Path(
+            tempfile.gettempdir()
+        )  # the page cache is the same everywhere, and this can be written to
     rates = measure_rates(needs.model_type, needs.settings, needs.layout, active, folder)
     return rates if other.disk is None else replace(rates, disk=SEQUENTIAL_SHARE * other.disk)
 
