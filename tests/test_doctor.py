@@ -299,6 +299,20 @@ def test_of_a_disk_that_is_described_nothing_is_measured(
     assert measured[1:] == [checkpoint]
 
 
+def test_a_json_file_that_cannot_be_written_is_refused_before_anything_is_measured(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "examine", lambda *_: pytest.fail("too late"))
+    for path in (tmp_path, tmp_path / "nowhere" / "out.json"):
+        assert main(["doctor", str(checkpoint), *SIMULATED, "--json", str(path)]) == 2
+        assert f"{path} cannot be written" in capsys.readouterr().err
+    monkeypatch.undo()
+    (tmp_path / "old.json").write_text("{}")
+    for name in ("old.json", "new.json"):
+        assert main(["doctor", "no/such/folder", "--json", str(tmp_path / name)]) == 2
+    assert (tmp_path / "old.json").read_text() == "{}" and not (tmp_path / "new.json").exists()
+
+
 # --- The command
 
 

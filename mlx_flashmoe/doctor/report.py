@@ -106,6 +106,8 @@ def run(
         return
     if context < 2:
         raise RequestError(f"--context {context}: at least 2 tokens are needed")
+    if json_file is not None:
+        _check_writable(Path(json_file))  # before half a minute is spent
 
     # A machine of which the bandwidth is given computes on a GPU, in bfloat16.
     on_gpu = mx.default_device() == mx.gpu or other.bandwidth is not None
@@ -396,3 +398,14 @@ def _write(json_file: str, model: str, needs: Needs, rates: Rates, rows: list[Ro
         Path(json_file).write_text(json.dumps(report, indent=1) + "\n")
     except OSError as e:
         raise RequestError(f"{json_file} cannot be written: {e.strerror}") from None
+
+
+def _check_writable(path: Path) -> None:
+    """Raises RequestError unless the file can be written. What is in it stays, and if there is none, none is left."""
+    new = not path.exists()
+    try:
+        open(path, "a").close()
+        if new:
+            path.unlink()
+    except OSError as e:
+        raise RequestError(f"{path} cannot be written: {e.strerror}") from None
