@@ -126,8 +126,10 @@ class StreamingModel:
         if kv > self.plan.kv:
             wider = replace(self.plan, kv=kv)
             if wider.total > wider.limit:
+                other = "--prefix-memory" if wider.prefixes > wider.arena else "--expert-memory"
                 raise MemoryPlanError(
-                    f"{wider}: a context of {context} tokens does not fit; give fewer tokens or less --expert-memory"
+                    f"{wider}: a context of {context} tokens does not fit; give fewer tokens, --max-tokens included, "
+                    f"or less {other}"
                 )
             self.plan = wider
 

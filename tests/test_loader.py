@@ -6,8 +6,11 @@ import gc
 import itertools
 import json
 import os
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -316,6 +319,32 @@ def test_plans_never_exceed_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         a_plan("50MB", 10**10)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        (
+            {"prefixes": 10**11},
+            "most goes to kept prompts (100 GB), give less --prefix-memory: without it 1.7 GB will do; "
+            "with 10 experts all need 102 GB",
+        ),
+        (  # not the most, but enough
+            {"dense": 8 * 10**9, "prefixes": 2 * 10**9},
+            "most goes to the dense part (8 GB), give less --prefix-memory: without it 8.7 GB will do; ",
+        ),
+        ({"dense": 10**10}, "most goes to the dense part (10 GB); with 10 experts all need 10.7 GB"),
+        ({"kv": 10**11}, "most goes to the KV cache (100 GB); with 10 experts all need 102 GB"),
+        (
+            {"expert_memory": "9GB"},
+            "give less --expert-memory: besides everything else there is room for 8.4 GB",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_blamed_on_what_takes_the_most(sizes: dict[str, Any], says: str) -> None:
+    usual = {"expert_memory": "auto", "dense": 10**9, "slot_bytes": 10**7, "kv": 10**8}
+    with pytest.raises(MemoryPlanError, match=f"does not fit; {re.escape(says)}"):
+        plan(**{**usual, **sizes}, experts=1000, active=10, limit=10**10)
+
+
 def test_what_is_available_is_not_more_than_there_is() -> None:
     assert 0 < memory.available_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -331,6 +360,9 @@ def test_a_longer_context_is_counted_and_refused_where_it_does_not_fit(
     model.reserve(100_000)
     assert model.plan.kv > before.kv and model.plan.arena == before.arena
     with pytest.raises(MemoryPlanError, match="a context of 10000000 tokens does not fit"):
+        model.reserve(10_000_000)
+    model.plan = replace(model.plan, prefixes=10**7)
+    with pytest.raises(MemoryPlanError, match="--max-tokens included, or less --prefix-memory"):
         model.reserve(10_000_000)
 
 
