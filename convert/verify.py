@@ -25,7 +25,7 @@ from mlx_flashmoe.convert.recipe import Recipe
 from mlx_flashmoe.convert.reread import crc32_on_disk
 from mlx_flashmoe.convert.source import is_side_file, open_checkpoint
 from mlx_flashmoe.convert.units import Job, Scratch, cut
-from mlx_flashmoe.errors import FormatError, SourceError
+from mlx_flashmoe.errors import ConversionError, FormatError, SourceError
 from mlx_flashmoe.layout import MANIFEST, BlobLayout, Manifest, expert_file
 from mlx_flashmoe.tokenizer import Tokenizer
 
@@ -207,7 +207,15 @@ def _comparisons(
         revision = manifest.source["revision"]
         downloads = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".verify-", dir=folder)))
     checkpoint = stack.enter_context(open_checkpoint(against, revision, downloads=downloads))
-    plan = make_plan(bind(checkpoint), recipe)
+    bound = bind(checkpoint)
+    try:
+        plan = make_plan(bound, recipe)
+    except (
+        ConversionError
+    ):  # its advice is about options of convert, which were others if this was the source
+        raise FormatError(
+            f"{folder} is not a conversion of {against}: the bits and group sizes that were asked for do not fit it"
+        ) from None
     layouts = {entry.layer: manifest.layout_of(entry) for entry in manifest.layers}
     planned = {p.experts.layer: plan.layouts[p.layout] for p in plan.layers}
     sizes = {f.name: f.nbytes for f in plan.dense}

@@ -95,6 +95,11 @@ def test_against_a_quantized_source_and_others(tmp_path: Path) -> None:
         verify(tmp_path / "out", other)
     with pytest.raises(SourceError, match="no such folder"):
         verify(tmp_path / "out", tmp_path / "nowhere")
+    # Of one with dims that the group size does not divide, too: convert's advice is of no use here.
+    convert(other, tmp_path / "plain")
+    narrow = write_checkpoint(tmp_path / "narrow", Spec(inner=96))
+    with pytest.raises(FormatError, match=f"plain is not a conversion of {narrow}: the bits and group sizes"):
+        verify(tmp_path / "plain", narrow)
 
 
 def test_an_unfinished_conversion(tmp_path: Path) -> None:
