@@ -7,6 +7,7 @@ import itertools
 import json
 import operator
 import os
+import shlex
 import tempfile
 import zlib
 from collections import Counter, deque
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_flashmoe.convert.destination import JOURNAL, STATE
+from mlx_flashmoe.convert.destination import JOURNAL
 from mlx_flashmoe.convert.families import bind
 from mlx_flashmoe.convert.journal import Journal
 from mlx_flashmoe.convert.plan import make_plan
@@ -26,7 +27,7 @@ from mlx_flashmoe.convert.reread import crc32_on_disk
 from mlx_flashmoe.convert.source import is_side_file, open_checkpoint
 from mlx_flashmoe.convert.units import Job, Scratch, cut
 from mlx_flashmoe.errors import ConversionError, FormatError, SourceError
-from mlx_flashmoe.layout import MANIFEST, BlobLayout, Manifest, expert_file
+from mlx_flashmoe.layout import MANIFEST, STATE, BlobLayout, Manifest, expert_file
 from mlx_flashmoe.tokenizer import Tokenizer
 
 THREADS = max(4, min(16, os.cpu_count() or 4))
@@ -103,7 +104,8 @@ def _check_complete(folder: Path) -> None:
     source = begun.asked["path"] if begun is not None else "SRC"
     raise FormatError(
         f"{folder}: the conversion is not complete: {sum(done.values())} of {sum(units.values())} parts are done; "
-        f"{missing}go on with: python -m mlx_flashmoe convert --hf-path {source} --mlx-path {folder}"
+        f"{missing}go on with: python -m mlx_flashmoe convert --hf-path {shlex.quote(source)} --mlx-path "
+        f"{shlex.quote(str(folder))}"
     )
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from mlx_flashmoe.errors import FormatError
 FORMAT = "mlx-flashmoe"
 FORMAT_VERSION = 1
 MANIFEST = "flashmoe.json"
+STATE = ".conversion"  # a folder in one that is being converted (convert/destination.py), gone when it is complete
 PAGE = 16384
 ALIGNMENT = 256
 PROJECTIONS = ("gate", "up", "down")
@@ -308,10 +310,16 @@ class Manifest:
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
+            if (folder / STATE).is_dir():
+                raise FormatError(
+                    f"{folder} is not a converted model (the conversion is not complete); the command that began it "
+                    "goes on where it was, and "
+                    f"python -m mlx_flashmoe verify --model {shlex.quote(str(folder))} says what is missing"
+                ) from None
             hint = "no such folder" if not folder.is_dir() else f"no {MANIFEST} in it"
             raise FormatError(
                 f"{folder} is not a converted model ({hint}); make one with: "
-                f"python -m mlx_flashmoe convert --hf-path SRC --mlx-path {folder}"
+                f"python -m mlx_flashmoe convert --hf-path SRC --mlx-path {shlex.quote(str(folder))}"
             ) from None
         except (OSError, UnicodeDecodeError) as e:
             raise FormatError(f"{path}: cannot be read: {e}") from None

@@ -8,13 +8,16 @@ import re
 import zlib
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from blobs import write_experts
 from checkpoints import Spec, quantized, write_checkpoint
 
+from mlx_flashmoe import load
 from mlx_flashmoe.cli import main
 from mlx_flashmoe.convert import convert, verify
+from mlx_flashmoe.doctor.examine import examine
 from mlx_flashmoe.errors import FormatError, ReadError, SourceError
 from mlx_flashmoe.experts import ExpertStore, SlotArena
 from mlx_flashmoe.layout import PROJECTIONS, BlobLayout, LayerEntry, Manifest, Quantization, expert_file
@@ -103,7 +106,7 @@ def test_against_a_quantized_source_and_others(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_conversion(tmp_path: Path) -> None:
-    source, out = write_checkpoint(tmp_path / "source"), tmp_path / "out"
+    source, out = write_checkpoint(tmp_path / "a source"), tmp_path / "an out"
 
     def stop(done: int, total: int, what: str) -> None:
         if done == total:
@@ -112,9 +115,17 @@ def test_an_unfinished_conversion(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert(source, out, progress=stop)
     with pytest.raises(
-        FormatError, match=rf"not complete: \d of \d parts.*convert --hf-path {source} --mlx-path"
+        FormatError, match=rf"not complete: \d of \d parts.*convert --hf-path '{source}' --mlx-path '{out}'$"
     ):
         verify(out)
+    for use in (load, lambda folder: examine(str(folder), mx.float32)):
+        with pytest.raises(
+            FormatError, match=rf"{out} is not .*the conversion is not complete.; the command that"
+        ):
+            use(out)
+    (tmp_path / "an empty").mkdir()
+    with pytest.raises(FormatError, match=rf"no flashmoe\.json in it.*--mlx-path '{tmp_path / 'an empty'}'$"):
+        load(tmp_path / "an empty")
 
 
 def test_what_is_missing(tmp_path: Path) -> None:
