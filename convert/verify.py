@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -102,11 +103,25 @@ def _check_complete(folder: Path) -> None:
     lacking = [f"{file} ({done[file]} of {n} parts)" for file, n in sorted(units.items()) if done[file] < n]
     missing = f"missing are {', '.join(lacking[:5])}{', …' if len(lacking) > 5 else ''}; " if lacking else ""
     source = begun.asked["path"] if begun is not None else "SRC"
+    options = _options(begun.asked["recipe"]) if begun is not None else ""
     raise FormatError(
         f"{folder}: the conversion is not complete: {sum(done.values())} of {sum(units.values())} parts are done; "
         f"{missing}go on with: python -m mlx_flashmoe convert --hf-path {shlex.quote(source)} --mlx-path "
-        f"{shlex.quote(str(folder))}"
+        f"{shlex.quote(str(folder))}{options}"
     )
+
+
+def _options(recipe: dict[str, Any]) -> str:
+    """Of convert, to ask for this recipe again. Which file named layers is not known."""
+    flags = {
+        "bits": "--q-bits",
+        "group_size": "--q-group-size",
+        "gate_up": "--q-bits-gate-up",
+        "down": "--q-bits-down",
+    }
+    if "layers" in recipe:
+        return " --recipe FILE, and other options as they were"
+    return "".join(f" {flag} {recipe[name]}" for name, flag in flags.items() if name in recipe)
 
 
 def _small_files(folder: Path, manifest: Manifest) -> Iterator[str]:
