@@ -73,7 +73,8 @@ def convert(
             quantized at the asked bits is repacked byte for byte; fewer bits quantize its dequantized values anew.
         revision: branch, tag or commit of a Hugging Face id.
         q_bits_gate_up, q_bits_down: bits of the experts' gate_proj and up_proj, and of their down_proj.
-        recipe: a TOML file of the same, layer by layer if need be (recipe.py); other arguments come before it.
+        recipe: a TOML file of the same, layer by layer if need be (recipe.py); other arguments come before what it
+            says of the whole model, not before its layers.
         delete_source: remove each shard of the folder ``hf_path`` once every tensor of it is in place, flushed to
             the disk and read back. Shards with tensors that are not converted stay.
         progress: called with (bytes of the checkpoint done, bytes in all, what is being done), often.
