@@ -17,11 +17,10 @@ from types import TracebackType
 
 from mlx_flashmoe.convert.reread import crc32_on_disk, let_go
 from mlx_flashmoe.errors import ConversionError
-from mlx_flashmoe.layout import MANIFEST, Manifest
+from mlx_flashmoe.layout import MANIFEST, STATE, Manifest
 from mlx_flashmoe.sizes import show_size
 
-STATE = ".conversion"
-LOCK, JOURNAL, SHARDS, MODEL = "lock", "journal", "shards", "model"  # what is in it
+LOCK, JOURNAL, SHARDS, MODEL = "lock", "journal", "shards", "model"  # what is in STATE
 
 
 class Destination:

@@ -1,6 +1,7 @@
 """What was asked for: bits and group sizes, for everything, for the experts, and layer by layer.
 
-A recipe file is TOML. All of it is optional, and the command line's own options come before it:
+A recipe file is TOML. All of it is optional. The command line's own options come before what it says of the whole
+model (--q-bits before gate_up and down, too), but not before its [layers]:
 
     bits = 4              # everything that is not named below
     group_size = 64

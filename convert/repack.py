@@ -73,7 +73,8 @@ def convert(
             quantized at the asked bits is repacked byte for byte; fewer bits quantize its dequantized values anew.
         revision: branch, tag or commit of a Hugging Face id.
         q_bits_gate_up, q_bits_down: bits of the experts' gate_proj and up_proj, and of their down_proj.
-        recipe: a TOML file of the same, layer by layer if need be (recipe.py); other arguments come before it.
+        recipe: a TOML file of the same, layer by layer if need be (recipe.py); other arguments come before what it
+            says of the whole model, not before its layers.
         delete_source: remove each shard of the folder ``hf_path`` once every tensor of it is in place, flushed to
             the disk and read back. Shards with tensors that are not converted stay.
         progress: called with (bytes of the checkpoint done, bytes in all, what is being done), often.
@@ -223,7 +224,7 @@ def _convert(
     files = {name: out.file(name, size) for name, size in sizes.items()}
     _Run(units, done, checkpoint, files, notes, progress or (lambda done, total, what: None)).run()
 
-    manifest = _manifest(bound, plan, checkpoint, asked, units, done)
+    manifest = _manifest(bound, plan, checkpoint, asked, units, done, side_files)
     out.check_names()
     notes.move()
     out.complete(manifest)
@@ -396,6 +397,7 @@ def _manifest(
     asked: dict[str, Any],
     units: list[Unit],
     done: dict[str, list[int]],
+    side_files: list[tuple[str, bytes]],
 ) -> Manifest:
     parts: dict[str, list[tuple[int, int, int]]] = {}
     for unit in units:
@@ -415,6 +417,7 @@ def _manifest(
             "path": asked["path"],
             "revision": checkpoint.revision,
             "asked": {"revision": asked["revision"], "recipe": asked["recipe"]},
+            "files": {name: zlib.crc32(data) for name, data in sorted(side_files)},
         },
         dense_quantization={m.path: m.quantization for m in plan.modules() if m.quantization.quantized},
         layouts=tuple(plan.layouts),

@@ -244,7 +244,7 @@ def _open_folder(
         tensors = dict(shards[SINGLE].tensors)
     else:
         raise SourceError(f"{folder} has neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read")
-    side_files = sorted(path for path in folder.iterdir() if path.is_file() and _is_side_file(path.name))
+    side_files = sorted(path for path in folder.iterdir() if path.is_file() and is_side_file(path.name))
     return Checkpoint(
         folder=folder,
         revision=None,
@@ -271,7 +271,7 @@ def _open_repository(
     files = repository.files
     if "config.json" not in files:
         raise SourceError(f"{name}: config.json is missing; a checkpoint needs it")
-    small = {n: repository.small_file(n) for n in sorted(files) if _is_side_file(n) or n == INDEX}
+    small = {n: repository.small_file(n) for n in sorted(files) if is_side_file(n) or n == INDEX}
     config = _json_object(small["config.json"], "")
     if INDEX in files:
         weight_map = _weight_map(small[INDEX])
@@ -312,7 +312,8 @@ def _open_repository(
     )
 
 
-def _is_side_file(name: str) -> bool:
+def is_side_file(name: str) -> bool:
+    """Whether a file of that name is copied as published."""
     return _SIDE_FILES.fullmatch(name) is not None and "/" not in name and not name.endswith(".index.json")
 
 

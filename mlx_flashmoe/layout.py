@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from mlx_flashmoe.errors import FormatError
 FORMAT = "mlx-flashmoe"
 FORMAT_VERSION = 1
 MANIFEST = "flashmoe.json"
+STATE = ".conversion"  # a folder in one that is being converted (convert/destination.py), gone when it is complete
 PAGE = 16384
 ALIGNMENT = 256
 PROJECTIONS = ("gate", "up", "down")
@@ -232,7 +234,8 @@ class Manifest:
 
     Attributes:
         model_type: the checkpoint's, a key of ``models.ARCHITECTURES``.
-        source: where it came from ("path", "revision"), and what was "asked" for.
+        source: where it came from ("path", "revision"), what was "asked" for, and the "files" that are kept as
+            published, name -> crc32; folders that were converted earlier have no "files".
         dense_quantization: module path -> Quantization, for every quantized dense module.
         layouts: distinct blob layouts; a layer names one by its index.
         layers: the expert files, by layer.
@@ -294,17 +297,29 @@ class Manifest:
             also: more folders that may hold expert files (see ``check_files``).
 
         Raises:
-            FormatError: not a converted folder, another format version, a file missing or of another size.
+            FormatError: not a converted folder, another format version, a file missing, of another size or of
+                another model.
         """
-        folder = Path(folder)
+        manifest = cls._read(Path(folder))
+        manifest.check_files(folder, also)
+        return manifest
+
+    @classmethod
+    def _read(cls, folder: Path) -> Manifest:
         path = folder / MANIFEST
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
+            if (folder / STATE).is_dir():
+                raise FormatError(
+                    f"{folder} is not a converted model (the conversion is not complete); the command that began it "
+                    "goes on where it was, and "
+                    f"python -m mlx_flashmoe verify --model {shlex.quote(str(folder))} says what is missing"
+                ) from None
             hint = "no such folder" if not folder.is_dir() else f"no {MANIFEST} in it"
             raise FormatError(
                 f"{folder} is not a converted model ({hint}); make one with: "
-                f"python -m mlx_flashmoe convert --hf-path SRC --mlx-path {folder}"
+                f"python -m mlx_flashmoe convert --hf-path SRC --mlx-path {shlex.quote(str(folder))}"
             ) from None
         except (OSError, UnicodeDecodeError) as e:
             raise FormatError(f"{path}: cannot be read: {e}") from None
@@ -312,9 +327,7 @@ class Manifest:
             data = json.loads(text)
         except (ValueError, RecursionError) as e:
             raise FormatError(f"{path}: not valid JSON: {e}") from None
-        manifest = cls.from_json(data, str(path))
-        manifest.check_files(folder, also)
-        return manifest
+        return cls.from_json(data, str(path))
 
     @classmethod
     def from_json(cls, data: Any, where: str = MANIFEST) -> Manifest:
@@ -386,23 +399,41 @@ class Manifest:
         """Raises FormatError for the first file that is missing or has another size than the manifest says.
 
         Args:
-            also: more folders that may hold expert files: one in any of them is enough.
+            also: more folders that may hold expert files: one in any of them is enough. One that is a converted
+                model itself must be the same one.
         """
+        folder = Path(folder)
+        for other in map(Path, also):
+            self._check_same_experts(folder, other)
         for dense in self.dense:
-            self._check(Path(folder) / dense.file, dense.size, "")
+            self._check(folder / dense.file, dense.size, "", "convert the checkpoint again")
         for entry in self.layers:
             blob_size = self.layout_of(entry).blob_size
             what = f" (layer {entry.layer}, {entry.num_experts} experts of {blob_size} bytes)"
             for path in expert_files(entry.layer, folder, also):
-                self._check(path, entry.num_experts * blob_size, what)
+                advice = "convert the checkpoint again"
+                if path != folder / entry.file:
+                    advice = f"copy it again from where {folder} has it, or do without the copies in {path.parents[1]}"
+                self._check(path, entry.num_experts * blob_size, what, advice)
+
+    def _check_same_experts(self, folder: Path, other: Path) -> None:
+        """Raises FormatError if ``other`` is a converted model, and one of its expert files is not this model's."""
+        if not (other / MANIFEST).exists():
+            return  # copies of files alone: nothing but reading them would tell
+        theirs = {entry.layer: entry.crc32 for entry in Manifest._read(other).layers}
+        for entry in self.layers:
+            if (other / entry.file).exists() and theirs.get(entry.layer) != entry.crc32:
+                raise FormatError(
+                    f"{other} belongs to another model: its {MANIFEST} has other checksums for the experts of layer "
+                    f"{entry.layer} than {folder / MANIFEST}; give a folder with copies of files of "
+                    f"{folder / 'experts'}"
+                )
 
     @staticmethod
-    def _check(path: Path, size: int, what: str) -> None:
+    def _check(path: Path, size: int, what: str, advice: str) -> None:
         try:
             actual = os.stat(path).st_size
         except (OSError, ValueError):
-            raise FormatError(f"{path}{what} is missing; convert the checkpoint again") from None
+            raise FormatError(f"{path}{what} is missing; {advice}") from None
         if actual != size:
-            raise FormatError(
-                f"{path}{what} has {actual} bytes, but should have {size}; convert the checkpoint again"
-            )
+            raise FormatError(f"{path}{what} has {actual} bytes, but should have {size}; {advice}")

@@ -126,8 +126,10 @@ class StreamingModel:
         if kv > self.plan.kv:
             wider = replace(self.plan, kv=kv)
             if wider.total > wider.limit:
+                other = "--prefix-memory" if wider.prefixes > wider.arena else "--expert-memory"
                 raise MemoryPlanError(
-                    f"{wider}: a context of {context} tokens does not fit; give fewer tokens or less --expert-memory"
+                    f"{wider}: a context of {context} tokens does not fit; give fewer tokens, --max-tokens included, "
+                    f"or less {other}"
                 )
             self.plan = wider
 
@@ -233,8 +235,11 @@ def load(
         largest_buffer=memory.largest_buffer(),
         kv=kv_bytes(PLANNED_CONTEXT),
         prefixes=prefix_memory,
+        # Every copy: folders, and files that are links, may be on file systems of different kinds.
         may_read_directly=all(
-            reads_directly(path) for path in expert_files(manifest.layers[0].layer, folder, experts_path)
+            reads_directly(path)
+            for entry in manifest.layers
+            for path in expert_files(entry.layer, folder, experts_path)
         ),
     )
     if announce is not None:

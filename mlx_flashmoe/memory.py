@@ -204,8 +204,20 @@ def plan(
             )
     result = Plan(dense, int(slots), slot_bytes, kv, limit, reason, prefixes, direct)
     if result.total > limit:
-        raise MemoryPlanError(
-            f"{result}: does not fit; the dense part and {least} experts need "
-            f"{show_size(result.total - result.arena + least * slot_bytes)}"
-        )
+        raise MemoryPlanError(f"{result}: does not fit; {_what_is_too_much(result, least)}")
     return result
+
+
+def _what_is_too_much(plan: Plan, least: int) -> str:
+    """What takes the most, the option that would make it fit, and what is needed with ``least`` experts."""
+    needed = plan.total - plan.arena + least * plan.slot_bytes
+    if needed <= plan.limit:
+        room = plan.limit - plan.total + plan.arena
+        return f"give less --expert-memory: besides everything else there is room for {show_size(room)}"
+    parts = {"the dense part": plan.dense, "the KV cache": plan.kv, "kept prompts": plan.prefixes}
+    name, size = max(parts.items(), key=lambda part: part[1])
+    without = needed - plan.prefixes
+    advice = f", give less --prefix-memory: without it {show_size(without)} will do" * (without <= plan.limit)
+    return (
+        f"most goes to {name} ({show_size(size)}){advice}; with {least} experts all need {show_size(needed)}"
+    )

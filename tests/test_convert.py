@@ -414,6 +414,11 @@ def test_an_empty_folder_serves(tmp_path: Path) -> None:
         "path": str(tmp_path / "source"),
         "revision": None,
         "asked": {"revision": None, "recipe": {}},
+        "files": {
+            path.name: zlib.crc32(path.read_bytes())
+            for path in (tmp_path / "source").iterdir()
+            if path.suffix != ".safetensors"
+        },
     }
 
 

@@ -72,6 +72,7 @@ def test_one_after_the_other(tmp_path: Path, server: Hub, monkeypatch: pytest.Mo
         "path": "org/model",
         "revision": server.commit,
         "asked": {"revision": "main", "recipe": {}},
+        "files": Manifest.load(tmp_path / "ideal").source["files"],
     }
     assert any(path.endswith("/revision/main") for _, path, _ in server.requests)
     assert verify(tmp_path / "out", "org/model") == m.expert_bytes + m.dense_bytes

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,11 +24,12 @@ from hypothesis import strategies as st
 
 from mlx_flashmoe import convert, load
 from mlx_flashmoe.cli import main
-from mlx_flashmoe.doctor import machine, predict
+from mlx_flashmoe.doctor import machine, predict, report
 from mlx_flashmoe.doctor.examine import examine
 from mlx_flashmoe.doctor.predict import Found, Rates, Work, found, skewed, token_time, uniform
 from mlx_flashmoe.errors import FlashMoEError
-from mlx_flashmoe.layout import PROJECTIONS, BlobLayout, Quantization
+from mlx_flashmoe.experts import ExpertStore
+from mlx_flashmoe.layout import PROJECTIONS, BlobLayout, Manifest, Quantization
 from mlx_flashmoe.models import architecture
 
 RECORDED = Path(__file__).parent / "data" / "doctor_against_bench.json"
@@ -228,6 +231,86 @@ def test_everything_is_measured_and_nothing_is_left(tmp_path: Path, monkeypatch:
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(FlashMoEError, match="cannot be written there"):
         machine.measure_reads(layout, 2, tmp_path / "nowhere")
+
+
+class NothingMayBeWritten(tempfile.TemporaryDirectory):  # type: ignore[type-arg]
+    """In any folder that is named: as of somebody else's. (Root may write anywhere, so permissions test nothing.)"""
+
+    number = errno.EACCES
+
+    def __init__(self, **options: str) -> None:
+        if "dir" in options:
+            raise OSError(self.number, os.strerror(self.number))
+        super().__init__(**options)
+
+
+@pytest.fixture
+def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "PROBE_BYTES", 1 << 20)
+    monkeypatch.setattr(machine, "REPEATS", 1)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", NothingMayBeWritten)
+
+
+@pytest.mark.usefixtures("read_only")
+def test_where_nothing_can_be_written_a_models_own_experts_are_read(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(checkpoint, tmp_path / "out")
+    layout = Manifest.load(tmp_path / "out").layouts[0]
+    dropped: list[tuple[Path, ...]] = []
+    drop = ExpertStore.drop_page_cache
+    monkeypatch.setattr(
+        ExpertStore, "drop_page_cache", lambda self: (dropped.append(self.paths(0)), drop(self))[1]
+    )
+    assert all(rate > 0 for rate in machine.measure_reads(layout, 6, tmp_path / "out"))
+    assert set(dropped) == {(tmp_path / "out" / "experts" / "layer_000.bin",)}
+
+
+@pytest.mark.usefixtures("read_only")
+def test_what_keeps_the_disk_from_being_measured_is_what_the_advice_is_about(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = BlobLayout.build(128, 64, dict.fromkeys(PROJECTIONS, Quantization(4, 32)), "bfloat16")
+    for number, advice in (
+        (errno.EACCES, "denied; say with"),
+        (errno.ENOSPC, "free some space, or say with"),
+    ):
+        monkeypatch.setattr(NothingMayBeWritten, "number", number)
+        with pytest.raises(FlashMoEError, match=rf"{advice} --sim-disk how fast it reads$"):
+            machine.measure_reads(layout, 2, checkpoint)
+    with pytest.raises(FlashMoEError, match="run from a folder on the disk"):
+        machine.measure_reads(layout, 2, Path.cwd())
+
+
+def test_of_a_disk_that_is_described_nothing_is_measured(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured: list[Path] = []
+
+    def rates(*arguments: object) -> Rates:
+        measured.append(Path(str(arguments[-1])))
+        return M3_MAX
+
+    monkeypatch.setattr(report, "measure_rates", rates)
+    assert main(["doctor", str(checkpoint), *SIMULATED[:4]]) == 0
+    assert measured == [Path(tempfile.gettempdir())]
+    assert main(["doctor", str(checkpoint)]) == 0
+    assert measured[1:] == [checkpoint]
+
+
+def test_a_json_file_that_cannot_be_written_is_refused_before_anything_is_measured(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "examine", lambda *_: pytest.fail("too late"))
+    for path in (tmp_path, tmp_path / "nowhere" / "out.json"):
+        assert main(["doctor", str(checkpoint), *SIMULATED, "--json", str(path)]) == 2
+        assert f"{path} cannot be written" in capsys.readouterr().err
+    monkeypatch.undo()
+    (tmp_path / "old.json").write_text("{}")
+    for name in ("old.json", "new.json"):
+        assert main(["doctor", "no/such/folder", "--json", str(tmp_path / name)]) == 2
+    assert (tmp_path / "old.json").read_text() == "{}" and not (tmp_path / "new.json").exists()
 
 
 # --- The command

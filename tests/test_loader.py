@@ -6,18 +6,21 @@ import gc
 import itertools
 import json
 import os
+import re
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import Spec, write_checkpoint
 
-from mlx_flashmoe import convert, kernels, load, memory
+from mlx_flashmoe import convert, kernels, load, loader, memory
 from mlx_flashmoe.errors import FormatError, MemoryPlanError, RequestError
-from mlx_flashmoe.experts import slab
+from mlx_flashmoe.experts import slab, store
 from mlx_flashmoe.experts.store import reads_directly
 from mlx_flashmoe.generate import generate_step, prefill
 from mlx_flashmoe.layout import PAGE
@@ -169,6 +172,39 @@ def test_a_path_without_expert_files_is_no_experts_path(folder: Path, tmp_path: 
         load(folder, experts_path=[tmp_path])
 
 
+def test_auto_reads_directly_only_where_every_copy_can_be_read_so(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    (other / "experts").mkdir(parents=True)
+    (other / "experts" / "layer_001.bin").write_bytes((copy / "experts" / "layer_001.bin").read_bytes())
+    room = load(copy)[0].plan.total - 1  # not for all experts
+    monkeypatch.setattr(memory, "memory_limit", lambda: room)
+    monkeypatch.setattr(memory, "available_memory", lambda: room)
+    monkeypatch.setattr(loader, "reads_directly", lambda path: other not in path.parents)
+    monkeypatch.setattr(store, "open_for_reading", lambda path, direct: os.open(path, os.O_RDONLY))
+    assert load(copy)[0].plan.direct
+    assert not load(copy, experts_path=[other])[0].plan.direct
+
+
+def test_experts_of_another_model_are_no_copies(copy: Path, tmp_path: Path) -> None:
+    """Of one of the same sizes: its manifest tells. Without one, a file of another size is the copy's fault."""
+    write_checkpoint(tmp_path / "source", Spec(seed=1), "fused")
+    other = tmp_path / "other"
+    convert(tmp_path / "source", other, q_bits=4, q_group_size=32)
+    (other / "experts" / "layer_000.bin").unlink()
+    with pytest.raises(FormatError, match=rf"{other} belongs to another model: .* of layer 1 than {copy}"):
+        load(copy, experts_path=[other])
+    # The whole model elsewhere is a copy like any other.
+    assert np.array_equal(logits(copy, experts_path=[copy]), logits(copy))
+    (other / "flashmoe.json").unlink()
+    load(copy, experts_path=[other])
+    os.truncate(other / "experts" / "layer_001.bin", 16384)
+    with pytest.raises(FormatError, match=rf"has 16384 bytes.*; copy it again from where {copy} has it") as e:
+        load(copy, experts_path=[other])
+    assert "convert" not in str(e.value)
+
+
 def test_fewer_active_experts_is_another_answer(folder: Path) -> None:
     assert not np.array_equal(logits(folder, active_experts=1), logits(folder))
     for number in (0, 10_000):
@@ -297,6 +333,32 @@ def test_plans_never_exceed_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         a_plan("50MB", 10**10)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        (
+            {"prefixes": 10**11},
+            "most goes to kept prompts (100 GB), give less --prefix-memory: without it 1.7 GB will do; "
+            "with 10 experts all need 102 GB",
+        ),
+        (  # not the most, but enough
+            {"dense": 8 * 10**9, "prefixes": 2 * 10**9},
+            "most goes to the dense part (8 GB), give less --prefix-memory: without it 8.7 GB will do; ",
+        ),
+        ({"dense": 10**10}, "most goes to the dense part (10 GB); with 10 experts all need 10.7 GB"),
+        ({"kv": 10**11}, "most goes to the KV cache (100 GB); with 10 experts all need 102 GB"),
+        (
+            {"expert_memory": "9GB"},
+            "give less --expert-memory: besides everything else there is room for 8.4 GB",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_blamed_on_what_takes_the_most(sizes: dict[str, Any], says: str) -> None:
+    usual = {"expert_memory": "auto", "dense": 10**9, "slot_bytes": 10**7, "kv": 10**8}
+    with pytest.raises(MemoryPlanError, match=f"does not fit; {re.escape(says)}"):
+        plan(**{**usual, **sizes}, experts=1000, active=10, limit=10**10)
+
+
 def test_what_is_available_is_not_more_than_there_is() -> None:
     assert 0 < memory.available_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -312,6 +374,9 @@ def test_a_longer_context_is_counted_and_refused_where_it_does_not_fit(
     model.reserve(100_000)
     assert model.plan.kv > before.kv and model.plan.arena == before.arena
     with pytest.raises(MemoryPlanError, match="a context of 10000000 tokens does not fit"):
+        model.reserve(10_000_000)
+    model.plan = replace(model.plan, prefixes=10**7)
+    with pytest.raises(MemoryPlanError, match="--max-tokens included, or less --prefix-memory"):
         model.reserve(10_000_000)
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import zlib
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from blobs import write_experts
 from checkpoints import Spec, quantized, write_checkpoint
 
+from mlx_flashmoe import load
 from mlx_flashmoe.cli import main
 from mlx_flashmoe.convert import convert, verify
+from mlx_flashmoe.doctor.examine import examine
 from mlx_flashmoe.errors import FormatError, ReadError, SourceError
 from mlx_flashmoe.experts import ExpertStore, SlotArena
 from mlx_flashmoe.layout import PROJECTIONS, BlobLayout, LayerEntry, Manifest, Quantization, expert_file
@@ -94,21 +98,33 @@ def test_against_a_quantized_source_and_others(tmp_path: Path) -> None:
         verify(tmp_path / "out", other)
     with pytest.raises(SourceError, match="no such folder"):
         verify(tmp_path / "out", tmp_path / "nowhere")
+    # Of one with dims that the group size does not divide, too: convert's advice is of no use here.
+    convert(other, tmp_path / "plain")
+    narrow = write_checkpoint(tmp_path / "narrow", Spec(inner=96))
+    with pytest.raises(FormatError, match=f"plain is not a conversion of {narrow}: the bits and group sizes"):
+        verify(tmp_path / "plain", narrow)
 
 
 def test_an_unfinished_conversion(tmp_path: Path) -> None:
-    source, out = write_checkpoint(tmp_path / "source"), tmp_path / "out"
+    source, out = write_checkpoint(tmp_path / "a source"), tmp_path / "an out"
 
     def stop(done: int, total: int, what: str) -> None:
         if done == total:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(source, out, progress=stop)
-    with pytest.raises(
-        FormatError, match=rf"not complete: \d of \d parts.*convert --hf-path {source} --mlx-path"
-    ):
+        convert(source, out, q_bits=4, q_bits_down=6, progress=stop)
+    command = f"convert --hf-path '{source}' --mlx-path '{out}' --q-bits 4 --q-bits-down 6"
+    with pytest.raises(FormatError, match=rf"not complete: \d of \d parts.*{command}$"):
         verify(out)
+    for use in (load, lambda folder: examine(str(folder), mx.float32)):
+        with pytest.raises(
+            FormatError, match=rf"{out} is not .*the conversion is not complete.; the command that"
+        ):
+            use(out)
+    (tmp_path / "an empty").mkdir()
+    with pytest.raises(FormatError, match=rf"no flashmoe\.json in it.*--mlx-path '{tmp_path / 'an empty'}'$"):
+        load(tmp_path / "an empty")
 
 
 def test_what_is_missing(tmp_path: Path) -> None:
@@ -119,6 +135,43 @@ def test_what_is_missing(tmp_path: Path) -> None:
         verify(out)
     with pytest.raises(FormatError, match="nowhere is not a converted model"):
         verify(tmp_path / "nowhere")
+
+
+def test_small_files(tmp_path: Path) -> None:
+    """Missing or changed: by checksum or against the source; without checksums, what loading needs."""
+    source, out = write_checkpoint(tmp_path / "source"), tmp_path / "out"
+    convert(source, out)
+
+    def faults(against: Path | None = None) -> list[str]:
+        lines: list[str] = []
+        with pytest.raises(FormatError, match="damaged in"):
+            verify(out, against, note=lines.append)
+        return [line.replace(f"{out}/", "") for line in lines]
+
+    (out / "config.json").unlink()
+    (out / "tokenizer.json").write_text("[]")
+    assert faults() == ["config.json: is missing", "tokenizer.json: differs from what was written"]
+    assert faults(source) == ["config.json: is missing", "tokenizer.json: differs from the source"]
+    manifest = json.loads((out / "flashmoe.json").read_text())
+    del manifest["source"]["files"]  # as before they were kept
+    (out / "flashmoe.json").write_text(json.dumps(manifest))
+    assert [line[:33] for line in faults()] == [
+        "config.json: is missing",
+        "tokenizer.json: not a tokenizer: ",
+    ]
+    (out / "config.json").write_text("{")
+    (out / "tokenizer.json").unlink()
+    assert faults() == [
+        "config.json: is not a JSON object",
+        "tokenizer.json is missing: the folder has no tokenizer",
+    ]
+    (out / "config.json").write_bytes((source / "config.json").read_bytes())
+    (out / "tokenizer_config.json").unlink()  # one without a tokenizer is a model, too
+    verify(out)
+    manifest["source"]["files"] = {"../config.json": 0}
+    (out / "flashmoe.json").write_text(json.dumps(manifest))
+    with pytest.raises(FormatError, match=r"malformed manifest .source: files"):
+        verify(out)
 
 
 def test_command(made: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

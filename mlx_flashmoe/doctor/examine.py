@@ -21,7 +21,7 @@ from mlx_flashmoe.convert.recipe import Recipe
 from mlx_flashmoe.convert.safetensors import DTYPE_BITS, SafetensorsFile, Tensor
 from mlx_flashmoe.convert.source import Checkpoint, LocalFolder, open_checkpoint
 from mlx_flashmoe.errors import SourceError
-from mlx_flashmoe.layout import MANIFEST, BlobLayout, Manifest, Quantization
+from mlx_flashmoe.layout import MANIFEST, STATE, BlobLayout, Manifest, Quantization
 from mlx_flashmoe.loader import read_config
 from mlx_flashmoe.models import architecture
 
@@ -67,7 +67,7 @@ def examine(model: str, dtype: mx.Dtype) -> Needs:
         FlashMoEError: it is not there, or not a model that is supported.
     """
     folder = Path(model)
-    if (folder / MANIFEST).exists():
+    if (folder / MANIFEST).exists() or (folder / STATE).exists():
         return _converted(folder, dtype)
     if folder.exists():
         with open_checkpoint(folder) as checkpoint:

@@ -1,18 +1,20 @@
 """What this machine does in a second, measured with the code that will run: reads, products, a layer of the model.
 
 Nothing of a model's weights is needed, only its shapes. Random experts are written to a file of some hundred MB on
-the disk in question (and removed), and a few layers of the model's own shapes are run with weights of zero: what
-they take longer than the bytes of their weights do is what a layer takes apart from its weights.
+the disk in question (and removed; where that cannot be, a converted model's own are read), and a few layers of the
+model's own shapes are run with weights of zero: what they take longer than the bytes of their weights do is what a
+layer takes apart from its weights.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -30,7 +32,15 @@ from mlx_flashmoe.errors import FlashMoEError
 from mlx_flashmoe.experts import Decode, ExpertStore, SlotArena, StreamedExperts
 from mlx_flashmoe.experts.slab import make_slab
 from mlx_flashmoe.experts.store import ReadRequest
-from mlx_flashmoe.layout import PROJECTIONS, BlobLayout, LayerEntry, Manifest, Quantization, expert_file
+from mlx_flashmoe.layout import (
+    MANIFEST,
+    PROJECTIONS,
+    BlobLayout,
+    LayerEntry,
+    Manifest,
+    Quantization,
+    expert_file,
+)
 from mlx_flashmoe.models import architecture
 from mlx_flashmoe.models.quantized import quantize
 from mlx_flashmoe.models.together import join
@@ -93,13 +103,16 @@ def measure_reads(layout: BlobLayout, active: int, folder: Path) -> tuple[float,
     """Bytes a second of reading ``active`` experts at a time: from disk, and from the page cache.
 
     Args:
-        folder: on the disk that is measured.
+        folder: on the disk that is measured. If it cannot be written to, or is full, and is a converted model, then
+            its own experts are read.
 
     Raises:
-        FlashMoEError: ``folder`` cannot be written to, or is full.
+        FlashMoEError: ``folder`` cannot be written to, or is full, and is no converted model.
     """
     count = max(3 * active, PROBE_BYTES // layout.blob_size)
-    with _on_disk(random_slab(layout, count), layout, folder) as (probe, manifest):
+    own = None if _has_room(folder, count * layout.blob_size) else _own_experts(folder, active, count)
+    written = nullcontext(own) if own else _on_disk(random_slab(layout, count), layout, folder)
+    with written as (probe, manifest):
         page_cache = _reads(ExpertStore(probe, manifest), active, from_disk=False)
         return _reads(ExpertStore(probe, manifest), active, from_disk=True), page_cache
 
@@ -111,10 +124,10 @@ def measure_rates(model_type: str, settings: Any, layout: BlobLayout, active: in
         model_type, settings: of the model; an architecture's Config.
         layout: of its experts.
         active: experts that a token uses of a layer.
-        folder: on the disk whose reads are measured.
+        folder: on the disk whose reads are measured, as for ``measure_reads``.
 
     Raises:
-        FlashMoEError: ``folder`` cannot be written to, or is full.
+        FlashMoEError: as ``measure_reads``.
     """
     dtype = mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32
     disk, page_cache = measure_reads(layout, active, folder)
@@ -123,6 +136,22 @@ def measure_rates(model_type: str, settings: Any, layout: BlobLayout, active: in
     rates = Rates(disk, page_cache, dense, experts, dense_flops, expert_flops, layer=0.0, prompt_token=0.0)
     layer, prompt_token = _layers(model_type, settings, active, dtype, rates)
     return replace(rates, layer=layer, prompt_token=prompt_token)
+
+
+def _has_room(folder: Path, nbytes: int) -> bool:
+    return os.access(folder, os.W_OK) and disk_free(folder) > nbytes
+
+
+def _own_experts(folder: Path, active: int, count: int) -> tuple[Path, Manifest] | None:
+    """The first ``count`` experts of the folder's first layer, if it has one with ``active`` or more."""
+    if not (folder / MANIFEST).exists():
+        return None
+    manifest = Manifest.load(folder)
+    for entry in manifest.layers:
+        if entry.layer == 0 and entry.num_experts >= active:
+            few = replace(entry, num_experts=min(entry.num_experts, count))
+            return folder, replace(manifest, layers=(few,))
+    return None
 
 
 @contextmanager
@@ -140,9 +169,13 @@ def _on_disk(slab: mx.array, layout: BlobLayout, folder: Path) -> Iterator[tuple
                 os.fsync(f.fileno())
             yield Path(name), manifest
     except OSError as e:
+        advice = "free some space, or " if e.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        elsewhere = (
+            ", or run from a folder on the disk that will hold the model" if folder == Path.cwd() else ""
+        )
         raise FlashMoEError(
             f"{folder}: {PROBE_BYTES // 10**6} MB cannot be written there to measure the disk: {e.strerror}; "
-            "free some space, or run from a folder on the disk that will hold the model"
+            f"{advice}say with --sim-disk how fast it reads{elsewhere}"
         ) from None
 
 
