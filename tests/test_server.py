@@ -384,6 +384,8 @@ def test_what_does_not_start(tmp_path: Path) -> None:
         return done.stderr
 
     assert "--host 0.0.0.0 lets other machines connect: give an --api-key" in start("--host", "0.0.0.0")
+    for nothing in ("", " "):
+        assert "--api-key is empty" in start("--host", "0.0.0.0", "--port", "0", "--api-key", nothing)
     assert "flashmoe.json" in start("--host", "0.0.0.0", "--without-api-key", "--port", "0")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "cannot be used" in start("--port", str(taken.getsockname()[1]))
