@@ -366,10 +366,11 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     from mlx_flashmoe import load, stream_generate
     from mlx_flashmoe.console import PromptProgress, answer_view, print_note
+    from mlx_flashmoe.generate import answer_room, cut_off
 
     model, tokenizer = load(arguments.model, **_load_options(arguments), announce=print_note)
     tokens = _prompt_tokens(arguments, tokenizer, prompt)
-    model.reserve(len(tokens) + max(0, arguments.max_tokens))
+    model.reserve(len(tokens) + max(0, min(arguments.max_tokens, answer_room(model, len(tokens), -1))))
 
     before = model.stats()
     response = None
@@ -398,6 +399,8 @@ def _generate(arguments: argparse.Namespace) -> int:
             after.hits - before.hits,
             after.misses - before.misses,
         )
+        if note := cut_off(response, arguments.max_tokens):
+            print_note(note)
     return status
 
 

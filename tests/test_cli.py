@@ -198,6 +198,17 @@ def test_without_a_template_the_prompt_is_continued(model: Path, tmp_path: Path)
 # Interrupted
 
 
+def test_what_cuts_an_answer_off_is_said(model: Path) -> None:
+    done = run("generate", "--model", model, *GREEDY)
+    assert done.stderr.splitlines()[-1] == "the answer was cut off after 12 tokens (--max-tokens)"
+    long = run("generate", "--model", model, "--prompt", "-", "--ignore-chat-template", stdin="a b " * 4096)
+    assert long.returncode == 2 and long.stdout == ""
+    assert re.fullmatch(
+        r"error: a prompt of \d{4,} tokens and an answer do not fit into the context of 4096 tokens; .*",
+        long.stderr.splitlines()[-1],
+    )
+
+
 def start(model: Path, **streams) -> subprocess.Popen[bytes]:
     endless = ["--temp", "5", "--seed", "1", "--max-tokens", "100000"]
     return subprocess.Popen(

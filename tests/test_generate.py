@@ -5,7 +5,7 @@ import pytest
 from fakes import FakeCache, FakeModel, HashModel, ScriptedModel, tokenizer
 
 from mlx_flashmoe.errors import RequestError
-from mlx_flashmoe.generate import generate, generate_step, stream_generate
+from mlx_flashmoe.generate import cut_off, generate, generate_step, stream_generate
 from mlx_flashmoe.sampling import make_logits_processors
 
 TOKENIZER = tokenizer()
@@ -174,3 +174,32 @@ def test_the_model_says_how_long_its_prompt_chunks_may_be() -> None:
     model.prefill_chunk = 3  # type: ignore[attr-defined]
     list(generate_step(mx.arange(8), model, max_tokens=1))
     assert model.calls == [3, 3, 1, 1]
+
+
+@pytest.mark.parametrize("max_tokens", [-1, 100])
+def test_an_answer_ends_where_the_context_does(max_tokens: int) -> None:
+    model = HashModel()
+    model.max_context = 20  # type: ignore[attr-defined]
+    prompt = list(range(8))
+    responses = list(stream_generate(model, TOKENIZER, prompt, max_tokens))
+    assert (len(responses), responses[-1].finish_reason) == (12, "length")
+    note = cut_off(responses[-1], max_tokens)
+    assert note == "the answer was cut off: the context of 20 tokens is full"
+    assert len(list(generate_step(mx.array(prompt), model, max_tokens=max_tokens))) == 12
+    assert cut_off(list(stream_generate(model, TOKENIZER, prompt, 5))[-1], 5) == (
+        "the answer was cut off after 5 tokens (--max-tokens)"
+    )
+    # What went before counts, too.
+    cache = model.make_cache()
+    cache[0].offset = 10
+    assert len(list(stream_generate(model, TOKENIZER, prompt, max_tokens, prompt_cache=cache))) == 2
+
+
+@pytest.mark.parametrize("tokens", [20, 21])
+def test_a_prompt_that_fills_the_context_is_refused(tokens: int) -> None:
+    model = HashModel()
+    model.max_context = 20  # type: ignore[attr-defined]
+    for answer in (stream_generate(model, TOKENIZER, [1] * tokens), generate_step(mx.ones(tokens), model)):
+        with pytest.raises(RequestError, match=f"prompt of {tokens} tokens .* context of 20 tokens; shorten"):
+            next(answer)
+    assert model.calls == []
