@@ -220,7 +220,8 @@ def generate_step(
     answer: list[int] = []
     while True:
         last = len(answer) + 1 == max_tokens
-        following = step(current[0]) if ahead and not last else None
+        # Not before the first token is out: the second would be done when its clock starts.
+        following = step(current[0]) if ahead and answer and not last else None
         token = current[0].item()
         assert isinstance(token, int)
         answer.append(token)

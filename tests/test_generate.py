@@ -1,5 +1,7 @@
 """The token loop, over models whose every answer is known."""
 
+import time
+
 import mlx.core as mx
 import pytest
 from fakes import FakeCache, FakeModel, HashModel, ScriptedModel, tokenizer
@@ -174,6 +176,19 @@ def test_the_model_says_how_long_its_prompt_chunks_may_be() -> None:
     model.prefill_chunk = 3  # type: ignore[attr-defined]
     list(generate_step(mx.arange(8), model, max_tokens=1))
     assert model.calls == [3, 3, 1, 1]
+
+
+def test_the_rate_of_a_short_answer_counts_the_work_for_it() -> None:
+    class Slow(HashModel):
+        resident = True
+
+        def __call__(self, tokens: mx.array, cache: list) -> mx.array:
+            time.sleep(0.05)
+            return super().__call__(tokens, cache)
+
+    for count in (2, 3):
+        *_, last = stream_generate(Slow(), TOKENIZER, [1, 2, 3], count)
+        assert 0 < last.generation_tps <= 20
 
 
 @pytest.mark.parametrize("max_tokens", [-1, 100])
