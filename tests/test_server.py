@@ -492,8 +492,10 @@ def test_who_goes_away_makes_room_at_once(address: str, gpt: Any) -> None:
     wait_for(1, 1)
     waiting.close()
     wait_for(1, 0)
+    counted = metric(address, "generated_tokens_total")
     first.close()
     assert wait_for(0, 0) < 0.5  # a token takes a twentieth of a second
+    assert metric(address, "generated_tokens_total") >= counted + 2
     made = gpt.chat.completions.create(model="any", messages=[user("SAY(c)")])
     assert made.choices[0].message.content == "c"
 
