@@ -183,6 +183,14 @@ def test_openai_forms_that_the_model_would_not_choose(gpt: Any, thinking: bool) 
     assert isinstance(json.loads(made.choices[0].message.content), dict)
 
 
+def test_a_whole_number_may_have_a_point(gpt: Any, claude: Any) -> None:
+    more = {"top_k": 40.0, "max_tokens": 5.0}
+    made = gpt.chat.completions.create(model="any", messages=[user("SAY(a)")], extra_body=more)
+    assert made.choices[0].message.content == "a"
+    told = claude.messages.create(model="any", messages=[user("SAY(a)")], max_tokens=5, extra_body=more)
+    assert told.content[0].text == "a"
+
+
 def test_openai_stops(gpt: Any) -> None:
     for stream in (False, True):
         made = gpt.chat.completions.create(
