@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from mlx_flashmoe.errors import FlashMoEError, RequestError
@@ -28,26 +29,49 @@ def main(argv: Sequence[str] | None = None, prog: str = "mlx_flashmoe") -> int:
         argv: the arguments, without the program's name; the process's own by default.
         prog: the program's name in help texts.
     """
+    answers = sys.stdout is not None
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process runs
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         # Generated text may hold what the terminal's encoding has not.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     arguments = _parser(prog).parse_args(argv)
     try:
+        if not answers and arguments.run in (_generate, _chat):
+            raise RequestError("standard output is closed: there is nowhere to write the answer")
         status: int = arguments.run(arguments)
         sys.stdout.flush()
         return status
     except FlashMoEError as e:
-        from mlx_flashmoe.console import print_error
-
-        print_error(str(e))
-        return 2
+        return _failed(str(e))
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # Python flushes stdout once more at exit; give it somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         return PIPE_CLOSED
+    except OSError as error:
+        try:
+            print(flush=True)  # is it stdout that cannot be written?
+        except OSError as e:
+            _discard_stdout()
+            return _failed(f"standard output cannot be written: {e.strerror}")
+        raise error
+
+
+def _failed(message: str) -> int:
+    from mlx_flashmoe.console import print_error
+
+    with suppress(OSError):  # stderr may be as full as stdout
+        print_error(message)
+    return 2
+
+
+def _discard_stdout() -> None:
+    """Python flushes stdout once more at exit: it gets somewhere to go."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -360,16 +384,17 @@ def _json_object(text: str) -> dict[str, Any]:
 def _generate(arguments: argparse.Namespace) -> int:
     # What can be wrong with a request is found before a model is loaded for it.
     options = _generation_options(arguments)
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    prompt = _read_stdin() if arguments.prompt == "-" else arguments.prompt
     if not prompt.strip():
         raise RequestError("the prompt is empty")
 
     from mlx_flashmoe import load, stream_generate
     from mlx_flashmoe.console import PromptProgress, answer_view, print_note
+    from mlx_flashmoe.generate import answer_room, cut_off
 
     model, tokenizer = load(arguments.model, **_load_options(arguments), announce=print_note)
     tokens = _prompt_tokens(arguments, tokenizer, prompt)
-    model.reserve(len(tokens) + max(0, arguments.max_tokens))
+    model.reserve(len(tokens) + max(0, min(arguments.max_tokens, answer_room(model, len(tokens), -1))))
 
     before = model.stats()
     response = None
@@ -398,7 +423,23 @@ def _generate(arguments: argparse.Namespace) -> int:
             after.hits - before.hits,
             after.misses - before.misses,
         )
+        if note := cut_off(response, arguments.max_tokens):
+            print_note(note)
     return status
+
+
+def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise RequestError("--prompt - reads standard input, which is closed")
+    if hasattr(sys.stdin, "reconfigure"):
+        # In some locales Python lets bytes through that are no text.
+        sys.stdin.reconfigure(errors="strict")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as e:
+        raise RequestError(
+            f"standard input is not {e.encoding.upper()}: {e.reason} at byte {e.start}; --prompt - reads text"
+        ) from None
 
 
 def _prompt_tokens(arguments: argparse.Namespace, tokenizer: Tokenizer, prompt: str) -> list[int]:

@@ -26,6 +26,7 @@ from mlx_flashmoe.errors import RequestError
 from mlx_flashmoe.generate import stream_generate
 from mlx_flashmoe.loader import StreamingModel, load
 from mlx_flashmoe.models.moe import Experts
+from mlx_flashmoe.reports import check_report, write_report
 from mlx_flashmoe.tokenizer import Tokenizer
 from mlx_flashmoe.tools import CALL_START, Text, Tool, ToolCall, parameter_schemas, parse_answer
 
@@ -202,7 +203,7 @@ def run(
         options: of ``load``.
 
     Raises:
-        FlashMoEError: nothing to evaluate on, a file that cannot be read, or a folder that cannot be used.
+        FlashMoEError: nothing to evaluate on, a file that cannot be read or written, or a folder that cannot be used.
     """
     if text is None and heldout is None:
         raise RequestError("nothing to evaluate on: give a text (--text) or a held-out set (--heldout)")
@@ -210,6 +211,7 @@ def run(
         raise RequestError("--against compares on a text: give one (--text)")
     if limit is not None and limit < 1:
         raise RequestError(f"--limit should be at least 1, but is {limit}")
+    check_report(json_file)
     passage = None if text is None else _read(text)
     questions = None if heldout is None else read_questions(heldout)[:limit]
 
@@ -253,7 +255,7 @@ def run(
     report["experts"] = {"tokens": use.tokens, "most_used": use.most_used, "unused": use.unused}
     console.print(_use_table(use))
     if json_file is not None:
-        Path(json_file).write_text(json.dumps(report, indent=1) + "\n")
+        write_report(json_file, report)
 
 
 def _read(file: str) -> str:

@@ -32,7 +32,8 @@ class GenerationResponse:
         generation_tokens: tokens generated so far, this one included.
         generation_tps: generated tokens per second so far.
         peak_memory: of the MLX allocator so far, in GB (1e9 bytes).
-        finish_reason: "stop" at an end token, "length" at ``max_tokens``, None before the last step.
+        finish_reason: "stop" at an end token, "length" at ``max_tokens`` or where the model's context is full,
+            None before the last step.
     """
 
     text: str
@@ -57,6 +58,37 @@ def check_counts(max_tokens: int, prefill_step_size: int | None) -> None:
         raise RequestError(
             f"prefill_step_size (--prefill-step-size) should be at least 1, but is {prefill_step_size}"
         )
+
+
+def answer_room(model: Any, prompt: int, max_tokens: int) -> int:
+    """``max_tokens`` of an answer to a prompt of so many tokens, or fewer, where the model's context ends; -1: no end.
+
+    Raises:
+        RequestError: the prompt leaves no room for an answer.
+    """
+    most = getattr(model, "max_context", None)
+    if most is None:
+        return max_tokens
+    if prompt >= most:
+        made_for = getattr(model, "context_length", None) or most
+        memory = (
+            f", or give less --expert-memory: the model was made for {made_for}" if most < made_for else ""
+        )
+        raise RequestError(
+            f"a prompt of {prompt} tokens and an answer do not fit into the context of {most} tokens; "
+            f"shorten the prompt{memory}"
+        )
+    return most - prompt if max_tokens == -1 else min(max_tokens, most - prompt)
+
+
+def cut_off(response: GenerationResponse, max_tokens: int) -> str | None:
+    """What to say of an answer whose last step this is, if it was not the model that ended it."""
+    if response.finish_reason != "length":
+        return None
+    if response.generation_tokens == max_tokens:
+        return f"the answer was cut off after {max_tokens} tokens (--max-tokens)"
+    context = response.prompt_tokens + response.generation_tokens
+    return f"the answer was cut off: the context of {context} tokens is full"
 
 
 def prefill(
@@ -113,7 +145,8 @@ def generate_step(
     Args:
         prompt: [N] token ids.
         model: ``model(tokens [1, T], cache) -> logits [1, T, V]``, with ``make_cache()``.
-        max_tokens: stop after this many; -1 never stops.
+        max_tokens: stop after this many; -1 stops where the model's context is full, if it has one
+            (``model.max_context``). No answer goes on beyond it.
         sampler: log-probabilities [1, V] -> token [1]; the most likely token by default.
         logits_processors: (tokens so far [N], logits [1, V]) -> logits [1, V], in this order.
         prompt_cache: from ``model.make_cache()``, with what came before the prompt; updated in place.
@@ -127,7 +160,7 @@ def generate_step(
         (token, log-probabilities [V]).
 
     Raises:
-        RequestError: an empty prompt, or a count out of range.
+        RequestError: an empty prompt, one that does not fit into the context, or a count out of range.
     """
     if prompt.size == 0:
         raise RequestError("the prompt is empty; give at least one token")
@@ -140,6 +173,7 @@ def generate_step(
         prefill_step_size = getattr(model, "prefill_chunk", PREFILL_STEP_SIZE)
     if prompt_cache is not None and prefix_cache is not None:
         raise ValueError("prompt_cache and prefix_cache cannot be used together")
+    max_tokens = answer_room(model, prompt.size + _seen(prompt_cache), max_tokens)
     cache = model.make_cache() if prompt_cache is None else prompt_cache
     sampler = sampler or make_sampler()
     progress = prompt_progress_callback or (lambda done, total: None)
@@ -186,7 +220,8 @@ def generate_step(
     answer: list[int] = []
     while True:
         last = len(answer) + 1 == max_tokens
-        following = step(current[0]) if ahead and not last else None
+        # Not before the first token is out: the second would be done when its clock starts.
+        following = step(current[0]) if ahead and answer and not last else None
         token = current[0].item()
         assert isinstance(token, int)
         answer.append(token)
@@ -208,6 +243,11 @@ def generate_step(
         current = following or step(current[0])
 
 
+def _seen(prompt_cache: list[Any] | None) -> int:
+    """Tokens before the prompt."""
+    return max((layer.offset for layer in prompt_cache or ()), default=0)
+
+
 def stream_generate(
     model: Any,
     tokenizer: Tokenizer,
@@ -219,14 +259,14 @@ def stream_generate(
 
     Args:
         prompt: text, taken as it is (see ``tokenizer.apply_chat_template``), or token ids.
-        max_tokens: stop after this many tokens; -1: only at an end token.
+        max_tokens: stop after this many tokens; -1: only at an end token, or where the context is full.
         kwargs: see :func:`generate_step`.
 
     Yields:
         GenerationResponse: one a token; the texts joined are the answer. The last has a ``finish_reason``.
 
     Raises:
-        RequestError: an empty prompt, or a count out of range.
+        RequestError: an empty prompt, one that does not fit into the context, or a count out of range.
     """
     if isinstance(prompt, str):
         # A prompt that was rendered from a template may begin with the first token already.
@@ -237,6 +277,8 @@ def stream_generate(
     start = time.perf_counter()
     prompt_seconds, cached = 0.0, 0
     prefix_cache: PrefixCache | None = kwargs.get("prefix_cache")
+    check_counts(max_tokens, kwargs.get("prefill_step_size"))
+    max_tokens = answer_room(model, ids.size + _seen(kwargs.get("prompt_cache")), max_tokens)
     steps = generate_step(ids, model, max_tokens=max_tokens, **kwargs)
     with closing(steps):
         for count, (token, logprobs) in enumerate(steps, 1):
@@ -284,7 +326,7 @@ def generate(
         kwargs: see :func:`stream_generate` and :func:`generate_step`.
 
     Raises:
-        RequestError: an empty prompt, or a value out of range.
+        RequestError: an empty prompt, one that does not fit into the context, or a value out of range.
     """
     pieces = []
     for response in stream_generate(model, tokenizer, prompt, **kwargs):

@@ -59,7 +59,9 @@ def make_sampler(
         if 0 < top_k < logprobs.shape[-1]:
             logprobs = apply_top_k(logprobs, top_k)
         key = None if keys is None else mx.random.key(keys.getrandbits(64))
-        return mx.random.categorical(logprobs * (1 / temp), key=key)
+        # The most likely at 0, so that no temperature, however low, makes all of them -inf.
+        logprobs = logprobs - mx.max(logprobs, axis=-1, keepdims=True)
+        return mx.random.categorical(logprobs * min(1 / temp, 1e38), key=key)
 
     return sample
 

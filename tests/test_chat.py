@@ -154,6 +154,19 @@ def test_an_answer_cut_off_says_so() -> None:
     assert conversation.session.messages[1]["content"] != ""
 
 
+def test_a_full_context_says_how_to_go_on() -> None:
+    model: Any = TalkingModel("\n</think>\n\none two three four five", "\n</think>\n\nYes.")
+    prompt = len(TOKENIZER.apply_chat_template([{"role": "user", "content": "Go."}]))
+    model.max_context = prompt + 9
+    conversation = talk(model, "Go.", functions=(), max_tokens=5000)
+    view: Any = conversation._view
+    full = f"cut off: the context of {prompt + 9} tokens is full; /clear begins a new conversation"
+    assert full in view.err.getvalue()
+    with pytest.raises(RequestError, match=rf"context of {prompt + 9} tokens.*/clear begins a new conv"):
+        conversation.say("Go on.")
+    assert conversation.unsent == "Go on."
+
+
 def test_the_second_turn_reads_only_what_is_new() -> None:
     model = TalkingModel("So long a thought.\n</think>\n\nYes.", "\n</think>\n\nNo.")
     prefixes = PrefixCache("ab" * 32, TOKENIZER.message_start_id)

@@ -96,6 +96,7 @@ BROKEN = {
     "def _f(x: int):\n    'Does.'": "defines no function",
     "from os.path import join": "defines no function",
     "1 / 0": "cannot be imported: ZeroDivisionError",
+    "import sys; sys.exit('not here')": "cannot be imported: SystemExit: not here",
     "def f(": "cannot be imported: SyntaxError",
 }
 
@@ -132,6 +133,7 @@ def test_calls_come_back_as_text_whatever_happens(capsys: pytest.CaptureFixture[
     assert run(functions, "forecast", {"place": "Zürich"}) == (
         '{"place": "Zürich", "days": 1, "unit": "C", "tags": null}'
     )
+    assert run(functions, "text", {"x": os.fsdecode(b"caf\xe9.txt")}) == "caf?.txt"
     assert run(functions, "fail", {}) == "Error: ValueError: no"
     assert run(functions, "fail", {"x": 1}) == "Error: SystemExit: leaving"
     assert run(functions, "text", {"y": 1}) == "Error: text: missing a required argument: 'x'"

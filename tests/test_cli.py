@@ -198,6 +198,62 @@ def test_without_a_template_the_prompt_is_continued(model: Path, tmp_path: Path)
 # Interrupted
 
 
+def test_what_cuts_an_answer_off_is_said(model: Path) -> None:
+    done = run("generate", "--model", model, *GREEDY)
+    assert done.stderr.splitlines()[-1] == "the answer was cut off after 12 tokens (--max-tokens)"
+    long = run("generate", "--model", model, "--prompt", "-", "--ignore-chat-template", stdin="a b " * 4096)
+    assert long.returncode == 2 and long.stdout == ""
+    assert re.fullmatch(
+        r"error: a prompt of \d{4,} tokens and an answer do not fit into the context of 4096 tokens; .*",
+        long.stderr.splitlines()[-1],
+    )
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("command", ["generate", "chat", "verify"])
+def test_a_full_disk_is_one_line(model: Path, command: str) -> None:
+    arguments = [command, "--model", model]
+    if command == "generate":
+        arguments += GREEDY
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*COMMAND, *map(str, arguments)],
+            input="hi\n",
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENV,
+            timeout=120,
+        )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: standard output cannot be written: No space left on device"
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+def shell(redirection: str, *arguments: str | Path, stdin: bytes = b"") -> tuple[int, bytes, bytes]:
+    command = ["sh", "-c", f'exec "$@" {redirection}', "sh", *COMMAND, *map(str, arguments)]
+    done = subprocess.run(command, input=stdin, capture_output=True, env=ENV, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_closed_streams(model: Path, greedy_text: str) -> None:
+    assert shell("2>&-", "generate", "--model", model, *GREEDY) == (0, greedy_text.encode(), b"")
+    closed = b"error: standard output is closed: there is nowhere to write the answer\n"
+    assert shell(">&-", "generate", "--model", model, *GREEDY) == (2, b"", closed)
+    assert shell(">&-", "chat", "--model", model) == (2, b"", closed)
+    assert shell(">&-", "verify", "--model", model)[0] == 0
+    status, _, error = shell("<&-", "generate", "--model", model, "--prompt", "-")
+    assert (status, error) == (2, b"error: --prompt - reads standard input, which is closed\n")
+
+
+@pytest.mark.parametrize("locale", ["POSIX", "C.UTF-8"])
+def test_a_prompt_that_is_not_text_is_refused_before_the_model_is_loaded(locale: str) -> None:
+    command = ["env", f"LC_ALL={locale}", *COMMAND, "generate", "--model", "nowhere", "--prompt", "-"]
+    done = subprocess.run(command, input=b"caf\xe9 au lait", capture_output=True, env=ENV, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"error: standard input is not UTF-8: ") and done.stderr.count(b"\n") == 1
+
+
 def start(model: Path, **streams) -> subprocess.Popen[bytes]:
     endless = ["--temp", "5", "--seed", "1", "--max-tokens", "100000"]
     return subprocess.Popen(

@@ -1,11 +1,13 @@
 """The token loop, over models whose every answer is known."""
 
+import time
+
 import mlx.core as mx
 import pytest
 from fakes import FakeCache, FakeModel, HashModel, ScriptedModel, tokenizer
 
 from mlx_flashmoe.errors import RequestError
-from mlx_flashmoe.generate import generate, generate_step, stream_generate
+from mlx_flashmoe.generate import cut_off, generate, generate_step, stream_generate
 from mlx_flashmoe.sampling import make_logits_processors
 
 TOKENIZER = tokenizer()
@@ -174,3 +176,45 @@ def test_the_model_says_how_long_its_prompt_chunks_may_be() -> None:
     model.prefill_chunk = 3  # type: ignore[attr-defined]
     list(generate_step(mx.arange(8), model, max_tokens=1))
     assert model.calls == [3, 3, 1, 1]
+
+
+def test_the_rate_of_a_short_answer_counts_the_work_for_it() -> None:
+    class Slow(HashModel):
+        resident = True
+
+        def __call__(self, tokens: mx.array, cache: list) -> mx.array:
+            time.sleep(0.05)
+            return super().__call__(tokens, cache)
+
+    for count in (2, 3):
+        *_, last = stream_generate(Slow(), TOKENIZER, [1, 2, 3], count)
+        assert 0 < last.generation_tps <= 20
+
+
+@pytest.mark.parametrize("max_tokens", [-1, 100])
+def test_an_answer_ends_where_the_context_does(max_tokens: int) -> None:
+    model = HashModel()
+    model.max_context = 20  # type: ignore[attr-defined]
+    prompt = list(range(8))
+    responses = list(stream_generate(model, TOKENIZER, prompt, max_tokens))
+    assert (len(responses), responses[-1].finish_reason) == (12, "length")
+    note = cut_off(responses[-1], max_tokens)
+    assert note == "the answer was cut off: the context of 20 tokens is full"
+    assert len(list(generate_step(mx.array(prompt), model, max_tokens=max_tokens))) == 12
+    assert cut_off(list(stream_generate(model, TOKENIZER, prompt, 5))[-1], 5) == (
+        "the answer was cut off after 5 tokens (--max-tokens)"
+    )
+    # What went before counts, too.
+    cache = model.make_cache()
+    cache[0].offset = 10
+    assert len(list(stream_generate(model, TOKENIZER, prompt, max_tokens, prompt_cache=cache))) == 2
+
+
+@pytest.mark.parametrize("tokens", [20, 21])
+def test_a_prompt_that_fills_the_context_is_refused(tokens: int) -> None:
+    model = HashModel()
+    model.max_context = 20  # type: ignore[attr-defined]
+    for answer in (stream_generate(model, TOKENIZER, [1] * tokens), generate_step(mx.ones(tokens), model)):
+        with pytest.raises(RequestError, match=f"prompt of {tokens} tokens .* context of 20 tokens; shorten"):
+            next(answer)
+    assert model.calls == []

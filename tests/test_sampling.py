@@ -98,6 +98,12 @@ def test_without_a_seed_draws_follow_the_global_state() -> None:
     assert draws(make_sampler(1.0), lp) == first
 
 
+@pytest.mark.parametrize("temp", [5e-324, 1e-40, 1e-38, 1e-30])
+def test_a_temperature_of_almost_0_takes_the_most_likely(temp: float) -> None:
+    lp = logprobs(3)
+    assert set(draws(make_sampler(temp, seed=1), lp, 20)) == {int(lp.argmax())}
+
+
 def test_draws_have_the_tempered_distribution() -> None:
     lp = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
     n = 4000

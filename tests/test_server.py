@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import re
@@ -23,6 +24,9 @@ openai = pytest.importorskip("openai")
 anthropic = pytest.importorskip("anthropic")
 pytest.importorskip("uvicorn")
 
+from mlx_flashmoe.server.errors import ApiError  # noqa: E402
+from mlx_flashmoe.server.http import _parse, read_body  # noqa: E402
+from mlx_flashmoe.server.schemas import VALIDATORS  # noqa: E402
 from mlx_flashmoe.server.stops import StopFinder  # noqa: E402
 from mlx_flashmoe.tools import Text  # noqa: E402
 
@@ -177,6 +181,14 @@ def test_openai_forms_that_the_model_would_not_choose(gpt: Any, thinking: bool) 
     assert set(json.loads(made.choices[0].message.content)) >= {"place", "days"}
     made = gpt.chat.completions.create(**asked, response_format={"type": "json_object"}, max_tokens=90)
     assert isinstance(json.loads(made.choices[0].message.content), dict)
+
+
+def test_a_whole_number_may_have_a_point(gpt: Any, claude: Any) -> None:
+    more = {"top_k": 40.0, "max_tokens": 5.0}
+    made = gpt.chat.completions.create(model="any", messages=[user("SAY(a)")], extra_body=more)
+    assert made.choices[0].message.content == "a"
+    told = claude.messages.create(model="any", messages=[user("SAY(a)")], max_tokens=5, extra_body=more)
+    assert told.content[0].text == "a"
 
 
 def test_openai_stops(gpt: Any) -> None:
@@ -349,6 +361,63 @@ def test_bodies_that_no_client_sends(address: str, path: str) -> None:
     connection.close()
 
 
+@pytest.mark.parametrize(
+    ("name", "body", "message"),
+    [
+        (
+            "completion",
+            b'{"prompt":[' + b'"a",' * 300_000 + b'"a"]}',
+            "prompt.0: 'a' is not of type 'integer'",
+        ),
+        (
+            "completion",
+            b'{"prompt":[' + b"7," * 300_000 + b"-1]}",
+            "prompt.300000: -1 is less than the minimum",
+        ),
+        ("completion", b'{"prompt":[' + b"7," * (2**21 + 1) + b"7]}", "no such prompt fits"),
+        ("chat_completion", b'{"messages":[' + b"{}," * 300_000 + b"{}]}", "more than 32768 JSON objects"),
+        (
+            "chat_completion",
+            b'{"messages":[' + b"[]," * 300_000 + b"[]]}",
+            r"messages.0: \[\] is not of type",
+        ),
+        (
+            "message",
+            b'{"max_tokens":1,"messages":[{"role":"user","content":[' + b"7," * 300_000 + b"7]}]}",
+            "content.*is not",
+        ),
+    ],
+    ids=["texts", "tokens", "commas", "objects", "arrays", "parts"],
+)
+def test_what_is_wrong_with_a_large_body_is_found_quickly(name: str, body: bytes, message: str) -> None:
+    started = time.perf_counter()
+    with pytest.raises(ApiError, match=message):
+        _parse(body, VALIDATORS[name])
+    assert time.perf_counter() - started < 2  # jsonschema's own keywords: 4 to 40 s
+
+
+def test_a_body_is_checked_beside_the_event_loop() -> None:
+    class Slow:
+        def iter_errors(self, data: Any) -> list[Any]:
+            time.sleep(0.3)
+            return []
+
+    class Sent:
+        async def stream(self) -> Any:
+            yield b'{"a": 1, "b": null}'
+
+    async def both() -> tuple[dict[str, Any], int]:
+        turns = 0
+        reading = asyncio.create_task(read_body(Sent(), Slow()))  # type: ignore[arg-type]
+        while not reading.done():
+            await asyncio.sleep(0.01)
+            turns += 1
+        return await reading, turns
+
+    body, turns = asyncio.run(both())
+    assert body == {"a": 1} and turns > 5
+
+
 def test_a_key_and_web_pages() -> None:
     with running("secret") as (address, _):
         host = address.removeprefix("http://")
@@ -384,6 +453,8 @@ def test_what_does_not_start(tmp_path: Path) -> None:
         return done.stderr
 
     assert "--host 0.0.0.0 lets other machines connect: give an --api-key" in start("--host", "0.0.0.0")
+    for nothing in ("", " "):
+        assert "--api-key is empty" in start("--host", "0.0.0.0", "--port", "0", "--api-key", nothing)
     assert "flashmoe.json" in start("--host", "0.0.0.0", "--without-api-key", "--port", "0")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "cannot be used" in start("--port", str(taken.getsockname()[1]))
@@ -429,8 +500,10 @@ def test_who_goes_away_makes_room_at_once(address: str, gpt: Any) -> None:
     wait_for(1, 1)
     waiting.close()
     wait_for(1, 0)
+    counted = metric(address, "generated_tokens_total")
     first.close()
     assert wait_for(0, 0) < 0.5  # a token takes a twentieth of a second
+    assert metric(address, "generated_tokens_total") >= counted + 2
     made = gpt.chat.completions.create(model="any", messages=[user("SAY(c)")])
     assert made.choices[0].message.content == "c"
 

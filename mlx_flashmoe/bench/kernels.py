@@ -11,7 +11,6 @@ On a GPU: copying an array, reading and writing counted.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -20,7 +19,6 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from itertools import cycle
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -33,6 +31,7 @@ from rich.table import Table
 from mlx_flashmoe.errors import FlashMoEError, RequestError
 from mlx_flashmoe.kernels import gpu, reference
 from mlx_flashmoe.layout import PROJECTIONS, BlobLayout, Component, Projection, Quantization
+from mlx_flashmoe.reports import check_report, write_report
 
 TOKENS = (1, 4, 16)
 TOP_K = (4, 10)
@@ -288,8 +287,10 @@ def run(
 
     Raises:
         FlashMoEError: a kernel disagrees with the reference.
-        RequestError: a shape that cannot be; fewer slots than a token's experts; no kernel for this device.
+        RequestError: a shape that cannot be; a file that cannot be written; fewer slots than a token's experts;
+            no kernel for this device.
     """
+    check_report(json_file)
     if slots < max(TOP_K):
         raise RequestError(f"bench kernels: --slots must be at least {max(TOP_K)}, a token's experts")
     try:
@@ -332,10 +333,7 @@ def run(
             "shape": {**shape, "slots": slots},
             "figures": list(map(asdict, figures)),
         }
-        try:
-            Path(json_file).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-        except OSError as e:
-            raise RequestError(f"{json_file} cannot be written: {e.strerror}") from None
+        write_report(json_file, written)
     return figures
 
 

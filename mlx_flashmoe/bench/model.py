@@ -8,7 +8,6 @@ number of experts is read plainly, by as many threads and from the same files, i
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
@@ -30,6 +29,7 @@ from mlx_flashmoe.experts.readers import READ_THREADS
 from mlx_flashmoe.experts.store import ExpertStore
 from mlx_flashmoe.generate import generate_step, prefill
 from mlx_flashmoe.loader import Stats, StreamingModel, load
+from mlx_flashmoe.reports import check_report, write_report
 from mlx_flashmoe.sizes import show_size
 
 WARM_UP_TOKENS = 3
@@ -74,12 +74,14 @@ def run(
         options: of ``load``.
 
     Raises:
-        FlashMoEError: the folder cannot be used, a read failed, or a run that had to read has read nothing.
+        FlashMoEError: the folder cannot be used, ``json_file`` cannot be written, a read failed, or a run
+            that had to read has read nothing.
     """
     if tokens < 2 or not prompts or min(prompts) < 1:
         raise RequestError(
             "bench needs prompts of at least 1 token (--prompts) and 2 tokens or more (--tokens)"
         )
+    check_report(json_file)
     console = Console()
     model, _ = load(folder, announce=console.print, **options)
     vocabulary = model.vocab_size
@@ -112,7 +114,7 @@ def run(
         console.print(f"plain reads of whole experts, {kind}: {rate:.2f} GB/s with {READ_THREADS} threads")
     console.print(f"peak memory in MLX's count: {show_size(mx.get_peak_memory())}")
     if json_file is not None:
-        Path(json_file).write_text(json.dumps(report, indent=1) + "\n")
+        write_report(json_file, report)
 
 
 def _forget(model: StreamingModel, page_cache: bool) -> bool:

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from mlx_flashmoe.chat.functions import Function, run
 from mlx_flashmoe.chat.session import Session
-from mlx_flashmoe.generate import GenerationResponse, stream_generate
+from mlx_flashmoe.errors import RequestError
+from mlx_flashmoe.generate import GenerationResponse, answer_room, cut_off, stream_generate
 from mlx_flashmoe.tokenizer import Message, Tokenizer
 from mlx_flashmoe.tools import AnswerParser, Event, Thinking, ToolCall
 
@@ -171,7 +172,11 @@ class Conversation:
         prompt = self._tokenizer.apply_chat_template(
             self.session.messages, tools=schemas or None, **self._template
         )
-        self.model.reserve(len(prompt) + max(0, self._max_tokens))
+        try:
+            room = answer_room(self.model, len(prompt), self._max_tokens)
+        except RequestError as e:
+            raise RequestError(f"the context is full: {e}; /clear begins a new conversation") from None
+        self.model.reserve(len(prompt) + (0 if self._max_tokens == -1 else room))
         parser = AnswerParser(schemas, self._tokenizer.opens_thinking(prompt))
         answer = Answer()
 
@@ -228,8 +233,9 @@ class Conversation:
             )
             self.figures.append(figures)
             self._view.figures(figures)
-            if answer.response.finish_reason == "length":
-                self._view.note(f"the answer was cut off after {self._max_tokens} tokens (--max-tokens)")
+            if note := cut_off(answer.response, self._max_tokens):
+                full = answer.response.generation_tokens != self._max_tokens
+                self._view.note(note + ("; /clear begins a new conversation" if full else ""))
         return answer
 
     def _call(self, calls: Sequence[ToolCall]) -> None:

@@ -68,7 +68,8 @@ def run(functions: dict[str, Function], name: str, arguments: dict[str, Any]) ->
         text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
     except (Exception, SystemExit) as e:  # a tool is the user's program, and can raise anything
         text = f"Error: {type(e).__name__}: {e}"
-    return shorten(text, MAX_RESULT)
+    # File names that are not UTF-8 come as lone surrogates, which no tokenizer takes: every later turn would fail.
+    return shorten(text.encode("utf-8", "replace").decode("utf-8"), MAX_RESULT)
 
 
 def shorten(text: str, limit: int) -> str:
@@ -91,7 +92,7 @@ def load_functions(path: Path) -> list[Function]:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise RequestError(f"--tools {path}: cannot be imported: {type(e).__name__}: {e}") from None
     functions = [
         from_function(f, str(path))

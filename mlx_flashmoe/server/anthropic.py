@@ -28,6 +28,8 @@ async def messages(request: Request) -> Response:
     ask.stop = body.get("stop_sequences", [])
     names = {"temperature": "temp", "top_p": "top_p", "top_k": "top_k"}
     ask.sampling = {ours: body[name] for name, ours in names.items() if name in body}
+    if "top_k" in ask.sampling:
+        ask.sampling["top_k"] = int(ask.sampling["top_k"])  # 40.0 is an integer to JSON
     answer = engine.submit(await run_in_threadpool(engine.prepare, ask))
     head = {
         "id": f"msg_{secrets.token_hex(12)}",

@@ -66,9 +66,12 @@ def serve(
         announce: is told the address when the server can be used.
 
     Raises:
-        RequestError: the address cannot be used, or would let anybody in.
+        RequestError: the address cannot be used, or would let anybody in; the key is empty.
         FlashMoEError: what loading raises.
     """
+    if api_key is not None and not api_key.strip():
+        # Whoever sends no key at all would have sent the right one.
+        raise RequestError("--api-key is empty: give one of at least one character, or leave it out")
     if not _is_loopback(host) and api_key is None and not without_key:
         raise RequestError(
             f"--host {host} lets other machines connect: give an --api-key, or say --without-api-key"

@@ -133,7 +133,7 @@ class Engine:
                 f"a prompt of {prompt} tokens{answer} does not fit into the context of {most} tokens",
                 code="context_length_exceeded",
             )
-        return wanted or most - prompt
+        return int(wanted or most - prompt)  # 5.0 is an integer to JSON
 
     def _constraints(self) -> Constrainer:
         with self._lock:

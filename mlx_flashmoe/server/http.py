@@ -8,12 +8,15 @@ from typing import Any
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
 from mlx_flashmoe.server.errors import ApiError, as_api_error
 
 MAX_BODY = 32 * 2**20  # bytes; a prompt of 262,144 tokens takes about one MiB
+MAX_OBJECTS = 2**15  # in a body, whatever they are; checking so many takes a second or three
+MAX_COMMAS = 2**21  # more than a prompt has that fits into any context; what they part is read in one go
 
 
 class JSON(Response):
@@ -29,7 +32,7 @@ async def read_body(request: Request, validator: Draft202012Validator) -> dict[s
     """The request's JSON object, without fields that are null: for both APIs these are as good as absent.
 
     Raises:
-        ApiError: it is too large, or not what the schema says.
+        ApiError: it is too large, has too many parts, or is not what the schema says.
     """
     body = bytearray()
     try:
@@ -39,16 +42,31 @@ async def read_body(request: Request, validator: Draft202012Validator) -> dict[s
                 raise ApiError(413, f"the request is larger than {MAX_BODY} bytes")
     except ClientDisconnect:
         raise ApiError(400, "the request ended early") from None
+    # Not on the event loop: a large body takes its time.
+    return await run_in_threadpool(_parse, body, validator)
+
+
+def _parse(body: bytes | bytearray, validator: Draft202012Validator) -> dict[str, Any]:
+    if body.count(b",") > MAX_COMMAS:
+        raise ApiError(
+            400, f"the body has more than {MAX_COMMAS} commas: no such prompt fits into the context"
+        )
+    objects = 0
+
+    def count(made: dict[str, Any]) -> dict[str, Any]:
+        nonlocal objects
+        objects += 1
+        if objects > MAX_OBJECTS:
+            raise ApiError(400, f"the body has more than {MAX_OBJECTS} JSON objects")
+        return made
+
     try:
-        data = json.loads(body, parse_constant=_refuse)
+        data = json.loads(body, parse_constant=_refuse, object_hook=count)
+        error = best_match(validator.iter_errors(data))
     except RecursionError:
         raise ApiError(400, "the body is not usable JSON: it is nested too deeply") from None
     except ValueError as e:
         raise ApiError(400, f"the body is not JSON: {e}") from None
-    try:
-        error = best_match(validator.iter_errors(data))
-    except RecursionError:
-        raise ApiError(400, "the body is not usable JSON: it is nested too deeply") from None
     while error is not None and error.context and {"type": "null"} in error.validator_value:
         # "Neither this nor null": what is wrong with this?
         error = best_match([e for e in error.context if e.relative_schema_path[0] == 0])

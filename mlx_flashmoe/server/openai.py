@@ -109,6 +109,8 @@ def _sampling(body: dict[str, Any]) -> dict[str, Any]:
     names = {"temperature": "temp", "seed": "seed", "top_k": "top_k"}
     names |= {name: name for name in ("top_p", "min_p", "repetition_penalty")}
     sampling = {ours: body[name] for name, ours in names.items() if name in body}
+    if "top_k" in sampling:
+        sampling["top_k"] = int(sampling["top_k"])  # 40.0 is an integer to JSON
     if "seed" in sampling:
         sampling["seed"] = int(sampling["seed"]) % 2**64
     return sampling

@@ -6,9 +6,12 @@ supported, are refused.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError
+from jsonschema.validators import extend
 
 Schema = dict[str, Any]
 
@@ -185,8 +188,89 @@ MESSAGE = record(
 )
 COUNT_TOKENS = record({"messages": items(ANTHROPIC_MESSAGE, minItems=1)}, CONVERSATION)
 
+
+# Checking
+#
+# jsonschema's own keywords look at every item however many are wrong, and put all that is wrong into the message:
+# a large body of the wrong kind took half a minute. These say the same of small values, and little of large ones.
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict | list) and value:
+        return f"an object of {len(value)} fields" if isinstance(value, dict) else f"an array of {len(value)}"
+    return repr(value if not isinstance(value, str) or len(value) <= 300 else value[:300] + " …")
+
+
+def _type(validator: Any, types: str, value: Any, schema: Schema) -> Iterator[ValidationError]:
+    if not validator.is_type(value, types):
+        yield ValidationError(f"{_shown(value)} is not of type {types!r}")
+
+
+def _enum(validator: Any, known: list[Any], value: Any, schema: Schema) -> Iterator[ValidationError]:
+    if not isinstance(value, str) or value not in known:
+        yield ValidationError(f"{_shown(value)} is not one of {known!r}")
+
+
+def _any_of(validator: Any, options: list[Schema], value: Any, schema: Schema) -> Iterator[ValidationError]:
+    context: list[ValidationError] = []
+    for i, option in enumerate(options):
+        errors = list(validator.descend(value, option, schema_path=i))
+        if not errors:
+            return
+        context += errors
+    yield ValidationError(f"{_shown(value)} is not valid under any of the given schemas", context=context)
+
+
+def _max_items(validator: Any, most: int, value: Any, schema: Schema) -> Iterator[ValidationError]:
+    if isinstance(value, list) and len(value) > most:
+        yield ValidationError(f"{_shown(value)} is too long: it may have {most} items")
+
+
+def _max_properties(validator: Any, most: int, value: Any, schema: Schema) -> Iterator[ValidationError]:
+    if isinstance(value, dict) and len(value) > most:
+        yield ValidationError(f"{_shown(value)} has too many fields: it may have {most}")
+
+
+def _items(validator: Any, item: Schema, value: Any, schema: Schema) -> Iterator[ValidationError]:
+    """What is wrong with the first item that is wrong; of an array that is too long, only that it is."""
+    if not isinstance(value, list) or len(value) > schema.get("maxItems", len(value)):
+        return
+    plain = _plain(item)
+    for i, part in enumerate(value):
+        if plain is not None and plain(part):
+            continue
+        errors = list(validator.descend(part, item, path=i))
+        if errors:
+            yield from errors
+            return
+
+
+def _plain(schema: Schema) -> Callable[[Any], bool] | None:
+    """A quick test that all texts, or all integers of a range, pass; None for another schema."""
+    if schema == TEXT:
+        return lambda value: type(value) is str
+    if schema.keys() == {"type", "minimum", "maximum"} and schema["type"] == "integer":
+        least, most = schema["minimum"], schema["maximum"]
+        return lambda value: (
+            (type(value) is int or (type(value) is float and value.is_integer())) and least <= value <= most
+        )
+    return None
+
+
+_Validator = extend(
+    Draft202012Validator,
+    {
+        "type": _type,
+        "enum": _enum,
+        "anyOf": _any_of,
+        "maxItems": _max_items,
+        "maxProperties": _max_properties,
+        "items": _items,
+    },
+)
+
 VALIDATORS = {
-    schema_name: Draft202012Validator(schema)
+    schema_name: _Validator(schema)
     for schema_name, schema in (
         ("chat_completion", CHAT_COMPLETION),
         ("completion", COMPLETION),

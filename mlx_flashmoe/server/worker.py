@@ -79,6 +79,7 @@ class Job:
         parser: tells what the answer's text is; if None, it is text.
         stop: sequences that end the answer where they begin, if they occur in its text.
         top_logprobs: how many of the most likely tokens to tell of; None for no log-probabilities at all.
+        generated, cached: tokens so far: of the answer, and of the prompt those kept from before.
         emit: is given Parts and then one End, on the worker's thread; set by who waits for them.
     """
 
@@ -90,6 +91,8 @@ class Job:
     stop: Sequence[str] = ()
     top_logprobs: int | None = None
     emit: Callable[[Part | End], None] = lambda part: None
+    generated: int = 0
+    cached: int = 0
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
@@ -233,9 +236,8 @@ class Worker:
         except Exception as e:
             log.exception("an answer failed")
             end = End("stop", error=e)
-        self._metrics.answered(
-            len(job.prompt), end.cached_tokens, end.generated_tokens, time.perf_counter() - start
-        )
+        # Of an answer that was given up, what there was of it: its time counts, too.
+        self._metrics.answered(len(job.prompt), job.cached, job.generated, time.perf_counter() - start)
         job.emit(end)
 
     def _generate(self, job: Job) -> End:
@@ -258,6 +260,7 @@ class Worker:
         )
         with closing(responses):
             for response in responses:
+                job.generated, job.cached = response.generation_tokens, response.cached_tokens
                 check()
                 events = self._events(job, response)
                 if response.finish_reason and job.parser is not None:
