@@ -227,9 +227,8 @@ def _comparisons(
     bound = bind(checkpoint)
     try:
         plan = make_plan(bound, recipe)
-    except (
-        ConversionError
-    ):  # its advice is about options of convert, which were others if this was the source
+    except ConversionError:
+        # Its advice is about options of convert, which were others if this was the source.
         raise FormatError(
             f"{folder} is not a conversion of {against}: the bits and group sizes that were asked for do not fit it"
         ) from None

@@ -149,7 +149,8 @@ def _add_convert(commands: Any) -> None:
     parser.add_argument(
         "--recipe",
         metavar="FILE",
-        help="a TOML file with the same choices, for single layers too (README.md shows one)",
+        help="a TOML file with the same choices, for single layers too (README.md shows one); options given here come "
+        "before it, but not before its layers",
     )
     parser.add_argument(
         "--delete-source",
@@ -194,7 +195,8 @@ def _add_verify(commands: Any) -> None:
         allow_abbrev=False,
         help="read a converted model again, and compare it with its checksums or its source",
         description="Read all of a converted model from the disk and compare it with the checksums that convert "
-        "has kept, or with the checkpoint it was made from. Says what is damaged or missing.",
+        "has kept, or with the checkpoint it was made from. Says what is damaged or missing, of config.json, the "
+        "tokenizer's files and the chat template too.",
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="a folder that convert has written")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Figures in a JSON file, as ``eval --json`` and ``bench --json`` write them."""
+"""Figures in a JSON file, as eval, bench and doctor write them with --json."""
 
 from __future__ import annotations
 

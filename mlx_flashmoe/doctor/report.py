@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import tempfile
@@ -39,6 +38,7 @@ from mlx_flashmoe.errors import MemoryPlanError, RequestError
 from mlx_flashmoe.experts.store import reads_directly
 from mlx_flashmoe.layout import PROJECTIONS, BlobLayout, Quantization, expert_file
 from mlx_flashmoe.loader import PLANNED_CONTEXT, prefill_chunk
+from mlx_flashmoe.reports import check_report, write_report
 from mlx_flashmoe.sizes import show_size
 
 FEWER = 4  # active experts: what the original system uses
@@ -106,8 +106,7 @@ def run(
         return
     if context < 2:
         raise RequestError(f"--context {context}: at least 2 tokens are needed")
-    if json_file is not None:
-        _check_writable(Path(json_file))  # before half a minute is spent
+    check_report(json_file)  # before half a minute is spent
 
     # A machine of which the bandwidth is given computes on a GPU, in bfloat16.
     on_gpu = mx.default_device() == mx.gpu or other.bandwidth is not None
@@ -164,9 +163,7 @@ def _rates(needs: Needs, folder: Path, other: Other) -> Rates:
         disk, _ = measure_reads(needs.layout, active, folder)
         return replace(simulated(0, other.bandwidth), disk=disk)
     if other.disk is not None:
-        folder = Path(
-            tempfile.gettempdir()
-        )  # the page cache is the same everywhere, and this can be written to
+        folder = Path(tempfile.gettempdir())  # the page cache is the same everywhere; this can be written to
     rates = measure_rates(needs.model_type, needs.settings, needs.layout, active, folder)
     return rates if other.disk is None else replace(rates, disk=SEQUENTIAL_SHARE * other.disk)
 
@@ -394,18 +391,4 @@ def _write(json_file: str, model: str, needs: Needs, rates: Rates, rows: list[Ro
             for row in rows
         ],
     }
-    try:
-        Path(json_file).write_text(json.dumps(report, indent=1) + "\n")
-    except OSError as e:
-        raise RequestError(f"{json_file} cannot be written: {e.strerror}") from None
-
-
-def _check_writable(path: Path) -> None:
-    """Raises RequestError unless the file can be written. What is in it stays, and if there is none, none is left."""
-    new = not path.exists()
-    try:
-        open(path, "a").close()
-        if new:
-            path.unlink()
-    except OSError as e:
-        raise RequestError(f"{path} cannot be written: {e.strerror}") from None
+    write_report(json_file, report)
