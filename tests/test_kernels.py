@@ -318,7 +318,8 @@ def test_what_threads_compute_with_outlasts_the_call(monkeypatch):
     slab = mx.array(blobs) + 0
     x = mx.zeros((2, 256))
     mx.eval(slab, x)
-    cpu.expert_rows(x, slab, mx.array([0, 1], dtype=mx.int32), layout)
+    with np.errstate(all="ignore"):  # nothing is computed: the numbers are what memory held
+        cpu.expert_rows(x, slab, mx.array([0, 1], dtype=mx.int32), layout)
     del slab
     assert mx.get_active_memory() - before >= blobs.nbytes
     works.clear()
