@@ -430,7 +430,7 @@ def split(work: Callable[[int, int], None], bounds: list[int]) -> None:
             work(*piece)
         return
     helpers = min(THREADS, len(pieces))
-    shared = Shared(lambda piece: work(*piece), pieces, helpers)
+    shared = Shared(work, pieces, helpers)
     _pool().help(shared.drain, helpers)
     shared.wait()
 

@@ -10,7 +10,7 @@ import atexit
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 
 class Threads:
@@ -54,15 +54,13 @@ class Shared:
     """Pieces of work for several threads. What they work on must be kept alive by ``work`` itself.
 
     Args:
-        work: called with each piece, by whichever thread is free.
+        work: called with each piece's two numbers, by whichever thread is free.
         helpers: how many threads will call ``drain``.
     """
 
-    def __init__(
-        self, work: Callable[[tuple[int, int]], None], pieces: Iterable[tuple[int, int]], helpers: int
-    ):
+    def __init__(self, work: Callable[[int, int], None], pieces: list[tuple[int, int]], helpers: int):
         self._work = work
-        self._pieces = iter(list(pieces))
+        self._pieces = iter(pieces)
         self._done = itertools.count(1)
         self._helpers = helpers
         self._failure: BaseException | None = None
@@ -72,7 +70,7 @@ class Shared:
     def drain(self) -> None:
         try:
             for piece in self._pieces:  # next() of a list's iterator is atomic, and so is a count's
-                self._work(piece)
+                self._work(*piece)
         except BaseException as e:
             self._failure = e
         finally:

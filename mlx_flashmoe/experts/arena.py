@@ -182,9 +182,7 @@ class SlotArena:
         self._pending[use] = output
         self._used_by[slots] = use
         while len(self._pending) > MAX_PENDING:
-            oldest = next(iter(self._pending))
-            mx.eval(self._pending[oldest])
-            del self._pending[oldest]
+            self._compute(next(iter(self._pending)))
         return use
 
     def all_computed(self) -> None:
@@ -231,15 +229,18 @@ class SlotArena:
         self._unsure = True  # until whoever claims has it written down that these slots are being filled
         claimed = np.array([free.pop() for _ in range(min(n, len(free)))] + victims, dtype=np.int32)
         for use in set(self._used_by[claimed].tolist()):
-            output = self._pending.get(use)
-            if output is not None:
-                mx.eval(output)
-                del self._pending[use]  # only now: an interrupt must not make it forgotten
+            self._compute(use)
         self._used_by[claimed] = -1
         if victims:
             self.slot_of.reshape(-1)[self._owner[victims]] = -1
             self._held[victims] = False
         return claimed
+
+    def _compute(self, use: int) -> None:
+        """Evaluates and forgets what ``used`` was told of, if it is not yet forgotten."""
+        if use in self._pending:
+            mx.eval(self._pending[use])
+            del self._pending[use]  # only now: an interrupt must not make it forgotten
 
     def _repair(self) -> None:
         """After an interrupt, wherever it came: once nothing is being read, what the table says is so, and all else
