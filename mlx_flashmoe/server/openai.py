@@ -93,11 +93,7 @@ def _required(offered: Offered, choice: Any) -> list[dict[str, Any]] | None:
         return None
     if choice.get("type") == "allowed_tools":
         allowed = choice.get("allowed_tools") or choice
-        names = [
-            Offered([tool]).tools[0]["function"]["name"]
-            for tool in allowed.get("tools", [])
-            if Offered([tool]).tools
-        ]
+        names = [tool["function"]["name"] for tool in Offered(allowed.get("tools")).tools]
         return offered.required(names) if allowed.get("mode") == "required" else None
     return offered.required([str((choice.get("function") or choice).get("name"))])
 
