@@ -106,6 +106,11 @@ class ChatTemplate:
         return not self.takes("system") or not self.takes("system", "assistant")
 
     @cached_property
+    def begins_with_user(self) -> bool:
+        """A conversation that the model begins is refused."""
+        return self.takes("user", "assistant") and not self.takes("assistant", "user")
+
+    @cached_property
     def alternates(self) -> bool:
         """Two messages of one role in a row are refused."""
         return self.takes("user", "assistant", "user") and not self.takes("user", "user")
@@ -117,7 +122,8 @@ def fit(messages: Iterable[Message], template: ChatTemplate) -> list[Message]:
     - Leading system messages become one.
     - A later one stays where the template can render it there. Elsewhere it is appended to the tool's result
       before it, or becomes a user message, as a reminder.
-    - A conversation without a user message gets an empty one before the model's first, if the template needs one.
+    - A conversation without a user message, or that the model begins, gets an empty one before it, if the template
+      needs that.
     - Neighbours of one role become one, if the template needs that.
     """
     out: list[Message] = []
@@ -138,9 +144,11 @@ def fit(messages: Iterable[Message], template: ChatTemplate) -> list[Message]:
             out.append({"role": "user", "content": REMINDER.format(message["content"])})
     if out and out[0]["role"] == "system" and not template.takes_system and template.takes("user"):
         out[0] = {"role": "user", "content": REMINDER.format(out[0]["content"])}
-    if template.needs_user and not any(m["role"] == "user" for m in out):
-        place = 1 if out and out[0]["role"] == "system" else 0
-        out.insert(place, {"role": "user", "content": ""})
+    start = int(bool(out) and out[0]["role"] == "system")
+    if (template.needs_user and not any(m["role"] == "user" for m in out)) or (
+        template.begins_with_user and out[start:] and out[start]["role"] != "user"
+    ):
+        out.insert(start, {"role": "user", "content": ""})
     return _merged(out) if template.alternates else out
 
 
@@ -148,11 +156,7 @@ def _merged(messages: list[Message]) -> list[Message]:
     out: list[Message] = []
     for message in messages:
         before = out[-1] if out else None
-        if (
-            before is not None
-            and before["role"] == message["role"] in ("user", "assistant")
-            and "tool_calls" not in before
-        ):
+        if before is not None and before["role"] == message["role"] in ("user", "assistant"):
             out[-1] = {**before, **message, "content": _joined(before["content"], message["content"])}
         else:
             out.append(message)

@@ -79,12 +79,7 @@ OPENAI_MESSAGE = record(
     },
 )
 TOOLS = items({"type": "object"})
-OPENAI_CHOICE: Schema = {
-    "anyOf": [
-        {"enum": ["none", "auto", "required"]},
-        kind("function", {"function": record({"name": TEXT})}),
-    ]
-}
+OPENAI_CHOICE: Schema = {"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]}
 RESPONSE_FORMAT: Schema = {
     "anyOf": [
         kind("text"),
