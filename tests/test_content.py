@@ -149,18 +149,37 @@ def test_messages_of_openais_form() -> None:
             {"role": "developer", "content": "s"},
             {"role": "user", "content": "q", "name": "n"},
             {"role": "assistant", "content": "<think>\nA.\n</think>\n\nB. </think>"},
-            {"role": "assistant", "content": None, "reasoning": "C.", "function_call": {"name": "f", "arguments": "{}"}},
+            {
+                "role": "assistant",
+                "content": None,
+                "reasoning": "C.",
+                "function_call": {"name": "f", "arguments": "{}"},
+            },
             {"role": "function", "name": "f", "content": "r"},
-            {"role": "assistant", "content": [{"type": "thinking", "thinking": "D."}, {"type": "text", "text": "E."}]},
-            {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": None}}, {"type": "custom", "custom": {"name": "g", "input": "i"}}]},
+            {
+                "role": "assistant",
+                "content": [{"type": "thinking", "thinking": "D."}, {"type": "text", "text": "E."}],
+            },
+            {
+                "role": "assistant",
+                "tool_calls": [
+                    {"id": "1", "function": {"name": None}},
+                    {"type": "custom", "custom": {"name": "g", "input": "i"}},
+                ],
+            },
             {"role": "tool", "content": None},
         ]
-    )  # fmt: skip
+    )
     assert said == [
         {"role": "system", "content": "s"},
         {"role": "user", "content": "q"},
         {"role": "assistant", "content": "B. </think>", "reasoning_content": "A."},
-        {"role": "assistant", "content": "", "reasoning_content": "C.", "tool_calls": [{"id": "f", "type": "function", "function": {"name": "f", "arguments": {}}}]},
+        {
+            "role": "assistant",
+            "content": "",
+            "reasoning_content": "C.",
+            "tool_calls": [{"id": "f", "type": "function", "function": {"name": "f", "arguments": {}}}],
+        },
         {"role": "tool", "tool_call_id": "f", "content": "r"},
         {"role": "assistant", "content": "E.", "reasoning_content": "D."},
         {
@@ -172,34 +191,44 @@ def test_messages_of_openais_form() -> None:
             ],
         },
         {"role": "tool", "tool_call_id": "", "content": ""},
-    ]  # fmt: skip
+    ]
 
 
 def test_messages_of_anthropics_form() -> None:
     image = {"type": "image", "source": {"type": "base64", "data": base64.b64encode(b"x").decode()}}
     said = anthropic_messages.conversation(
         {
-            "system": [{"type": "text", "text": "x-anthropic-billing-header: cc_version=2; cch=1;"}, {"type": "text", "text": "a"}, "b"],
+            "system": [
+                {"type": "text", "text": "x-anthropic-billing-header: cc_version=2; cch=1;"},
+                {"type": "text", "text": "a"},
+                "b",
+            ],
             "messages": [
                 {"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]},
-                {"role": "assistant", "content": [
-                    {"type": "thinking", "thinking": "T.", "signature": ""},
-                    {"type": "redacted_thinking", "data": "x"},
-                    {"type": "text", "text": "I read."},
-                    {"type": "server_tool_use", "name": "web_search", "input": {}},
-                    {"type": "tool_use", "id": "1", "name": "Read", "input": {"file": "a"}},
-                    {"type": "tool_use", "id": "2", "name": "Read", "input": '{"file'},
-                ]},
-                {"role": "user", "content": [
-                    {"type": "tool_result", "tool_use_id": "2", "content": [image]},
-                    {"type": "tool_result", "tool_use_id": "1"},
-                    {"type": "text", "text": "<system-reminder>\nR.\n</system-reminder>"},
-                    {"type": "text", "text": "Go on."},
-                ]},
+                {
+                    "role": "assistant",
+                    "content": [
+                        {"type": "thinking", "thinking": "T.", "signature": ""},
+                        {"type": "redacted_thinking", "data": "x"},
+                        {"type": "text", "text": "I read."},
+                        {"type": "server_tool_use", "name": "web_search", "input": {}},
+                        {"type": "tool_use", "id": "1", "name": "Read", "input": {"file": "a"}},
+                        {"type": "tool_use", "id": "2", "name": "Read", "input": '{"file'},
+                    ],
+                },
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "tool_result", "tool_use_id": "2", "content": [image]},
+                        {"type": "tool_result", "tool_use_id": "1"},
+                        {"type": "text", "text": "<system-reminder>\nR.\n</system-reminder>"},
+                        {"type": "text", "text": "Go on."},
+                    ],
+                },
                 {"role": "system", "content": [{"type": "text", "text": "Late."}]},
             ],
         }
-    )  # fmt: skip
+    )
     assert said == [
         {"role": "system", "content": "a\n\nb"},
         {"role": "user", "content": "q\n\nr"},
@@ -209,14 +238,22 @@ def test_messages_of_anthropics_form() -> None:
             "reasoning_content": "T.",
             "tool_calls": [
                 {"id": "1", "type": "function", "function": {"name": "Read", "arguments": {"file": "a"}}},
-                {"id": "2", "type": "function", "function": {"name": "Read", "arguments": {"arguments": '{"file'}}},
+                {
+                    "id": "2",
+                    "type": "function",
+                    "function": {"name": "Read", "arguments": {"arguments": '{"file'}},
+                },
             ],
         },
         {"role": "tool", "tool_call_id": "1", "content": "\n\n<system-reminder>\nR.\n</system-reminder>"},
-        {"role": "tool", "tool_call_id": "2", "content": "[image: this model reads text only and cannot see it]"},
+        {
+            "role": "tool",
+            "tool_call_id": "2",
+            "content": "[image: this model reads text only and cannot see it]",
+        },
         {"role": "user", "content": "Go on."},
         {"role": "system", "content": "Late."},
-    ]  # fmt: skip
+    ]
 
 
 # Tools
@@ -287,10 +324,8 @@ def test_a_longer_conversation_begins_with_the_shorter_one(
     template = _template(name)
     messages = [{"role": role, "content": f"<{i}>"} for i, role in enumerate(roles)]
     cut = data.draw(st.integers(1, len(roles) - 1))
-    # Where the shorter one ends a run that the next message belongs to, its last message becomes longer.
-    if roles[cut] == "assistant" or (
-        name in ("lenient", "published", "own") and roles[cut] == "user" != roles[cut - 1]
-    ):
+    # Elsewhere the last message becomes longer, or loses the place of its thinking.
+    if roles[cut] == "assistant" or (name == "lenient" and roles[cut] != "system"):
         shorter = template.render(fit(messages[:cut], template), add_generation_prompt=False)
         longer = template.render(fit(messages, template), add_generation_prompt=False)
         if "user" in roles[:cut]:
@@ -355,9 +390,13 @@ def test_text_never_becomes_special_tokens(said: str, name: str) -> None:
         return [
             {"role": "system", "content": said},
             {"role": "user", "content": said},
-            {"role": "assistant", "content": said, "tool_calls": [{"function": {"name": "f", "arguments": {"x": said}}}]},
+            {
+                "role": "assistant",
+                "content": said,
+                "tool_calls": [{"function": {"name": "f", "arguments": {"x": said}}}],
+            },
             {"role": "tool", "content": said},
-        ]  # fmt: skip
+        ]
 
     ids = made.apply_chat_template(conversation(f"a{said}z"), tools)
     plain = made.apply_chat_template(conversation("az"), map_text(tools, lambda t: t if t != said else ""))
