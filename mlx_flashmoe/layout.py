@@ -245,7 +245,6 @@ def _advice(folder: Path) -> str:
     return f"no such folder; make one with: {convert.format('SRC', source)}"
 
 
-
 @dataclass(frozen=True)
 class Manifest:
     """flashmoe.json.
