@@ -118,6 +118,8 @@ def run(
     console.print(_facts(_rate_lines(needs, rates, total, usable, other)))
     console.print()
     console.print(_facts(_model_lines(model, needs, folder, context, other)))
+    for note in needs.notes:
+        console.print(note)
     console.print()
     try:
         here = needs.converted and other == Other()
