@@ -41,7 +41,7 @@ class Snapshot(Repository):
 
 
 def _commit(name: str, folder: Path, revision: str | None) -> str:
-    """The commit to read: ``revision`` itself, what refs says of it, or the only one there is."""
+    """The commit to read: ``revision`` itself, what refs says of it, or without refs the only one there is."""
     snapshots = folder / "snapshots"
     commits = sorted(path.name for path in snapshots.iterdir()) if snapshots.is_dir() else []
     if not commits:
@@ -52,7 +52,7 @@ def _commit(name: str, folder: Path, revision: str | None) -> str:
     if commit in commits:
         return commit
     # A download of a commit by its hash leaves no refs.
-    if revision is None and len(commits) == 1:
+    if revision is None and len(commits) == 1 and not reference.exists():
         return commits[0]
     raise SourceError(
         f"{name}: revision {wanted} is not in the hub's cache ({folder}), which has {', '.join(commits[:3])}; {ADVICE}"
