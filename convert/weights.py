@@ -89,12 +89,14 @@ def choose(there: Collection[str], index: Path | None, where: str, advice: str) 
         raise SourceError(
             f"{where} has neither {SINGLE} nor {INDEX} nor numbered shards; only safetensors checkpoints are read"
         )
-    read = files[0] if len(files) == 1 else f"{files[0]} and the {len(files) - 1} that belong to it"
+    read = (
+        f"{files[0]} is" if len(files) == 1 else f"{files[0]} and the other {len(files) - 1} of its set are"
+    )
     note = None
     if index is not None:
-        note = f"{where}: {INDEX} names {_some(missing)}, not there; {read} read instead"
+        note = f"{where}: {_are_missing(missing)}, though {INDEX} names {_them(missing)}; {read} read instead"
     elif not single:
-        note = f"{where}: there is no {INDEX}; {read} read without it"
+        note = f"{where}: {INDEX} is missing; {read} read without it"
     return Weights(files, None, {}, note)
 
 

@@ -69,13 +69,20 @@ READ: list[tuple[Change, str | None]] = [
     (lambda s: None, None),
     (written(SINGLE), None),
     (both(joined, without(INDEX)), None),
-    (joined, f"{INDEX} names {shard(1)}, {shard(2)} and {shard(3)}, not there; {SINGLE} read instead"),
-    (both(written(SINGLE), without(shard(2))), f"{INDEX} names {shard(2)}, not there; {SINGLE} read instead"),
-    (without(INDEX), f"there is no {INDEX}; {shard(1)} and the 2 that belong to it read without it"),
-    (renamed("model.safetensors", False), f"there is no {INDEX}; model.safetensors-00001-of-00003"),
-    (renamed("other", True), f"not there; {shard(1, stem='other')} and the 2 that belong to it read instead"),
+    (joined, f"{shard(3)} are missing, though {INDEX} names them; {SINGLE} is read instead"),
+    (
+        both(written(SINGLE), without(shard(2))),
+        f"{shard(2)} is missing, though {INDEX} names it; {SINGLE} is read instead",
+    ),
+    (without(INDEX), f"{INDEX} is missing; {shard(1)} and the other 2 of its set are read without it"),
+    (
+        renamed("model.safetensors", False),
+        f"{INDEX} is missing; model.safetensors-00001-of-00003.safetensors",
+    ),
+    (renamed("other", True), f"{shard(1, stem='other')} and the other 2 of its set are read instead"),
     # What is left of another set does not count.
-    (both(without(INDEX), written(shard(1, 2))), f"there is no {INDEX}; {shard(1)} and the 2"),
+    (both(without(INDEX), written(shard(1, 2))), f"{INDEX} is missing; {shard(1)} and the other 2"),
+    (both(without(INDEX, *map(shard, (1, 2, 3))), written(shard(1, 1))), f"{shard(1, 1)} is read without it"),
 ]
 
 

@@ -173,7 +173,7 @@ def test_of_a_model_on_the_hub_only_headers_are_fetched(tmp_path: Path) -> None:
     assert remote.returncode == 0, remote.stderr
     assert not remote.stderr
     assert remote.stdout.split()[-200:] == local.stdout.split()[-200:]
-    assert "there is no model.safetensors.index.json" in " ".join(remote.stdout.split())
+    assert "model.safetensors.index.json is missing; " in " ".join(remote.stdout.split())
     shards = {name: span for name, span in asked if name != "config.json"}
     header = f"bytes=0-{hub.FIRST_READ - 1}"
     assert shards == {f"model-0000{i}-of-00002.safetensors": header for i in (1, 2)}
