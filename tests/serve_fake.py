@@ -2,14 +2,17 @@
 
 SAY(text)   the answer
 FOREVER     the answer again and again
-SLOWLY      a twentieth of a second a token
+SLOWLY      a twentieth of a second per token
+LATE(3)     three seconds before the first token
 BREAK       an error instead of a second token
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+import re
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,12 +42,12 @@ TEMPLATE = """\
 
 class ObedientModel(FakeModel):
     identity = "00"
-    max_context = 2000
     vocab_size = FakeModel.vocab
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_context: int) -> None:
         super().__init__()
         self._tokenizer = tokenizer
+        self.max_context = max_context
 
     def reserve(self, context: int) -> None:
         assert context <= self.max_context
@@ -72,8 +75,8 @@ class ObedientModel(FakeModel):
         script = self._tokenizer.encode(text)
         if "SLOWLY" in order:
             time.sleep(0.05)
-        if "LATE" in order and not said:
-            time.sleep(0.5)
+        if (late := re.search(r"LATE\((\d+)\)", order)) and not said:
+            time.sleep(int(late[1]))
         if "BREAK" in order and said:
             raise ReadError("layer 3, expert 4: the disk is gone")
         if "FOREVER" in order:
@@ -82,24 +85,30 @@ class ObedientModel(FakeModel):
         return script[said] if said < len(script) else end
 
 
-def load() -> tuple[ObedientModel, Tokenizer]:
+def load(template: str, max_context: int) -> tuple[ObedientModel, Tokenizer]:
     tokenizer = Tokenizer(
         make_checkpoint.build_tokenizer(),
         special_tokens={"eos_token": "<|im_end|>"},
-        chat_templates={"default": TEMPLATE},
+        chat_templates={"default": template},
     )
-    return ObedientModel(tokenizer), tokenizer
+    return ObedientModel(tokenizer, max_context), tokenizer
 
 
 if __name__ == "__main__":
-    engine.KEEP_ALIVE = 0.1
-    key = sys.argv[1] if len(sys.argv) > 1 else None
+    parser = argparse.ArgumentParser()
+    parser.add_argument("key", nargs="?")
+    parser.add_argument("--template", type=Path, help="a chat template; by default one that refuses nothing")
+    parser.add_argument("--context", type=int, default=2000)
+    parser.add_argument("--keep-alive", type=float, default=0.1)
+    arguments = parser.parse_args()
+    engine.KEEP_ALIVE = arguments.keep_alive
+    template = arguments.template.read_text() if arguments.template else TEMPLATE
     serve(
-        load,
+        lambda: load(template, arguments.context),
         "obedient",
         host="127.0.0.1",
         port=0,
-        api_key=key,
+        api_key=arguments.key,
         sampling={"temp": 0.0},
         announce=lambda line: print(line, flush=True),
     )
