@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_flashmoe.errors import FlashMoEError, RequestError
 from mlx_flashmoe.prefix_cache import PrefixCache
-from mlx_flashmoe.server import anthropic, openai
+from mlx_flashmoe.server import anthropic, openai, tokenizing
 from mlx_flashmoe.server.engine import Engine
 from mlx_flashmoe.server.errors import ApiError, anthropic_body, as_api_error, openai_body
 from mlx_flashmoe.server.http import JSON
@@ -159,6 +159,9 @@ def build(
         Route("/v1/models/{model:path}", openai.model),
         Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
         Route("/v1/completions", openai.completions, methods=["POST"]),
+        Route("/tokenizer_info", tokenizing.tokenizer_info),
+        Route("/tokenize", tokenizing.tokenize, methods=["POST"]),
+        Route("/detokenize", tokenizing.detokenize, methods=["POST"]),
         Route("/v1/messages", anthropic.messages, methods=["POST"]),
         Route("/v1/messages/count_tokens", anthropic.count_tokens, methods=["POST"]),
     ]
