@@ -260,8 +260,11 @@ class Completion(Shape):
     def _top(self, info: TokenInfo) -> dict[str, float | None] | None:
         if info.logprob is None:
             return None
-        # Different tokens may have the same text: the likeliest of them counts.
-        return {self._text(token): _logprob(value) for token, value in reversed(info.top)}
+        top: dict[str, float | None] = {}
+        for token, value in info.top:
+            # Different tokens may have the same text: the likeliest of them counts.
+            top.setdefault(self._text(token), _logprob(value))
+        return top
 
 
 async def _respond(
