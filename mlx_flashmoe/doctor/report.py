@@ -27,7 +27,7 @@ from mlx_flashmoe.doctor.predictions import (
     rates_of,
     why_nothing_fits,
 )
-from mlx_flashmoe.doctor.verdict import choose, commands, verdict
+from mlx_flashmoe.doctor.verdict import choose, commands, figure, verdict
 from mlx_flashmoe.errors import MemoryPlanError, RequestError
 from mlx_flashmoe.experts.store import reads_directly
 from mlx_flashmoe.layout import PROJECTIONS, BlobLayout, Quantization, expert_file
@@ -216,9 +216,9 @@ def _rows_table(rows: list[Row], chosen: Row) -> Table:
             f"{'*' if row is chosen else ''} {row.work.active}",
             f"{row.expert_memory} {size}" if row.expert_memory in ("auto", "os") else size,
             *(f"{100 * share:.0f}%" for share in (where.arena, where.page_cache, where.disk)),
-            f"{1 / row.token.seconds:.3g}",
-            f"{1 / row.even.seconds:.3g}",
-            f"{row.first_token:.3g} s",
+            figure(1 / row.token.seconds),
+            figure(1 / row.even.seconds),
+            f"{figure(row.first_token)} s",
             style="bold" if row is chosen else "",
         )
     return table
@@ -251,7 +251,9 @@ def _arithmetic(row: Row, rates: Rates) -> Table:
     )
     for text, seconds in lines:
         table.add_row(text, f"{1e3 * seconds:.1f} ms")
-    table.add_row(f"together: {1 / token.seconds:.3g} tok/s", f"[bold]{1e3 * token.seconds:.1f} ms[/bold]")
+    table.add_row(
+        f"together: {figure(1 / token.seconds)} tok/s", f"[bold]{1e3 * token.seconds:.1f} ms[/bold]"
+    )
     return table
 
 

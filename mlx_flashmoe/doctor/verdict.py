@@ -18,6 +18,11 @@ WIDTH = 80  # columns of a command's line
 PROGRAM = "python -m mlx_flashmoe"
 
 
+def figure(value: float) -> str:
+    """Three digits, or a whole number."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def choose(rows: Sequence[Row]) -> tuple[Row, str]:
     """The row that the verdict is about, and why it is not the asked one or not the best one; "" if it is both.
 
@@ -30,7 +35,7 @@ def choose(rows: Sequence[Row]) -> tuple[Row, str]:
     gain = asked.token.seconds / best.token.seconds - 1
     if best is asked or gain == 0:
         return asked, ""
-    rate, size = f"{1 / asked.token.seconds:.3g} tokens/s", show_size(best.plan.arena)
+    rate, size = f"{figure(1 / asked.token.seconds)} tokens/s", show_size(best.plan.arena)
     if asked.expert_memory != "auto":
         return asked, f"{_setting(best)} is faster by {100 * gain:.0f}%." if gain >= WORTH_AN_OPTION else ""
     if gain >= WORTH_AN_OPTION:
@@ -51,13 +56,12 @@ def verdict(needs: Needs, row: Row, prompt: int, free: int | None) -> list[str]:
         prompt: tokens before the first token of the answer.
         free: bytes of free disk; None for another machine.
     """
-    worst = "" if row.where.resident else f" ({1 / row.even.seconds:.3g} at worst)"
-    seconds = f"{row.first_token:.3g}"
-    speed = f"{1 / row.token.seconds:.3g} tokens/s{worst}; first token of a {prompt}-token prompt after {seconds} s."
-    lines = [speed]
-    lines.append(
-        "Fits in memory: mlx-lm also runs it." if row.where.resident else "Does not fit in memory: streamed."
-    )
+    worst = "" if row.where.resident else f" ({figure(1 / row.even.seconds)} at worst)"
+    first = f"first token of a {prompt}-token prompt after {figure(row.first_token)} s"
+    lines = [
+        f"{figure(1 / row.token.seconds)} tokens/s{worst}; {first}.",
+        "Fits in memory: mlx-lm also runs it." if row.where.resident else "Does not fit in memory: streamed.",
+    ]
     if not needs.converted:
         space = f"disk {show_size(needs.conversion_space)}"
         lines[1] += f" Download {show_size(needs.download)}; {space}" if needs.download else f" D{space[1:]}"
