@@ -389,17 +389,28 @@ def test_the_answer_comes_first_and_all_of_it_fits_a_terminal(
 
 def test_a_model_that_fits_is_not_predicted_with_another_programs_streaming(shapes: dict[str, Path]) -> None:
     needs = examine(str(shapes["35B"]), mx.bfloat16)
-    rows = list(
-        predictions.predictions(needs, M3_MAX, "auto", 8192, 48 * 10**9, 36 * 10**9, mx.bfloat16, False)
-    )
+    rows = list(predictions.predictions(needs, M3_MAX, "auto", 8192, 48 * 10**9, 36 * 10**9, mx.bfloat16))
     slower = replace(M3_MAX, layer=10.0, disk=1.0, page_cache=1.0)
-    again = list(
-        predictions.predictions(needs, slower, "auto", 8192, 48 * 10**9, 36 * 10**9, mx.bfloat16, False)
-    )
+    again = list(predictions.predictions(needs, slower, "auto", 8192, 48 * 10**9, 36 * 10**9, mx.bfloat16))
     assert rows[0].where.resident and rows[0].token == again[0].token
     assert rows[0].first_token == again[0].first_token
     # Its weights alone would allow 4.7 ms at 400 GB/s; an M2 Max was reported at 80 tokens/s with MLX (docs).
     assert 40 < 1 / rows[0].token.seconds < 213
+
+
+def test_a_model_that_fits_and_is_streamed_as_asked_is_not_said_to_be_too_large(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", str(checkpoint), *SIMULATED, "--expert-memory", "os"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Fits in memory (mlx-lm also runs it), but is streamed with --expert-memory os." in text
+
+
+def test_an_arena_is_no_larger_than_the_devices_largest_buffer(shapes: dict[str, Path]) -> None:
+    needs = examine(str(shapes["35B"]), mx.bfloat16)
+    sizes = ("auto", 8192, 48 * 10**9, 36 * 10**9, mx.bfloat16)
+    rows = list(predictions.predictions(needs, M3_MAX, *sizes, largest_buffer=10**10))
+    assert rows and all(row.plan.arena <= 10**10 for row in rows)
 
 
 def row_of(slots: int, seconds: float, expert_memory: str | int, active: int = 10) -> predictions.Row:
@@ -450,10 +461,10 @@ def test_a_repository_on_the_hub_is_named_with_its_download_and_a_smaller_one(
 ) -> None:
     needs = replace(examine(str(checkpoint), mx.bfloat16), download=10**12, conversion_space=2 * 10**12)
     row = row_of(2000, 1.0, "auto")
-    lines = verdict.verdict(needs, row, 512, 10**12)
+    lines = verdict.verdict(needs, row, False, 512, 10**12)
     assert lines[1].endswith("Download 1000 GB; disk 2000 GB, 1000 GB free: not enough.")
     assert "smaller download" in lines[2]
-    lines = verdict.verdict(replace(needs, download=needs.expert_bytes), row, 512, 3 * 10**12)
+    lines = verdict.verdict(replace(needs, download=needs.expert_bytes), row, False, 512, 3 * 10**12)
     assert len(lines) == 2 and lines[1].endswith("disk 2000 GB, 3000 GB free.")
     for name in ("org/Model-4bit", "org/Model"):
         made = typed("\n".join(verdict.commands(name, needs, row)))

@@ -107,11 +107,19 @@ def predictions(
     total: int,
     usable: int,
     dtype: mx.Dtype,
-    may_read_directly: bool,
+    may_read_directly: bool = False,
+    largest_buffer: int | None = None,
 ) -> Iterator[Row]:
     """Rows for the model's own number of active experts and for FEWER, with arenas of several sizes.
 
     The first is for what was asked.
+
+    Args:
+        expert_memory: what was asked, as for ``load``.
+        context: tokens that the KV cache is counted for.
+        total, usable: bytes of memory, and of it those that a model may take.
+        dtype: of the activations.
+        may_read_directly, largest_buffer: as for ``memory.plan``.
 
     Raises:
         MemoryPlanError: what was asked does not fit.
@@ -144,6 +152,7 @@ def predictions(
                     active=active,
                     kv=kv,
                     limit=usable,
+                    largest_buffer=largest_buffer,
                     may_read_directly=may_read_directly,
                 )
             except MemoryPlanError:

@@ -88,11 +88,15 @@ def run(
     rates = rates_of(needs, folder, other)
     here = needs.converted and not other.described
     may_read_directly = here and reads_directly(folder / expert_file(0))
-    rows = list(predictions(needs, rates, expert_memory, context, total, usable, dtype, may_read_directly))
+    largest = None if other.described else memory.largest_buffer()
+    rows = list(
+        predictions(needs, rates, expert_memory, context, total, usable, dtype, may_read_directly, largest)
+    )
     chosen, why = choose(rows)
 
     free = None if other.described else disk_free(folder)
-    for line in verdict(needs, chosen, min(PROMPT, context), free):
+    fits = any(row.where.resident for row in rows)
+    for line in verdict(needs, chosen, fits, min(PROMPT, context), free):
         console.print(line, style="bold")
     for note in needs.notes:
         console.print(note)

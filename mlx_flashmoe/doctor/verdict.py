@@ -49,19 +49,23 @@ def choose(rows: Sequence[Row]) -> tuple[Row, str]:
     )
 
 
-def verdict(needs: Needs, row: Row, prompt: int, free: int | None) -> list[str]:
+def verdict(needs: Needs, row: Row, fits: bool, prompt: int, free: int | None) -> list[str]:
     """Two lines: speed, then memory and disk. A third where a smaller download would do.
 
     Args:
+        fits: the machine has memory for every expert, whatever the row's setting.
         prompt: tokens before the first token of the answer.
         free: bytes of free disk; None for another machine.
     """
     worst = "" if row.where.resident else f" ({figure(1 / row.even.seconds)} at worst)"
     first = f"first token of a {prompt}-token prompt after {figure(row.first_token)} s"
-    lines = [
-        f"{figure(1 / row.token.seconds)} tokens/s{worst}; {first}.",
-        "Fits in memory: mlx-lm also runs it." if row.where.resident else "Does not fit in memory: streamed.",
-    ]
+    lines = [f"{figure(1 / row.token.seconds)} tokens/s{worst}; {first}."]
+    if row.where.resident:
+        lines.append("Fits in memory: mlx-lm also runs it.")
+    elif fits:
+        lines.append(f"Fits in memory (mlx-lm also runs it), but is streamed with {_setting(row)}.")
+    else:
+        lines.append("Does not fit in memory: streamed.")
     if not needs.converted:
         space = f"disk {show_size(needs.conversion_space)}"
         lines[1] += f" Download {show_size(needs.download)}; {space}" if needs.download else f" D{space[1:]}"
