@@ -433,7 +433,7 @@ def test_auto_is_taken_unless_another_row_is_clearly_better_and_either_is_said()
     assert chosen is asked and why == "--expert-memory 28GB is faster by 25%."
 
 
-@pytest.mark.parametrize("name", ["it's mine", "a b", "-x", "$(ls)-4bit"])
+@pytest.mark.parametrize("name", ["it's mine", "a b", "-x", "$(ls)-4bit", "[red] :smile:"])
 def test_the_commands_can_be_pasted_whatever_the_folder_is_called(
     name: str,
     checkpoint: Path,
@@ -445,8 +445,10 @@ def test_the_commands_can_be_pasted_whatever_the_folder_is_called(
     shutil.copytree(checkpoint, tmp_path / name)
 
     def commands(model: str) -> list[list[str]]:
-        assert main(["doctor", *SIMULATED, "--", model]) == 0
-        return typed(capsys.readouterr().out)
+        assert main(["doctor", *SIMULATED, "--explain", "--", model]) == 0
+        text = capsys.readouterr().out
+        assert f"{model} (qwen3_5_moe)" in text
+        return typed(text)
 
     first, second = commands(name)
     assert Path(first[2]).resolve() == tmp_path / name

@@ -97,12 +97,12 @@ def run(
     free = None if other.described else disk_free(folder)
     fits = any(row.where.resident for row in rows)
     for line in verdict(needs, chosen, fits, min(PROMPT, context), free):
-        console.print(line, style="bold")
+        console.print(Text(line, style="bold"))
     for note in needs.notes:
-        console.print(note)
+        console.print(Text(note))  # a path in it is no markup
     console.print()
     for command in commands(model, needs, chosen):
-        console.print(command, soft_wrap=True)
+        console.print(Text(command), soft_wrap=True)
     active = needs.settings.num_experts_per_tok
     fewer = f" --active-experts {FEWER} changes answers" * (active > FEWER)
     console.print(f"  # serve, generate: the same options.{fewer}\n", style="dim")
@@ -153,7 +153,7 @@ def _facts(lines: dict[str, str]) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     for name, text in lines.items():
-        table.add_row(name, text)
+        table.add_row(name, Text(text))
     return table
 
 
