@@ -845,8 +845,8 @@ def _add_doctor(commands: Any) -> None:
         allow_abbrev=False,
         help="what to expect of a model on this machine, or on another",
         description="Measure this machine (half a minute, and 256 MB on the disk in question meanwhile), read a "
-        "model's headers, and say what memory it takes and how fast it will be, with the arithmetic. Of a model on "
-        "the hub nothing but headers is fetched. Options --sim-... answer for another machine.",
+        "model's headers, and say how fast it will be, what it takes, and what to type. Of a model on the hub nothing "
+        "but headers is fetched. Options --sim-... answer for another machine.",
     )
     parser.add_argument(
         "model",
@@ -858,7 +858,7 @@ def _add_doctor(commands: Any) -> None:
         "--expert-memory",
         default="auto",
         metavar="SIZE",
-        help="as of generate; what the arithmetic is shown for (default: %(default)s)",
+        help="as of generate; auto stands for the best setting (default: %(default)s)",
     )
     parser.add_argument(
         "--context",
@@ -874,12 +874,14 @@ def _add_doctor(commands: Any) -> None:
         metavar="RATE",
         help="how fast its GPU reads memory, as 400GB/s; what else a Mac's speed depends on is then as published",
     )
+    parser.add_argument("--explain", action="store_true", help="show the arithmetic, and every prediction")
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
     parser.set_defaults(run=_doctor)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from mlx_flashmoe.doctor import report
+    from mlx_flashmoe.doctor.predictions import Other
     from mlx_flashmoe.memory import parse_size
 
     def given(flag: str, text: str | None, rate: bool) -> int | None:
@@ -890,10 +892,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
             raise RequestError(f"{flag} {text}: more than nothing is needed")
         return size
 
-    other = report.Other(
+    other = Other(
         given("--sim-memory", arguments.sim_memory, False),
         given("--sim-disk", arguments.sim_disk, True),
         given("--sim-bandwidth", arguments.sim_bandwidth, True),
     )
-    report.run(arguments.model, arguments.expert_memory, arguments.context, other, arguments.json)
+    report.run(
+        arguments.model, arguments.expert_memory, arguments.context, other, arguments.json, arguments.explain
+    )
     return 0
