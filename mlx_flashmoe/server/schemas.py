@@ -143,13 +143,13 @@ ANTHROPIC_CHOICE: Schema = {
         kind("none"),
     ]
 }
-THINKING = record({"type": TEXT})
 CONVERSATION = {
     "model": TEXT,
     "system": CONTENT,
     "tools": TOOLS,
     "tool_choice": ANTHROPIC_CHOICE,
-    "thinking": THINKING,
+    "thinking": {"anyOf": [{"type": "object"}, {"type": "boolean"}, TEXT]},
+    "output_config": {"type": "object"},
 }
 MESSAGE = record(
     {"messages": items(ANTHROPIC_MESSAGE, minItems=1), "max_tokens": COUNT},
