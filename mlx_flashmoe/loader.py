@@ -94,13 +94,17 @@ class StreamingModel:
         """
         return self.model(tokens, cache)
 
-    def read(self, tokens: mx.array, cache: list[Cache]) -> None:
-        """As a call, for what it does to ``cache``: on the CPU, which computes at once, nobody pays for logits.
+    def read(self, tokens: mx.array, cache: list[Cache]) -> mx.array:
+        """As a call, without the head: tokens [B, T] -> [B, T, hidden]. On the CPU logits would cost time.
 
         Raises:
             ReadError: as a call.
         """
-        self.model.model(tokens, cache)
+        return self.model.model(tokens, cache)
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """What ``read`` returned, or some of its tokens, [B, T, hidden] -> logits [B, T, vocab]."""
+        return self.model.head(hidden)
 
     @property
     def vocab_size(self) -> int:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-import json
 import socket
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -25,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_flashmoe.errors import FlashMoEError, RequestError
 from mlx_flashmoe.prefix_cache import PrefixCache
-from mlx_flashmoe.server import anthropic, openai
+from mlx_flashmoe.server import anthropic, openai, tokenizing
 from mlx_flashmoe.server.engine import Engine
 from mlx_flashmoe.server.errors import ApiError, anthropic_body, as_api_error, openai_body
 from mlx_flashmoe.server.http import JSON
@@ -63,7 +61,7 @@ def serve(
         without_key: do without a key even where other machines can connect.
         origins: web pages that may call, as "https://example.org"; "*" for all.
         queue_size: requests that wait while one is answered; more are refused.
-        sampling: arguments of ``make_sampler`` for requests that do not say.
+        sampling: arguments of ``picking`` for requests that do not say.
         make_prefix_cache: see ``Worker``.
         announce: is told the address when the server can be used.
         log: is given a line for each request; see ``server.log``.
@@ -114,17 +112,6 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def suggested_sampling(folder: Path) -> dict[str, Any]:
-    """What generation_config.json suggests, as arguments of ``make_sampler``; else what the APIs say."""
-    try:
-        config = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = {}
-    names = {"temp": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
-    given = {ours: config[theirs] for ours, theirs in names.items() if config.get(theirs) is not None}
-    return {"temp": 1.0, **given}
-
-
 def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -159,6 +146,9 @@ def build(
         Route("/v1/models/{model:path}", openai.model),
         Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
         Route("/v1/completions", openai.completions, methods=["POST"]),
+        Route("/tokenizer_info", tokenizing.tokenizer_info),
+        Route("/tokenize", tokenizing.tokenize, methods=["POST"]),
+        Route("/detokenize", tokenizing.detokenize, methods=["POST"]),
         Route("/v1/messages", anthropic.messages, methods=["POST"]),
         Route("/v1/messages/count_tokens", anthropic.count_tokens, methods=["POST"]),
     ]

@@ -44,19 +44,26 @@ def items(schema: Schema, **limits: int) -> Schema:
 # What both APIs have, and what is added to them under the names that other servers use.
 SAMPLING: dict[str, Schema] = {
     "temperature": {"type": "number", "minimum": 0, "maximum": 2},
-    "top_p": {"type": "number", "minimum": 0, "maximum": 1},
-    "top_k": {"type": "integer", "minimum": 0, "maximum": 2**31},
+    "top_p": {"type": "number", "minimum": -1, "maximum": 1},
+    "top_k": {"type": "integer", "minimum": -1, "maximum": 2**31},
 }
+PENALTY: Schema = {"type": "number", "minimum": -2, "maximum": 2}
+REPETITION: Schema = {"type": "number", "minimum": 0, "maximum": 100}
+WINDOW: Schema = {"type": "integer", "minimum": -1, "maximum": 2**31}
 OPENAI_SAMPLING: dict[str, Schema] = {
     **SAMPLING,
-    "min_p": {"type": "number", "minimum": 0, "maximum": 1},
-    "repetition_penalty": {"type": "number", "exclusiveMinimum": 0, "maximum": 100},
+    "min_p": {"type": "number", "minimum": -1, "maximum": 1},
+    "repetition_penalty": REPETITION,
+    "repeat_penalty": REPETITION,
+    "repetition_context_size": WINDOW,
+    "repeat_last_n": WINDOW,
+    "presence_penalty": PENALTY,
+    "frequency_penalty": PENALTY,
+    "logit_bias": {"type": "object"},
     "seed": {"type": "integer"},
-    # Not supported, and so only as what changes nothing.
-    "presence_penalty": {"const": 0},
-    "frequency_penalty": {"const": 0},
-    "logit_bias": {"type": "object", "maxProperties": 0},
-    "n": {"const": 1},
+    "n": {"type": "integer", "minimum": 1},
+    "max_tokens": {"type": "integer"},
+    "max_completion_tokens": {"type": "integer"},
 }
 STREAM: dict[str, Schema] = {
     "stream": {"type": "boolean"},
@@ -75,18 +82,12 @@ OPENAI_MESSAGE = record(
 TOOLS = items({"type": "object"})
 OPENAI_CHOICE: Schema = {"anyOf": [{"enum": ["none", "auto", "required", "any"]}, {"type": "object"}]}
 RESPONSE_FORMAT: Schema = {
-    "anyOf": [
-        kind("text"),
-        kind("json_object"),
-        kind("json_schema", {"json_schema": record({"schema": {"type": "object"}}, {"name": TEXT})}),
-    ]
+    "description": "text, json_object (with or without a schema) or json_schema, as the object's type"
 }
 CHAT_COMPLETION = record(
     {"messages": items(OPENAI_MESSAGE, minItems=1)},
     {
         "model": TEXT,
-        "max_tokens": COUNT,
-        "max_completion_tokens": COUNT,
         **OPENAI_SAMPLING,
         **STREAM,
         "stop": STOP,
@@ -97,33 +98,38 @@ CHAT_COMPLETION = record(
         "parallel_tool_calls": {"type": "boolean"},
         "response_format": RESPONSE_FORMAT,
         "reasoning_effort": TEXT,
+        "enable_thinking": {"type": "boolean"},
         "chat_template_kwargs": {"type": "object"},
     },
 )
 TOKENS = items({"type": "integer", "minimum": 0, "maximum": 2**31 - 1}, minItems=1)
-COMPLETION = record(
-    {
-        "prompt": {
-            "anyOf": [
-                TEXT,
-                TOKENS,
-                items(TEXT, minItems=1, maxItems=1),
-                items(TOKENS, minItems=1, maxItems=1),
-            ]
-        }
+# By the first item, so that what is wrong with a later one can be named.
+PROMPT: Schema = {
+    "if": {"type": "array"},
+    "then": {
+        "if": {"prefixItems": [TEXT]},
+        "then": items(TEXT, minItems=1),
+        "else": {"if": {"prefixItems": [{"type": "array"}]}, "then": items(TOKENS), "else": TOKENS},
     },
+    "else": TEXT,
+}
+COMPLETION = record(
+    {"prompt": PROMPT},
     {
         "model": TEXT,
-        "max_tokens": COUNT,
         **OPENAI_SAMPLING,
         **STREAM,
         "stop": STOP,
         "logprobs": {"type": "integer", "minimum": 0, "maximum": 20},
-        "echo": {"const": False},
-        "suffix": {"const": ""},
-        "best_of": {"const": 1},
+        "response_format": RESPONSE_FORMAT,
+        "echo": {"type": "boolean"},
+        "suffix": TEXT,
+        "best_of": {"type": "integer"},
     },
 )
+
+TOKENIZE = record({"prompt": TEXT}, {"model": TEXT, "add_special_tokens": {"type": "boolean"}})
+DETOKENIZE = record({"tokens": {**TOKENS, "minItems": 0}}, {"model": TEXT})
 
 # Anthropic
 
@@ -242,6 +248,8 @@ VALIDATORS = {
     for schema_name, schema in (
         ("chat_completion", CHAT_COMPLETION),
         ("completion", COMPLETION),
+        ("tokenize", TOKENIZE),
+        ("detokenize", DETOKENIZE),
         ("message", MESSAGE),
         ("count_tokens", COUNT_TOKENS),
     )
@@ -301,6 +309,15 @@ def openapi(title: str, version: str, keyed: bool) -> dict[str, Any]:
             "post": operation("An answer in a conversation", completion, CHAT_COMPLETION)
         },
         "/v1/completions": {"post": operation("The continuation of a text", completion, COMPLETION)},
+        "/tokenizer_info": {
+            "get": operation("Special tokens and chat template", record({}, {"eos_token": TEXT}))
+        },
+        "/tokenize": {
+            "post": operation("The tokens of a text", record({"tokens": TOKENS}), TOKENIZE),
+        },
+        "/detokenize": {
+            "post": operation("The text of tokens", record({"prompt": TEXT}), DETOKENIZE),
+        },
         "/v1/messages": {
             "post": operation("An answer in a conversation", message, MESSAGE, anthropic_error),
         },
