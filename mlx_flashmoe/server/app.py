@@ -23,12 +23,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_flashmoe.errors import FlashMoEError, RequestError
 from mlx_flashmoe.prefix_cache import PrefixCache
-from mlx_flashmoe.server import anthropic, openai, tokenizing
+from mlx_flashmoe.server import anthropic, openai, responses, tokenizing
 from mlx_flashmoe.server.engine import Engine
 from mlx_flashmoe.server.errors import ApiError, anthropic_body, as_api_error, openai_body
 from mlx_flashmoe.server.http import JSON
 from mlx_flashmoe.server.log import UNLOGGED, line
 from mlx_flashmoe.server.metrics import Metrics
+from mlx_flashmoe.server.responses_store import ResponseStore
 from mlx_flashmoe.server.schemas import openapi
 from mlx_flashmoe.server.worker import Worker
 from mlx_flashmoe.tokenizer import Tokenizer
@@ -146,6 +147,9 @@ def build(
         Route("/v1/models/{model:path}", openai.model),
         Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
         Route("/v1/completions", openai.completions, methods=["POST"]),
+        Route("/v1/responses", responses.create, methods=["POST"]),
+        Route("/v1/responses/{id}", responses.retrieve),
+        Route("/v1/responses/{id}", responses.delete, methods=["DELETE"]),
         Route("/tokenizer_info", tokenizing.tokenizer_info),
         Route("/tokenize", tokenizing.tokenize, methods=["POST"]),
         Route("/detokenize", tokenizing.detokenize, methods=["POST"]),
@@ -171,6 +175,7 @@ def build(
     )
     app.state.engine = engine
     app.state.metrics = metrics
+    app.state.responses = ResponseStore()
     app.state.started = int(time.time())
     app.state.keyed = api_key is not None
     return app
@@ -190,7 +195,9 @@ async def _metrics(request: Request) -> Response:
 
 
 async def _openapi(request: Request) -> Response:
-    return JSON(openapi("mlx-flashmoe", version("mlx-flashmoe"), request.app.state.keyed))
+    return JSON(
+        openapi("mlx-flashmoe", version("mlx-flashmoe"), request.app.state.keyed, responses.OPERATIONS)
+    )
 
 
 # Errors

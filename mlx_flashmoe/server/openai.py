@@ -77,7 +77,7 @@ def _chat_ask(body: dict[str, Any]) -> Ask:
         template=settings.thinking(body),
         tools=[] if choice == "none" else offered.tools,
         left_out=offered.left_out,
-        required=_required(offered, choice),
+        required=required_tools(offered, choice),
         several=body.get("parallel_tool_calls", True) and not isinstance(choice, dict),
         schema=settings.answer_schema(body),
         sampling=settings.sampling(body),
@@ -87,7 +87,7 @@ def _chat_ask(body: dict[str, Any]) -> Ask:
     )
 
 
-def _required(offered: Offered, choice: Any) -> list[dict[str, Any]] | None:
+def required_tools(offered: Offered, choice: Any) -> list[dict[str, Any]] | None:
     """The tools of which one has to be called, by ``tool_choice``."""
     if choice in ("required", "any"):
         return offered.required(None)
