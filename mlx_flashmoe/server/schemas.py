@@ -272,7 +272,7 @@ class Operation(NamedTuple):
         request: the body; None for a method without one.
         error: the answer where it fails.
         name: of the path's one parameter, if it has one; status 404 says that there is no such thing.
-        stream: the media type of a streamed answer.
+        stream: the media type of a streamed answer; None if it never is one.
     """
 
     summary: str
@@ -280,7 +280,7 @@ class Operation(NamedTuple):
     request: Schema | None = None
     error: Schema = OPENAI_ERROR
     name: str | None = None
-    stream: str = "text/event-stream"
+    stream: str | None = "text/event-stream"
 
 
 def openapi(
@@ -300,7 +300,7 @@ def openapi(
         request: Schema | None = None,
         error: Schema = OPENAI_ERROR,
         name: str | None = None,
-        stream: str = "text/event-stream",
+        stream: str | None = "text/event-stream",
     ) -> Schema:
         media = "text/plain" if answer == TEXT else "application/json"
         content: dict[str, Any] = {media: {"schema": answer}}
@@ -311,10 +311,9 @@ def openapi(
         }
         codes = {"401": "The key is missing or wrong"} if keyed else {}
         if request is not None:
-            if stream == "text/event-stream":
-                content[stream] = {"schema": record({"data": TEXT}, {"event": TEXT})}
-            else:
-                content[stream] = {"schema": answer}
+            if stream is not None:
+                sent = record({"data": TEXT}, {"event": TEXT}) if stream == "text/event-stream" else answer
+                content[stream] = {"schema": sent}
             out["requestBody"] = {"required": True, "content": {"application/json": {"schema": request}}}
             codes |= {
                 "400": "The request cannot be served as it is",
