@@ -23,12 +23,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_flashmoe.errors import FlashMoEError, RequestError
 from mlx_flashmoe.prefix_cache import PrefixCache
-from mlx_flashmoe.server import anthropic, openai, tokenizing
+from mlx_flashmoe.server import (
+    anthropic,
+    models,
+    ollama,
+    ollama_models,
+    openai,
+    responses,
+    tokenizing,
+)
 from mlx_flashmoe.server.engine import Engine
-from mlx_flashmoe.server.errors import ApiError, anthropic_body, as_api_error, openai_body
+from mlx_flashmoe.server.errors import ApiError, anthropic_body, as_api_error, ollama_body, openai_body
 from mlx_flashmoe.server.http import JSON
 from mlx_flashmoe.server.log import UNLOGGED, line
 from mlx_flashmoe.server.metrics import Metrics
+from mlx_flashmoe.server.responses_store import ResponseStore
 from mlx_flashmoe.server.schemas import openapi
 from mlx_flashmoe.server.worker import Worker
 from mlx_flashmoe.tokenizer import Tokenizer
@@ -142,10 +151,25 @@ def build(
         Route("/health", _health),
         Route("/metrics", _metrics),
         Route("/openapi.json", _openapi),
-        Route("/v1/models", openai.models),
-        Route("/v1/models/{model:path}", openai.model),
+        Route("/", ollama_models.root),
+        Route("/v1/models", models.models),
+        Route("/v1/models/{model:path}", models.model),
+        Route("/api/v0/models", models.lm_studio_models),
+        Route("/api/v0/models/{model:path}", models.lm_studio_model),
+        Route("/api/chat", ollama.chat, methods=["POST"]),
+        Route("/api/generate", ollama.generate, methods=["POST"]),
+        Route("/api/tags", ollama_models.tags),
+        Route("/api/ps", ollama_models.ps),
+        Route("/api/show", ollama_models.show, methods=["POST"]),
+        Route("/api/pull", ollama_models.pull, methods=["POST"]),
+        Route("/api/version", ollama_models.version),
+        Route("/api/embed", ollama_models.embed, methods=["POST"]),
+        Route("/api/embeddings", ollama_models.embed, methods=["POST"]),
         Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
         Route("/v1/completions", openai.completions, methods=["POST"]),
+        Route("/v1/responses", responses.create, methods=["POST"]),
+        Route("/v1/responses/{id}", responses.retrieve),
+        Route("/v1/responses/{id}", responses.delete, methods=["DELETE"]),
         Route("/tokenizer_info", tokenizing.tokenizer_info),
         Route("/tokenize", tokenizing.tokenize, methods=["POST"]),
         Route("/detokenize", tokenizing.detokenize, methods=["POST"]),
@@ -171,6 +195,7 @@ def build(
     )
     app.state.engine = engine
     app.state.metrics = metrics
+    app.state.responses = ResponseStore()
     app.state.started = int(time.time())
     app.state.keyed = api_key is not None
     return app
@@ -190,14 +215,20 @@ async def _metrics(request: Request) -> Response:
 
 
 async def _openapi(request: Request) -> Response:
-    return JSON(openapi("mlx-flashmoe", version("mlx-flashmoe"), request.app.state.keyed))
+    described = {
+        **responses.OPERATIONS,
+        **models.OPERATIONS,
+        **ollama.OPERATIONS,
+        **ollama_models.OPERATIONS,
+    }
+    return JSON(openapi("mlx-flashmoe", version("mlx-flashmoe"), request.app.state.keyed, described))
 
 
 # Errors
 
 
 def _failed(request: Request, error: Exception) -> Response:
-    return _error_response(request.url.path, as_api_error(error))
+    return _error_response(request.url.path, request.headers, as_api_error(error))
 
 
 def _not_served(request: Request, error: Exception) -> Response:
@@ -205,12 +236,20 @@ def _not_served(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
     return _error_response(
-        request.url.path, ApiError(error.status_code, message, headers=dict(error.headers or {}))
+        request.url.path,
+        request.headers,
+        ApiError(error.status_code, message, headers=dict(error.headers or {})),
     )
 
 
-def _error_response(path: str, error: ApiError) -> Response:
-    body = anthropic_body(error) if path.startswith("/v1/messages") else openai_body(error)
+def _error_response(path: str, headers: Headers, error: ApiError) -> Response:
+    """An error as the API says it that the request was made to."""
+    if path.startswith("/v1/messages") or (path.startswith("/v1/models") and "anthropic-version" in headers):
+        body = anthropic_body(error)
+    elif path.startswith("/api/") and not path.startswith("/api/v0/"):
+        body = ollama_body(error)
+    else:
+        body = openai_body(error)
     return JSON(body, error.status, headers=error.headers)
 
 
@@ -255,8 +294,9 @@ class _Guarded:
         self._app, self._key, self._origins = app, api_key, origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (error := self._refusal(scope["path"], Headers(scope=scope))):
-            await _error_response(scope["path"], error)(scope, receive, send)
+        headers = Headers(scope=scope)
+        if scope["type"] == "http" and (error := self._refusal(scope["path"], headers)):
+            await _error_response(scope["path"], headers, error)(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 

@@ -1,4 +1,4 @@
-"""OpenAI's API: /v1/chat/completions, /v1/completions and /v1/models."""
+"""OpenAI's API: /v1/chat/completions and /v1/completions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from starlette.responses import Response
 from mlx_flashmoe.scoring import TokenInfo
 from mlx_flashmoe.server import settings
 from mlx_flashmoe.server.engine import Answer, Ask, Engine
-from mlx_flashmoe.server.errors import ApiError, openai_body
+from mlx_flashmoe.server.errors import openai_body
 from mlx_flashmoe.server.http import JSON, event, event_stream, read_body
 from mlx_flashmoe.server.offered import Offered
 from mlx_flashmoe.server.openai_messages import conversation
@@ -32,26 +32,6 @@ UNLIKELY = -9999.0  # what stands for a log-probability of minus infinity
 
 def _logprob(value: float | None) -> float | None:
     return None if value is None else max(value, UNLIKELY)
-
-
-async def models(request: Request) -> Response:
-    return JSON({"object": "list", "data": [_model(request.app.state)]})
-
-
-async def model(request: Request) -> Response:
-    state = request.app.state
-    if request.path_params["model"] != state.engine.name:
-        raise ApiError(404, f"there is no such model here, only {state.engine.name}", code="model_not_found")
-    return JSON(_model(state))
-
-
-def _model(state: Any) -> dict[str, Any]:
-    return {
-        "id": state.engine.name,
-        "object": "model",
-        "created": state.started,
-        "owned_by": "mlx-flashmoe",
-    }
 
 
 async def chat_completions(request: Request) -> Response:
@@ -77,7 +57,7 @@ def _chat_ask(body: dict[str, Any]) -> Ask:
         template=settings.thinking(body),
         tools=[] if choice == "none" else offered.tools,
         left_out=offered.left_out,
-        required=_required(offered, choice),
+        required=required_tools(offered, choice),
         several=body.get("parallel_tool_calls", True) and not isinstance(choice, dict),
         schema=settings.answer_schema(body),
         sampling=settings.sampling(body),
@@ -87,7 +67,7 @@ def _chat_ask(body: dict[str, Any]) -> Ask:
     )
 
 
-def _required(offered: Offered, choice: Any) -> list[dict[str, Any]] | None:
+def required_tools(offered: Offered, choice: Any) -> list[dict[str, Any]] | None:
     """The tools of which one has to be called, by ``tool_choice``."""
     if choice in ("required", "any"):
         return offered.required(None)

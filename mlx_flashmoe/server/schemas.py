@@ -6,8 +6,8 @@ supported, are refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
@@ -243,8 +243,14 @@ _Validator = extend(
     },
 )
 
+
+def validator(schema: Schema) -> Draft202012Validator:
+    """What checks request bodies."""
+    return _Validator(schema)
+
+
 VALIDATORS = {
-    schema_name: _Validator(schema)
+    schema_name: validator(schema)
     for schema_name, schema in (
         ("chat_completion", CHAT_COMPLETION),
         ("completion", COMPLETION),
@@ -256,17 +262,45 @@ VALIDATORS = {
 }
 
 
-def openapi(title: str, version: str, keyed: bool) -> dict[str, Any]:
+OPENAI_ERROR = record({"error": record({"message": TEXT, "type": TEXT})})
+
+
+class Operation(NamedTuple):
+    """A method of a path, for the description of the server.
+
+    Attributes:
+        request: the body; None for a method without one.
+        error: the answer where it fails.
+        name: of the path's one parameter, if it has one; status 404 says that there is no such thing.
+        stream: the media type of a streamed answer; None if it never is one.
+    """
+
+    summary: str
+    answer: Schema
+    request: Schema | None = None
+    error: Schema = OPENAI_ERROR
+    name: str | None = None
+    stream: str | None = "text/event-stream"
+
+
+def openapi(
+    title: str, version: str, keyed: bool, more: Mapping[str, Mapping[str, Operation]]
+) -> dict[str, Any]:
     """The OpenAPI description of the server.
 
     Args:
         keyed: it asks for a key.
+        more: operations by path and method, of APIs that describe themselves.
     """
-    openai_error = record({"error": record({"message": TEXT, "type": TEXT})})
     anthropic_error = record({"type": {"const": "error"}, "error": record({"message": TEXT, "type": TEXT})})
 
     def operation(
-        summary: str, answer: Schema, request: Schema | None = None, error: Schema = openai_error
+        summary: str,
+        answer: Schema,
+        request: Schema | None = None,
+        error: Schema = OPENAI_ERROR,
+        name: str | None = None,
+        stream: str | None = "text/event-stream",
     ) -> Schema:
         media = "text/plain" if answer == TEXT else "application/json"
         content: dict[str, Any] = {media: {"schema": answer}}
@@ -277,13 +311,19 @@ def openapi(title: str, version: str, keyed: bool) -> dict[str, Any]:
         }
         codes = {"401": "The key is missing or wrong"} if keyed else {}
         if request is not None:
-            content["text/event-stream"] = {"schema": record({"data": TEXT}, {"event": TEXT})}
+            if stream is not None:
+                sent = record({"data": TEXT}, {"event": TEXT}) if stream == "text/event-stream" else answer
+                content[stream] = {"schema": sent}
             out["requestBody"] = {"required": True, "content": {"application/json": {"schema": request}}}
             codes |= {
                 "400": "The request cannot be served as it is",
                 "413": "The request is too large",
                 "429": "The queue is full; Retry-After says when to try again",
             }
+        if name is not None:
+            codes["404"] = "There is no such thing"
+            schema = {**TEXT, "minLength": 1}
+            out["parameters"] = [{"name": name, "in": "path", "required": True, "schema": schema}]
         out["responses"] |= {code: {"description": text, **refused} for code, text in codes.items()}
         return out
 
@@ -292,19 +332,11 @@ def openapi(title: str, version: str, keyed: bool) -> dict[str, Any]:
     )
     completion = record({"id": TEXT, "choices": items({"type": "object"}), "usage": {"type": "object"}})
     message = record({"id": TEXT, "type": {"const": "message"}, "content": items({"type": "object"})})
-    one_model = operation("The model", listed)
-    one_model["responses"]["404"] = {
-        "description": "There is no such model",
-        "content": {"application/json": {"schema": openai_error}},
-    }
-    one_model["parameters"] = [
-        {"name": "model", "in": "path", "required": True, "schema": {**TEXT, "minLength": 1}}
-    ]
     paths = {
         "/health": {"get": operation("Whether the model can answer", record({"status": TEXT}))},
         "/metrics": {"get": operation("Counts, for Prometheus", TEXT)},
         "/v1/models": {"get": operation("The model that is served", record({"data": items(listed)}))},
-        "/v1/models/{model}": {"get": one_model},
+        "/v1/models/{model}": {"get": operation("The model", listed, name="model")},
         "/v1/chat/completions": {
             "post": operation("An answer in a conversation", completion, CHAT_COMPLETION)
         },
@@ -330,6 +362,8 @@ def openapi(title: str, version: str, keyed: bool) -> dict[str, Any]:
             ),
         },
     }
+    for path, methods in more.items():
+        paths[path] = {method: operation(*described) for method, described in methods.items()}
     description: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": title, "version": version},
