@@ -1,0 +1,129 @@
+"""An agent's model that is a script: it reads a file with the client's own tool, and tells the code word in it.
+
+The script knows nothing of the APIs: it sees the prompt as the published chat template renders it, and writes what a
+model of that family writes. What it says depends on what was asked last:
+
+    Read the file NAME and tell me the code word       a call of the client's tool, then the word that it gave
+    Replace the code word in NAME with WORD            an edit, in the form that the prompt asks for
+    What was the code word?                            the word, if the conversation so far has it
+    anything else                                      a short title, as JSON where the prompt speaks of JSON
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+READ = "Read the file {} and tell me the code word"
+REPLACE = "Replace the code word in {} with {}"
+AGAIN = "What was the code word?"
+UNKNOWN = "I do not know the code word."
+
+_READ = re.compile(r"Read the file (\S+) and tell me the code word")
+_REPLACE = re.compile(r"Replace the code word in (\S+) with ([a-z]+-\d+)")
+_WORD = re.compile(r"code word (?:is|was) ([a-z]+-\d+)")
+_TOOLS = re.compile(r"<tools>\n(.*?)\n</tools>", re.DOTALL)
+
+# Names of tools that read a file or run a command, the best first.
+_READERS = ("read", "readfile", "fsread", "viewfile", "execcommand", "shellcommand", "shell", "bash", "runshellcommand")
+_PATHS = {"filepath", "absolutepath", "path", "targetfile", "file", "filename"}
+_COMMANDS = {"cmd", "command", "script"}
+
+
+def answer(prompt: str) -> str:
+    """What the model writes after a prompt, thinking included where the prompt opens it."""
+    said = _answer(prompt)
+    return f"The user asks for something.\n</think>\n\n{said}" if prompt.endswith("<think>\n") else said
+
+
+def _answer(prompt: str) -> str:
+    read, replace = _last(_READ, prompt), _last(_REPLACE, prompt)
+    latest = max(_end(read), _end(replace), prompt.rfind(AGAIN))
+    if latest < 0:
+        return _title(prompt)
+    if latest == prompt.rfind(AGAIN):
+        return _tell(prompt, "You had me read it: the code word was {}.")
+    if replace is not None and latest == replace.end():
+        return _edit(prompt, *replace.groups())
+    assert read is not None
+    call = _call(prompt, read[1])
+    if call is not None and "<tool_response>" not in prompt[latest:]:
+        return call
+    return _title(prompt) if _is_for_title(prompt) else _tell(prompt, "The code word is {}.")
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    match = None
+    for match in pattern.finditer(text):
+        pass
+    return match
+
+
+def _end(match: re.Match[str] | None) -> int:
+    return -1 if match is None else match.end()
+
+
+def _tell(prompt: str, sentence: str) -> str:
+    word = _last(_WORD, prompt)
+    return UNKNOWN if word is None else sentence.format(word[1])
+
+
+def _is_for_title(prompt: str) -> bool:
+    return _last(_WORD, prompt) is None and "title" in prompt
+
+
+def _title(prompt: str) -> str:
+    """Clients ask for titles and topics on the side."""
+    return json.dumps({"title": "A code word"}) if "JSON" in prompt else "A code word"
+
+
+def _edit(prompt: str, name: str, word: str) -> str:
+    """A search-and-replace block, the form that aider asks for."""
+    old = _last(_WORD, prompt)
+    if old is None:
+        return UNKNOWN
+    before, after = (f"The code word is {w}." for w in (old[1], word))
+    return f"{name}\n```\n<<<<<<< SEARCH\n{before}\n=======\n{after}\n>>>>>>> REPLACE\n```\n"
+
+
+def _call(prompt: str, path: str) -> str | None:
+    """The call that reads a file, by the tools that the prompt offers; None if none of them can."""
+    tools = _TOOLS.search(prompt)
+    if tools is None:
+        return None
+    functions = [json.loads(line)["function"] for line in tools[1].splitlines()]
+    by_name = {_plain(function["name"]): function for function in functions}
+    for name in _READERS:
+        if name in by_name and (arguments := _arguments(by_name[name], path)) is not None:
+            return _tags(by_name[name]["name"], arguments)
+    return None
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
+
+
+def _arguments(function: dict[str, Any], path: str) -> dict[str, Any] | None:
+    """Arguments of a call by the names in its schema; None if the schema has no place for a path or a command."""
+    parameters = function.get("parameters") or {}
+    properties = parameters.get("properties", {})
+    for name, schema in properties.items():
+        if _plain(name) in _PATHS:
+            main = {name: path}
+        elif _plain(name) in _COMMANDS:
+            main = {name: ["cat", path] if schema.get("type") == "array" else f"cat {path}"}
+        else:
+            continue
+        others = [n for n in parameters.get("required", []) if n != name]
+        return {**main, **{n: "To find the code word" for n in others if properties[n].get("type") == "string"}}
+    return None
+
+
+def _tags(name: str, arguments: dict[str, Any]) -> str:
+    """A call as Qwen3.5 writes it."""
+    values = "".join(
+        f"<parameter={key}>\n{value if isinstance(value, str) else json.dumps(value)}\n</parameter>\n"
+        for key, value in arguments.items()
+    )
+    return f"<tool_call>\n<function={name}>\n{values}</function>\n</tool_call>"
