@@ -11,6 +11,7 @@ Example::
 
 import sys
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -49,5 +50,9 @@ class _Package(ModuleType):
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *_HOME})
 
+
+# In a clone kernels/ and convert/ stand next to this folder, not in it, and the folder comes before what is installed.
+if not (Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(Path(__file__).parent.parent))
 
 sys.modules[__name__].__class__ = _Package

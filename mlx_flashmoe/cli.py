@@ -47,6 +47,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "mlx_flashmoe") -> int:
         return status
     except FlashMoEError as e:
         return _failed(str(e))
+    except ModuleNotFoundError as e:
+        if (e.name or "mlx_flashmoe").startswith("mlx_flashmoe"):
+            raise
+        return _failed(_missing(e.name or ""))
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -59,6 +63,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "mlx_flashmoe") -> int:
             _discard_stdout()
             return _failed(f"standard output cannot be written: {e.strerror}")
         raise error
+
+
+def _missing(module: str) -> str:
+    """The line for a package that is not installed."""
+    package = module.partition(".")[0]
+    if package == "mlx" and sys.platform == "linux":
+        return "MLX is missing: pip install 'mlx-flashmoe[cpu]', or [cuda] for an NVIDIA GPU; in a clone '.[cpu]'"
+    return f"the Python package {package} is missing: pip install {package}, or install mlx-flashmoe anew"
 
 
 def _failed(message: str) -> int:

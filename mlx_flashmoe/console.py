@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Protocol, TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -35,9 +35,11 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from mlx_flashmoe.generate import GenerationResponse
 from mlx_flashmoe.sizes import show_duration, show_size
 from mlx_flashmoe.thinking import ThinkingSplitter
+
+if TYPE_CHECKING:
+    from mlx_flashmoe.generate import GenerationResponse
 
 # Control characters other than newline and tab, drawn as their pictures: an answer must not steer the terminal.
 _CONTROL = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"}

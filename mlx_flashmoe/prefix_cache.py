@@ -152,6 +152,7 @@ class PrefixCache:
         if not tokens:
             return
         key = _key(tokens)
+        self._use_beginnings(key)
         snapshot = {f"{i}.{name}": a for i, layer in enumerate(cache) for name, a in layer.snapshot().items()}
         if key in self._memory:
             self._memory.move_to_end(key)
@@ -159,6 +160,19 @@ class PrefixCache:
             self._remember(key, snapshot)
         if on_disk and self._directory is not None:
             self._write(key, snapshot)
+
+    def _use_beginnings(self, key: bytes) -> None:
+        """Marks all kept beginnings of a prompt as used now, the shortest last.
+
+        So the states that a long run of tool calls leaves behind are evicted before those at its beginning, which
+        the next question needs: templates drop the thinking in between, and with it what came after.
+        """
+        for held in sorted((k for k in self._memory if key.startswith(k)), key=len, reverse=True):
+            self._memory.move_to_end(held)
+        for file in sorted(self._files(), key=lambda f: f.tokens, reverse=True):
+            beginning = key[: 4 * file.tokens]
+            if len(beginning) == 4 * file.tokens and file.holds(self._identity, beginning):
+                _touch(file.path)
 
     def _fill(self, cache: list[Cache], key: bytes, snapshot: Snapshot) -> int:
         self.restored = _count(key)

@@ -1,7 +1,7 @@
 """Text to token ids and back: a checkpoint's ``tokenizer.json`` and its chat template.
 
-The tokenizer itself is the ``tokenizers`` package's. What is added here: which tokens end an answer, the chat
-template (a Jinja program, run in Jinja's sandbox), and decoding a token at a time.
+The tokenizer itself is the ``tokenizers`` package's. Added here: which tokens end an answer, conversations as tokens
+(only the chat template writes special ones), and decoding a token at a time.
 """
 
 from __future__ import annotations
@@ -9,19 +9,15 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import tokenizers
 
+from mlx_flashmoe.chat_template import ChatTemplate, Message
 from mlx_flashmoe.errors import FormatError, RequestError
-
-if TYPE_CHECKING:
-    import jinja2
-
-Message = dict[str, Any]
 
 THINK_START = "<think>"
 THINK_END = "</think>"
@@ -46,7 +42,7 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self.special_tokens = special_tokens or {}
         self.chat_templates = chat_templates or {}
-        self._compiled: dict[str, jinja2.Template] = {}
+        self._compiled: dict[str, ChatTemplate] = {}
         self._pieces: dict[int, bytes] = {}
         self._hidden = {i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
         self._byte_level = isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel)
@@ -195,6 +191,7 @@ class Tokenizer:
         tools: Sequence[dict[str, Any]] | None = ...,
         add_generation_prompt: bool = ...,
         tokenize: Literal[True] = ...,
+        continue_final_message: bool = ...,
         **kwargs: Any,
     ) -> list[int]: ...
 
@@ -206,6 +203,7 @@ class Tokenizer:
         add_generation_prompt: bool = ...,
         *,
         tokenize: Literal[False],
+        continue_final_message: bool = ...,
         **kwargs: Any,
     ) -> str: ...
 
@@ -215,6 +213,7 @@ class Tokenizer:
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         tokenize: bool = True,
+        continue_final_message: bool = False,
         **kwargs: Any,
     ) -> list[int] | str:
         """A conversation as the model was trained to see it.
@@ -224,26 +223,46 @@ class Tokenizer:
             tools: JSON schemas of the functions the model may call.
             add_generation_prompt: end with the opening of the model's next message.
             tokenize: return token ids; otherwise the text.
+            continue_final_message: end where the text of the last message ends, for the model to continue it.
             kwargs: further variables of the template, for example ``enable_thinking=False``.
+
+        Only the template writes special tokens: text in the messages and tools that reads like one becomes
+        ordinary tokens.
 
         Raises:
             RequestError: there is no template, or it refuses or fails on these messages.
         """
-        template = self._template("tool_use" if tools and "tool_use" in self.chat_templates else "default")
-        variables = {
-            **self.special_tokens,
-            "documents": None,
-            **kwargs,
-            "messages": messages,
-            "tools": tools,
-            "add_generation_prompt": add_generation_prompt,
-        }
-        try:
-            # Templates come with downloads: let them see plain data, never objects with methods of their own.
-            text = template.render(json.loads(json.dumps(variables)))
-        except Exception as e:  # a template is a program of another party, and can raise anything
-            raise RequestError(f"the chat template cannot render these messages: {e}") from None
-        return self.encode(text, add_special_tokens=False) if tokenize else text
+        template = self.chat_template(tools)
+        # Characters that no text holds: one parts what would read as a special token, one ends the last message.
+        guard, end = _unused_characters(
+            json.dumps([messages, tools, kwargs], ensure_ascii=False, default=repr)
+        )
+        if continue_final_message:
+            messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + end}]
+            add_generation_prompt = False
+        control = self._control_tokens(template) if tokenize else None
+
+        def guarded(text: str) -> str:
+            return control.sub(lambda found: found[0][0] + guard + found[0][1:], text) if control else text
+
+        text = template.render(messages, tools, add_generation_prompt, on_text=guarded, **kwargs)
+        if continue_final_message:
+            text = text[: text.rindex(end)]
+        if not tokenize:
+            return text
+        return [t for piece in text.split(guard) for t in self.encode(piece, add_special_tokens=False)]
+
+    def _control_tokens(self, template: ChatTemplate) -> re.Pattern[str]:
+        """Matches the texts of special tokens, and of those others that the template writes."""
+        texts = [
+            token.content
+            for token in self._tokenizer.get_added_tokens_decoder().values()
+            if len(token.content.strip()) > 1
+            and (
+                token.special or token.content in template.source or token.content in (THINK_START, THINK_END)
+            )
+        ]
+        return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
 
     @property
     def message_start_id(self) -> int | None:
@@ -258,7 +277,9 @@ class Tokenizer:
         begins = opened.startswith(asked) and bool(opening) and opening[0] in self._hidden
         return opening[0] if begins else None
 
-    def _template(self, name: str) -> jinja2.Template:
+    def chat_template(self, tools: Any = None) -> ChatTemplate:
+        """The template for a conversation with or without tools. Raises RequestError if there is none."""
+        name = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
         if name not in self.chat_templates:
             there = ", ".join(sorted(self.chat_templates))
             raise RequestError(
@@ -267,10 +288,7 @@ class Tokenizer:
                 else f"the checkpoint has no chat template named {name!r}, only {there}"
             )
         if name not in self._compiled:
-            try:
-                self._compiled[name] = _template_environment().from_string(self.chat_templates[name])
-            except Exception as e:
-                raise RequestError(f"the checkpoint's chat template is not valid Jinja: {e}") from None
+            self._compiled[name] = ChatTemplate(self.chat_templates[name], self.special_tokens)
         return self._compiled[name]
 
 
@@ -329,6 +347,16 @@ class WindowDetokenizer(Detokenizer):
         return text[len(before) :]
 
 
+def _unused_characters(text: str) -> list[str]:
+    """Two of Unicode's noncharacters that are for internal use, and that the text has not."""
+    free = [
+        c for c in map(chr, [*range(0xFDD0, 0xFDF0), *range(0x1FFFE, 0x110000, 0x10000)]) if c not in text
+    ]
+    if len(free) < 2:
+        raise RequestError("the messages hold nearly all of Unicode's noncharacters: take some out")
+    return free[:2]
+
+
 def _byte_level_alphabet() -> dict[str, int]:
     """Character -> byte of the byte-level alphabet: printable Latin-1 stands for itself, the rest is moved to
     U+0100 onwards, in order (the GPT-2 encoder's table)."""
@@ -346,73 +374,6 @@ def _byte_level_bytes(token: str) -> bytes:
         return bytes(_ALPHABET[c] for c in token)
     except KeyError:
         return token.encode("utf-8")
-
-
-def _template_environment() -> jinja2.Environment:
-    """Jinja as chat templates are written for it: sandboxed, with the globals transformers gives them."""
-    from jinja2 import TemplateError, ext, nodes
-    from jinja2.exceptions import SecurityError
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.utils import Namespace
-
-    class Generation(ext.Extension):
-        """``{% generation %}…{% endgeneration %}`` marks training targets; here it is only its body."""
-
-        tags = {"generation"}  # noqa: RUF012 - Jinja reads it from the class
-
-        def parse(self, parser: Parser) -> list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    class PlainNamespace(Namespace):
-        """A namespace that stores no underscored names, which the sandbox would not let a template read."""
-
-        def __init__(*args: Any, **kwargs: Any) -> None:
-            for name in dict(*args[1:], **kwargs):
-                _check(name)
-            Namespace.__init__(*args, **kwargs)
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            _check(name)
-            super().__setitem__(name, value)
-
-    def _check(name: str) -> None:
-        if name.startswith("_"):
-            raise SecurityError(f"a namespace may not store {name!r}")
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        """Jinja's own filter escapes HTML and sorts keys; models were trained on neither."""
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
-
-    def strftime_now(form: str) -> str:
-        return datetime.now().strftime(form)
-
-    def make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals.update(
-        raise_exception=raise_exception,
-        strftime_now=strftime_now,
-        namespace=PlainNamespace,
-        dict=make_dict,
-    )
-    return environment
 
 
 def _read_json(path: Path) -> dict[str, Any]:

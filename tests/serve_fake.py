@@ -8,8 +8,9 @@ BREAK       an error instead of a second token
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,12 +40,12 @@ TEMPLATE = """\
 
 class ObedientModel(FakeModel):
     identity = "00"
-    max_context = 2000
     vocab_size = FakeModel.vocab
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_context: int) -> None:
         super().__init__()
         self._tokenizer = tokenizer
+        self.max_context = max_context
 
     def reserve(self, context: int) -> None:
         assert context <= self.max_context
@@ -82,24 +83,29 @@ class ObedientModel(FakeModel):
         return script[said] if said < len(script) else end
 
 
-def load() -> tuple[ObedientModel, Tokenizer]:
+def load(template: str, max_context: int) -> tuple[ObedientModel, Tokenizer]:
     tokenizer = Tokenizer(
         make_checkpoint.build_tokenizer(),
         special_tokens={"eos_token": "<|im_end|>"},
-        chat_templates={"default": TEMPLATE},
+        chat_templates={"default": template},
     )
-    return ObedientModel(tokenizer), tokenizer
+    return ObedientModel(tokenizer, max_context), tokenizer
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("key", nargs="?")
+    parser.add_argument("--template", type=Path, help="a chat template; by default one that refuses nothing")
+    parser.add_argument("--context", type=int, default=2000)
+    arguments = parser.parse_args()
     engine.KEEP_ALIVE = 0.1
-    key = sys.argv[1] if len(sys.argv) > 1 else None
+    template = arguments.template.read_text() if arguments.template else TEMPLATE
     serve(
-        load,
+        lambda: load(template, arguments.context),
         "obedient",
         host="127.0.0.1",
         port=0,
-        api_key=key,
+        api_key=arguments.key,
         sampling={"temp": 0.0},
         announce=lambda line: print(line, flush=True),
     )

@@ -279,6 +279,27 @@ def test_the_least_recently_used_leave_first(tmp_path: Path) -> None:
     assert found(PrefixCache("ab" * 32, directory=tmp_path), [0, 1, 2, 3, 4, 5, 6, 0]) == 7
 
 
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_the_beginning_of_a_conversation_outlives_its_run_of_tool_calls(tmp_path: Path, where: str) -> None:
+    """The next question begins with the one before, without what was thought and called since."""
+    room = (
+        {"memory_bytes": 1000, "disk_bytes": 0}
+        if where == "memory"
+        else {"memory_bytes": 0, "disk_bytes": 6000}
+    )
+    prefixes = PrefixCache("ab" * 32, directory=tmp_path, **room)
+    prompt = [1, 2, 3, 4]  # instructions and a question
+    for call in range(30):
+        found(prefixes, [*prompt, 0])
+        prefixes.keep(prompt, fill(prompt))
+        prompt = [*prompt, 10 + call, 50]
+    assert found(prefixes, [*prompt, 0]) == len(prompt) - 2
+    assert found(prefixes, [1, 2, 3, 4, 9, 9]) == 4
+    for other in range(90, 99):  # and leaves when others have come
+        prefixes.keep([other] * 40, fill([other] * 40))
+    assert found(prefixes, [1, 2, 3, 4, 9, 9]) == 0
+
+
 def test_what_is_found_is_the_longest_and_shorter_than_the_prompt(tmp_path: Path) -> None:
     kept = [[1], [1, 2], [1, 2, 3], [1, 9], [1, 9, 3], [8, 2]]
     prefixes = PrefixCache("ab" * 32, directory=tmp_path)

@@ -282,8 +282,13 @@ def test_anthropic_choices_and_stops(claude: Any) -> None:
 def test_a_long_silence_is_filled(address: str, gpt: Any, claude: Any) -> None:
     asked = {"model": "any", "max_tokens": 20, "messages": [user("LATE SAY(At last.)")]}
     connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=10)
-    connection.request("POST", "/v1/chat/completions", json.dumps({**asked, "stream": True}))
-    assert connection.getresponse().read().count(b": keep-alive\n\n") >= 3
+    # Events that clients count, not comments.
+    for path, sign in (
+        ("chat/completions", b'"delta":{},"logprobs":null,"finish_reason":null'),
+        ("messages", b'event: ping\ndata: {"type":"ping"}\n\n'),
+    ):
+        connection.request("POST", f"/v1/{path}", json.dumps({**asked, "stream": True}))
+        assert connection.getresponse().read().count(sign) >= 3, path
     connection.close()
     chunks = gpt.chat.completions.create(**asked, stream=True)
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == "At last."
@@ -312,12 +317,6 @@ def test_errors_are_the_clients_own(gpt: Any, claude: Any) -> None:
         (chat, openai, {"extra_body": {"chat_template_kwargs": {"tools": 1}}}, "tools cannot be set"),
         (message, anthropic, {"max_tokens": 0}, "max_tokens: 0 is less than"),
         (message, anthropic, {"tool_choice": {"type": "tool", "name": "x"}}, "not among tools"),
-        (
-            message,
-            anthropic,
-            {"messages": [user("x"), {"role": "assistant", "content": "y"}]},
-            "the last one",
-        ),
     ):
         with pytest.raises(package.BadRequestError, match=text):
             make(**changes)
@@ -346,10 +345,9 @@ def test_bodies_that_no_client_sends(address: str, path: str) -> None:
     connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=10)
     for body in (
         *(b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"messages": NaN}'),
-        b'{"prompt": "\\ud800", "max_tokens": 5, "messages": [{"role": "user", "content": "\\udfff"}]}',
         b'{"prompt": "x", "max_tokens": 1, "messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
         b'{"prompt": "x", "max_tokens": %s}' % (b"9" * 5000),
-        b'{"max_tokens": 5, "messages": [{"role": "user", "content": "x", "tool_calls": '
+        b'{"prompt": 7, "max_tokens": 5, "messages": [{"role": "user", "content": "x", "tool_calls": '
         + b'{"a":' * 900
         + b"1"
         + b"}" * 902,

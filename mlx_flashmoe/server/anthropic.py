@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -12,9 +12,11 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mlx_flashmoe.server.engine import Answer, Ask, Engine, in_order_of_calls
-from mlx_flashmoe.server.errors import ApiError, anthropic_body
-from mlx_flashmoe.server.http import JSON, KEEP_ALIVE, event, event_stream, read_body
+from mlx_flashmoe.server.anthropic_messages import conversation
+from mlx_flashmoe.server.engine import Answer, Ask, Engine
+from mlx_flashmoe.server.errors import anthropic_body
+from mlx_flashmoe.server.http import JSON, event, event_stream, read_body
+from mlx_flashmoe.server.offered import Offered
 from mlx_flashmoe.server.schemas import VALIDATORS
 from mlx_flashmoe.server.worker import End, Part
 from mlx_flashmoe.tools import Event, Text, Thinking, ToolCall
@@ -39,7 +41,9 @@ async def messages(request: Request) -> Response:
     }
     if body.get("stream"):
         return event_stream(
-            _stream(request, answer, head), lambda error: event(anthropic_body(error), "error")
+            _stream(request, answer, head),
+            lambda error: event(anthropic_body(error), "error"),
+            event({"type": "ping"}, "ping"),
         )
 
     events, _, end = await answer.whole(request)
@@ -57,70 +61,27 @@ async def count_tokens(request: Request) -> Response:
 
 
 def _ask(body: dict[str, Any]) -> Ask:
-    tools = [_tool(tool) for tool in body.get("tools", [])]
+    offered = Offered(body.get("tools"))
     choice = body.get("tool_choice", {"type": "auto"})
     required = None
-    if choice["type"] == "none":
-        tools = []
-    elif choice["type"] == "any":
-        required = tools
-    elif choice["type"] == "tool":
-        required = [t for t in tools if t["function"]["name"] == choice["name"]]
-    if required == []:
-        raise ApiError(400, "tool_choice asks for a tool that is not among tools")
-    conversation = [m for message in body["messages"] for m in _messages(message)]
-    if conversation and conversation[-1]["role"] == "assistant":
-        raise ApiError(
-            400, "messages: the last one is the assistant's; beginnings of answers are not continued"
-        )
-    if "system" in body:
-        conversation.insert(0, {"role": "system", "content": _text(body["system"])})
+    if choice["type"] in ("any", "tool"):
+        required = offered.required([choice["name"]] if choice["type"] == "tool" else None)
+    messages = conversation(body)
     return Ask(
-        messages=in_order_of_calls(conversation),
-        # Who does not ask for thinking does not expect any.
-        template={"enable_thinking": body.get("thinking", {}).get("type", "disabled") != "disabled"},
-        tools=tools,
+        messages=messages,
+        continues=messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1],
+        template=_template(body),
+        tools=[] if choice["type"] == "none" else offered.tools,
+        left_out=offered.left_out,
         required=required,
         several=not choice.get("disable_parallel_tool_use") and choice["type"] != "tool",
     )
 
 
-def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    function = {"name": tool["name"], "parameters": tool["input_schema"]}
-    if tool.get("description") is not None:
-        function["description"] = tool["description"]
-    return {"type": "function", "function": function}
-
-
-def _text(content: Any) -> str:
-    """The text of blocks."""
-    return content if isinstance(content, str) else "".join(b["text"] for b in content or [])
-
-
-def _messages(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """A message as chat templates take it; results of tools are messages of their own, before what the user says."""
-    role, content = message["role"], message["content"]
-    if isinstance(content, str):
-        return [{"role": role, "content": content}]
-    by_type: dict[str, list[dict[str, Any]]] = {}
-    for block in content:
-        by_type.setdefault(block["type"], []).append(block)
-    text = _text(by_type.get("text"))
-    if role == "user":
-        results = [
-            {"role": "tool", "tool_call_id": b["tool_use_id"], "content": _text(b.get("content"))}
-            for b in by_type.get("tool_result", [])
-        ]
-        return results + ([{"role": role, "content": text}] if text or not results else [])
-    said: dict[str, Any] = {"role": role, "content": text}
-    if "thinking" in by_type:
-        said["reasoning_content"] = "".join(b["thinking"] for b in by_type["thinking"])
-    if "tool_use" in by_type:
-        said["tool_calls"] = [
-            {"id": b["id"], "type": "function", "function": {"name": b["name"], "arguments": b["input"]}}
-            for b in by_type["tool_use"]
-        ]
-    return [said]
+def _template(body: dict[str, Any]) -> dict[str, Any]:
+    """Variables of the chat template. A client that does not ask for thinking does not expect any."""
+    wanted = body.get("thinking", {}).get("type", "disabled") != "disabled"
+    return {"enable_thinking": wanted, **body.get("chat_template_kwargs", {})}
 
 
 # Answers
@@ -180,7 +141,7 @@ def _usage(answer: Answer, end: End) -> dict[str, int]:
     }
 
 
-async def _stream(request: Request, answer: Answer, head: dict[str, Any]) -> AsyncIterator[str]:
+async def _stream(request: Request, answer: Answer, head: dict[str, Any]) -> AsyncGenerator[str, None]:
     def send(kind: str, **data: Any) -> str:
         return event({"type": kind, **data}, kind)
 
@@ -194,9 +155,7 @@ async def _stream(request: Request, answer: Answer, head: dict[str, Any]) -> Asy
     yield send("message_start", message={**head, **start, "usage": usage})
     async with aclosing(answer.parts(request)) as parts:
         async for part in parts:
-            if part is None:
-                yield KEEP_ALIVE
-            elif isinstance(part, Part):
+            if isinstance(part, Part):
                 for piece in part.events:
                     if not _goes_on(blocks[-1] if blocks else None, piece):
                         for line in stop_block():

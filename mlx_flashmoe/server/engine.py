@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 from starlette.requests import Request
 
+from mlx_flashmoe.chat_template import fit
 from mlx_flashmoe.grammar import Constrainer
 from mlx_flashmoe.sampling import make_logits_processors, make_sampler
 from mlx_flashmoe.server.errors import ApiError, as_api_error
@@ -18,8 +20,9 @@ from mlx_flashmoe.server.worker import End, Job, Part, TokenInfo, Worker
 from mlx_flashmoe.tokenizer import Tokenizer
 from mlx_flashmoe.tools import AnswerParser, Event
 
-# Seconds without a token after which a stream gets a sign of life: a long prompt can take minutes.
-KEEP_ALIVE = 10.0
+# Seconds after which a silent stream gets an event that clients count: a long prompt can take minutes, and clients
+# give up, or warn their users, after 20 seconds and more.
+KEEP_ALIVE = 5.0
 
 
 @dataclass
@@ -27,10 +30,12 @@ class Ask:
     """What a request asks for, by the names of no API.
 
     Attributes:
-        messages: a conversation, as the chat template takes it; or None.
+        messages: a conversation, as chat templates take it (``chat_template.fit`` makes it fit this one); or None.
+        continues: the last message is the model's own, and the answer continues it.
         prompt: text or tokens to continue; or None.
         template: variables of the chat template.
         tools: what may be called.
+        left_out: tools that were offered and that this server cannot offer, by kind.
         required: the answer is a call, of one of these tools; without it, None.
         several: it may be several calls.
         schema: the answer is JSON of this schema; None for no such wish.
@@ -39,9 +44,11 @@ class Ask:
     """
 
     messages: list[dict[str, Any]] | None = None
+    continues: bool = False
     prompt: str | list[int] | None = None
     template: dict[str, Any] = field(default_factory=dict)
     tools: list[dict[str, Any]] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
     required: list[dict[str, Any]] | None = None
     several: bool = True
     schema: Any = None
@@ -49,6 +56,17 @@ class Ask:
     max_tokens: int | None = None
     stop: Sequence[str] = ()
     top_logprobs: int | None = None
+
+
+_RESERVED = {
+    "messages",
+    "tools",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "on_text",
+    "self",
+}
 
 
 class Engine:
@@ -73,12 +91,15 @@ class Engine:
     def tokens(self, ask: Ask) -> list[int]:
         """The prompt. Raises RequestError for messages that the template refuses."""
         if ask.messages is not None:
-            if (
-                taken := {"messages", "tools", "add_generation_prompt", "tokenize", "self"}
-                & ask.template.keys()
-            ):
+            if taken := _RESERVED & ask.template.keys():
                 raise ApiError(400, f"chat_template_kwargs: {min(taken)} cannot be set")
-            return self.tokenizer.apply_chat_template(ask.messages, ask.tools or None, **ask.template)
+            tools = ask.tools or None
+            return self.tokenizer.apply_chat_template(
+                fit(ask.messages, self.tokenizer.chat_template(tools)),
+                tools,
+                continue_final_message=ask.continues,
+                **ask.template,
+            )
         if isinstance(ask.prompt, str):
             return self.tokenizer.encode(ask.prompt)
         return list(ask.prompt or [])
@@ -91,6 +112,7 @@ class Engine:
         Raises:
             RequestError, ApiError: the request cannot be served as it is.
         """
+        self.worker.metrics.left_out(ask.left_out)
         if self.worker.full:
             raise self._refusal()
         prompt = self.tokens(ask)
@@ -170,8 +192,8 @@ class Answer:
         except RuntimeError:  # the loop is closed, and nobody there
             self.job.cancelled.set()
 
-    async def parts(self, request: Request) -> AsyncGenerator[Part | End | None, None]:
-        """Parts as they come, the End last; None from time to time when nothing comes.
+    async def parts(self, request: Request) -> AsyncGenerator[Part | End, None]:
+        """Parts as they come, the End last.
 
         When the client goes away, the answer ends.
 
@@ -181,11 +203,7 @@ class Answer:
         watch = asyncio.create_task(self._watch(request))
         try:
             while True:
-                try:
-                    part = await asyncio.wait_for(self._parts.get(), KEEP_ALIVE)
-                except asyncio.TimeoutError:
-                    yield None
-                    continue
+                part = await self._parts.get()
                 if isinstance(part, End) and part.error is not None:
                     raise as_api_error(part.error)
                 yield part
@@ -204,7 +222,7 @@ class Answer:
             async for part in parts:
                 if isinstance(part, End):
                     end = part
-                elif part is not None:
+                else:
                     events += part.events
                     infos += [part.info] if part.info is not None else []
         return events, infos, end
@@ -214,19 +232,3 @@ class Answer:
             pass
         self._worker.cancel(self.job)
         self._parts.put_nowait(End("stop"))  # a job that waited says nothing any more
-
-
-def in_order_of_calls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages with the results of tools in the order of the calls: templates show them without their ids."""
-    out: list[dict[str, Any]] = []
-    places: dict[str, int] = {}
-    results: list[dict[str, Any]] = []
-    for message in [*messages, {"role": ""}]:
-        if message["role"] == "tool":
-            results.append(message)
-            continue
-        out += sorted(results, key=lambda m: places.get(m.get("tool_call_id", ""), len(places)))
-        results = []
-        places = {call.get("id", ""): i for i, call in enumerate(message.get("tool_calls", []))}
-        out.append(message)
-    return out[:-1]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+import re
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Any
 
 from jsonschema import Draft202012Validator
@@ -12,11 +15,17 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
+from mlx_flashmoe.chat_template import map_text
+from mlx_flashmoe.server import engine
+from mlx_flashmoe.server.content import valid
 from mlx_flashmoe.server.errors import ApiError, as_api_error
 
 MAX_BODY = 32 * 2**20  # bytes; a prompt of 262,144 tokens takes about one MiB
 MAX_OBJECTS = 2**15  # in a body, whatever they are; checking so many takes a second or three
 MAX_COMMAS = 2**21  # more than a prompt has that fits into any context; what they part is read in one go
+
+
+_HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")  # or a whole one, written as two
 
 
 class JSON(Response):
@@ -62,6 +71,8 @@ def _parse(body: bytes | bytearray, validator: Draft202012Validator) -> dict[str
 
     try:
         data = json.loads(body, parse_constant=_refuse, object_hook=count)
+        if _HALF_CHARACTER.search(body):
+            data = map_text(data, valid)
         error = best_match(validator.iter_errors(data))
     except RecursionError:
         raise ApiError(400, "the body is not usable JSON: it is nested too deeply") from None
@@ -82,21 +93,55 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def event_stream(events: AsyncIterator[str], error_event: Callable[[ApiError], str]) -> StreamingResponse:
-    """Server-sent events. An error on the way is the last of them."""
+def event_stream(
+    events: AsyncGenerator[str, None],
+    error_event: Callable[[ApiError], str],
+    sign_of_life: str,
+    media_type: str = "text/event-stream",
+) -> StreamingResponse:
+    """A stream of events. An error on the way is the last of them.
 
-    async def guarded() -> AsyncIterator[str]:
+    Args:
+        error_event: writes an error as an event.
+        sign_of_life: sent whenever nothing else was for ``engine.KEEP_ALIVE`` seconds, whatever the reason. Clients
+            count events, not comments.
+    """
+
+    async def guarded() -> AsyncGenerator[str, None]:
         try:
-            async for event in events:
-                yield event
+            async with aclosing(kept_alive(events, sign_of_life, engine.KEEP_ALIVE)) as lines:
+                async for line in lines:
+                    yield line
         except Exception as e:
             yield error_event(as_api_error(e))
 
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(guarded(), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(guarded(), media_type=media_type, headers=headers)
 
 
-KEEP_ALIVE = ": keep-alive\n\n"
+async def kept_alive(
+    lines: AsyncGenerator[str, None], sign_of_life: str, seconds: float
+) -> AsyncGenerator[str, None]:
+    """The lines, and a sign of life after each silence of some seconds."""
+    following: asyncio.Future[str] | None = None
+    try:
+        while True:
+            following = following or asyncio.ensure_future(anext(lines))
+            done, _ = await asyncio.wait([following], timeout=seconds)
+            if not done:
+                yield sign_of_life
+                continue
+            try:
+                line = following.result()
+            except StopAsyncIteration:
+                return
+            following = None
+            yield line
+    finally:
+        if following is not None and not following.done():
+            following.cancel()
+            await asyncio.wait([following])
+        await lines.aclose()
 
 
 def event(data: Any, name: str | None = None) -> str:

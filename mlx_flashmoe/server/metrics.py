@@ -14,6 +14,7 @@ class Metrics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._requests: Counter[tuple[str, int]] = Counter()
+        self._left_out: Counter[str] = Counter()
         self._answers = 0
         self._seconds = 0.0
         self._prompt_tokens = 0
@@ -24,6 +25,11 @@ class Metrics:
         """A request was answered with an HTTP status."""
         with self._lock:
             self._requests[path, status] += 1
+
+    def left_out(self, kinds: Counter[str]) -> None:
+        """Tools that a request offered and that were left out, by kind."""
+        with self._lock:
+            self._left_out += kinds
 
     def answered(self, prompt: int, cached: int, generated: int, seconds: float) -> None:
         """The model is done with a request: tokens of its prompt, of these known before, tokens generated."""
@@ -53,8 +59,10 @@ class Metrics:
                 (f'{{path="{path}",status="{status}"}}', n)
                 for (path, status), n in sorted(self._requests.items())
             ]
+            tools = [(f'{{kind="{kind}"}}', n) for kind, n in sorted(self._left_out.items())]
             rows: list[tuple[str, str, str, Sequence[tuple[str, float]]]] = [
                 ("requests_total", "counter", "HTTP requests by path and status", requests),
+                ("tools_left_out_total", "counter", "Tools that were offered and left out, by kind", tools),
                 ("answers_total", "counter", "Requests the model worked on", [("", self._answers)]),
                 ("answer_seconds_total", "counter", "The model's time for them", [("", self._seconds)]),
                 ("prompt_tokens_total", "counter", "Tokens of prompts", [("", self._prompt_tokens)]),

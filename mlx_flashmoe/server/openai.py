@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -13,10 +13,11 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mlx_flashmoe.schema import read_json
-from mlx_flashmoe.server.engine import Answer, Ask, Engine, in_order_of_calls
+from mlx_flashmoe.server.engine import Answer, Ask, Engine
 from mlx_flashmoe.server.errors import ApiError, openai_body
-from mlx_flashmoe.server.http import JSON, KEEP_ALIVE, event, event_stream, read_body
+from mlx_flashmoe.server.http import JSON, event, event_stream, read_body
+from mlx_flashmoe.server.offered import Offered
+from mlx_flashmoe.server.openai_messages import conversation
 from mlx_flashmoe.server.schemas import VALIDATORS
 from mlx_flashmoe.server.worker import End, Part, TokenInfo
 from mlx_flashmoe.tokenizer import Tokenizer
@@ -62,26 +63,18 @@ def _chat_ask(body: dict[str, Any]) -> Ask:
     template = dict(body.get("chat_template_kwargs", {}))
     if body.get("reasoning_effort") == "none":
         template["enable_thinking"] = False
-    tools = body.get("tools", [])
-    choice = body.get("tool_choice", "auto")
-    required = None
-    if choice == "none":
-        tools = []
-    elif choice == "required":
-        required = tools
-    elif choice != "auto":
-        required = [t for t in tools if t["function"]["name"] == choice["function"]["name"]]
-    if required == []:
-        raise ApiError(400, "tool_choice asks for a tool that is not among tools")
+    offered = Offered(body.get("tools"))
+    required = _required(offered, choice := body.get("tool_choice", "auto"))
     form = body.get("response_format", {"type": "text"})
     schema = {"json_object": {"type": "object"}, "text": None}.get(form["type"])
     if form["type"] == "json_schema":
         schema = form["json_schema"]["schema"]
     top_logprobs = body.get("top_logprobs", 0) if body.get("logprobs") else None
     return Ask(
-        messages=in_order_of_calls([_message(m) for m in body["messages"]]),
+        messages=conversation(body["messages"]),
         template=template,
-        tools=[{**t, "function": {k: v for k, v in t["function"].items() if v is not None}} for t in tools],
+        tools=[] if choice == "none" else offered.tools,
+        left_out=offered.left_out,
         required=required,
         several=body.get("parallel_tool_calls", True) and not isinstance(choice, dict),
         schema=schema,
@@ -90,6 +83,19 @@ def _chat_ask(body: dict[str, Any]) -> Ask:
         stop=_stop(body),
         top_logprobs=None if top_logprobs is None else int(top_logprobs),
     )
+
+
+def _required(offered: Offered, choice: Any) -> list[dict[str, Any]] | None:
+    """The tools of which one has to be called, by ``tool_choice``."""
+    if choice == "required":
+        return offered.required(None)
+    if not isinstance(choice, dict):
+        return None
+    if choice.get("type") == "allowed_tools":
+        allowed = choice.get("allowed_tools") or choice
+        names = [tool["function"]["name"] for tool in Offered(allowed.get("tools")).tools]
+        return offered.required(names) if allowed.get("mode") == "required" else None
+    return offered.required([str((choice.get("function") or choice).get("name"))])
 
 
 def _completion_ask(body: dict[str, Any]) -> Ask:
@@ -119,27 +125,6 @@ def _sampling(body: dict[str, Any]) -> dict[str, Any]:
 def _stop(body: dict[str, Any]) -> list[str]:
     stop = body.get("stop", [])
     return [stop] if isinstance(stop, str) else stop
-
-
-def _message(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as chat templates take it: text in one piece, arguments as objects."""
-    out = {key: value for key, value in message.items() if value is not None}
-    out["role"] = {"developer": "system"}.get(out["role"], out["role"])
-    content = out.get("content", "")
-    out["content"] = content if isinstance(content, str) else "".join(part["text"] for part in content)
-    if "tool_calls" in out:
-        out["tool_calls"] = [{**call, "function": _called(call["function"])} for call in out["tool_calls"]]
-    return out
-
-
-def _called(function: dict[str, Any]) -> dict[str, Any]:
-    try:
-        arguments = read_json(function["arguments"] or "{}")
-    except ValueError as e:
-        raise ApiError(400, f"the arguments of a call of {function['name']} are not JSON: {e}") from None
-    if not isinstance(arguments, dict):
-        raise ApiError(400, f"the arguments of a call of {function['name']} are not a JSON object")
-    return {"name": function["name"], "arguments": arguments}
 
 
 # Answers
@@ -278,7 +263,10 @@ async def _respond(request: Request, body: dict[str, Any], ask: Ask, shape_of: t
     if body.get("stream"):
         usage = (body.get("stream_options") or {}).get("include_usage")
         chunks = _chunks(request, answer, shape, head, bool(usage))
-        return event_stream(chunks, lambda error: event(openai_body(error)))
+        idle = {**head, "choices": [{"index": 0, **shape.closing(), "logprobs": None, "finish_reason": None}]}
+        if shape.object == Chat.object:
+            idle["object"] = "chat.completion.chunk"
+        return event_stream(chunks, lambda error: event(openai_body(error)), event(idle))
 
     events, infos, end = await answer.whole(request)
     choice = {"index": 0, **shape.whole(events, infos), "finish_reason": _finish_reason(shape, end)}
@@ -287,7 +275,7 @@ async def _respond(request: Request, body: dict[str, Any], ask: Ask, shape_of: t
 
 async def _chunks(
     request: Request, answer: Answer, shape: Shape, head: dict[str, Any], usage: bool
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str, None]:
     if shape.object == Chat.object:
         head = {**head, "object": "chat.completion.chunk"}
 
@@ -303,9 +291,7 @@ async def _chunks(
         yield chunk(choice)
     async with aclosing(answer.parts(request)) as parts:
         async for part in parts:
-            if part is None:
-                yield KEEP_ALIVE
-            elif isinstance(part, Part):
+            if isinstance(part, Part):
                 infos += [part.info] if part.info is not None else []
                 for piece in part.events:
                     yield chunk(shape.piece(piece))

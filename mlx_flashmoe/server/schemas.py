@@ -66,29 +66,20 @@ STOP: Schema = {"anyOf": [TEXT, items(TEXT, maxItems=16)]}
 
 # OpenAI
 
-TEXT_PARTS = {"anyOf": [TEXT, items(kind("text", {"text": TEXT}))]}
-FUNCTION = record({"name": {**TEXT, "minLength": 1}}, {"description": TEXT, "parameters": {"type": "object"}})
-OPENAI_CALL = kind("function", {"function": record({"name": TEXT, "arguments": TEXT})}, {"id": TEXT})
-OPENAI_MESSAGE: Schema = {
-    "type": "object",
-    "properties": {"role": {"enum": ["system", "developer", "user", "assistant", "tool"]}},
-    "required": ["role"],
-    "allOf": [
-        {
-            "if": {"properties": {"role": {"const": "assistant"}}},
-            "then": record(
-                {}, {"content": TEXT_PARTS, "reasoning_content": TEXT, "tool_calls": items(OPENAI_CALL)}
-            ),
-            "else": record({"content": TEXT_PARTS}, {"tool_call_id": TEXT}),
-        }
-    ],
-}
-OPENAI_CHOICE: Schema = {
-    "anyOf": [
-        {"enum": ["none", "auto", "required"]},
-        kind("function", {"function": record({"name": TEXT})}),
-    ]
-}
+# Parts and calls in messages, and tools, are read as far as they are known (content.py, offered.py): clients send
+# more kinds than any list has, and what stands in a conversation's history must not make all of it fail.
+CONTENT: Schema = {"anyOf": [TEXT, items({"anyOf": [{"type": "object"}, TEXT]}), {"type": "null"}]}
+OPENAI_MESSAGE = record(
+    {"role": {"enum": ["system", "developer", "user", "assistant", "tool", "function"]}},
+    {
+        "content": CONTENT,
+        "reasoning_content": TEXT,
+        "tool_calls": items({"type": "object"}),
+        "tool_call_id": TEXT,
+    },
+)
+TOOLS = items({"type": "object"})
+OPENAI_CHOICE: Schema = {"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]}
 RESPONSE_FORMAT: Schema = {
     "anyOf": [
         kind("text"),
@@ -107,7 +98,7 @@ CHAT_COMPLETION = record(
         "stop": STOP,
         "logprobs": {"type": "boolean"},
         "top_logprobs": {"type": "integer", "minimum": 0, "maximum": 20},
-        "tools": items(kind("function", {"function": FUNCTION})),
+        "tools": TOOLS,
         "tool_choice": OPENAI_CHOICE,
         "parallel_tool_calls": {"type": "boolean"},
         "response_format": RESPONSE_FORMAT,
@@ -142,24 +133,7 @@ COMPLETION = record(
 
 # Anthropic
 
-TEXT_BLOCK = kind("text", {"text": TEXT})
-TEXT_BLOCKS: Schema = {"anyOf": [TEXT, items(TEXT_BLOCK)]}
-BLOCK: Schema = {
-    "anyOf": [
-        TEXT_BLOCK,
-        kind("thinking", {"thinking": TEXT}),
-        kind("redacted_thinking"),
-        kind("tool_use", {"id": TEXT, "name": TEXT, "input": {"type": "object"}}),
-        kind("tool_result", {"tool_use_id": TEXT}, {"content": TEXT_BLOCKS, "is_error": {"type": "boolean"}}),
-    ]
-}
-ANTHROPIC_MESSAGE = record(
-    {"role": {"enum": ["user", "assistant"]}, "content": {"anyOf": [TEXT, items(BLOCK)]}}
-)
-ANTHROPIC_TOOL = record(
-    {"name": {**TEXT, "minLength": 1}, "input_schema": {"type": "object"}},
-    {"description": TEXT, "type": {"const": "custom"}},
-)
+ANTHROPIC_MESSAGE = record({"role": {"enum": ["user", "assistant", "system"]}, "content": CONTENT})
 PARALLEL = {"disable_parallel_tool_use": {"type": "boolean"}}
 ANTHROPIC_CHOICE: Schema = {
     "anyOf": [
@@ -169,11 +143,11 @@ ANTHROPIC_CHOICE: Schema = {
         kind("none"),
     ]
 }
-THINKING = record({"type": {"enum": ["enabled", "disabled", "adaptive"]}})
+THINKING = record({"type": TEXT})
 CONVERSATION = {
     "model": TEXT,
-    "system": TEXT_BLOCKS,
-    "tools": items(ANTHROPIC_TOOL),
+    "system": CONTENT,
+    "tools": TOOLS,
     "tool_choice": ANTHROPIC_CHOICE,
     "thinking": THINKING,
 }

@@ -115,6 +115,7 @@ class Worker:
 
     Attributes:
         model, tokenizer: what was loaded, after ``start``.
+        metrics: counts what it does.
     """
 
     model: Any
@@ -129,7 +130,7 @@ class Worker:
     ) -> None:
         self._load = load
         self._queue_size = queue_size
-        self._metrics = metrics
+        self.metrics = metrics
         self._make_prefix_cache = make_prefix_cache
         self._prefix_cache: PrefixCache | None = None
         self._waiting: deque[Job] = deque()
@@ -183,7 +184,7 @@ class Worker:
     @property
     def retry_after(self) -> int:
         """Whole seconds after which there may be a place, going by how long answers took so far."""
-        return max(1, min(60, round(self._metrics.mean_seconds)))
+        return max(1, min(60, round(self.metrics.mean_seconds)))
 
     def submit(self, job: Job) -> bool:
         """Puts a request into the queue, if it is not full."""
@@ -237,7 +238,7 @@ class Worker:
             log.exception("an answer failed")
             end = End("stop", error=e)
         # Of an answer that was given up, what there was of it: its time counts, too.
-        self._metrics.answered(len(job.prompt), job.cached, job.generated, time.perf_counter() - start)
+        self.metrics.answered(len(job.prompt), job.cached, job.generated, time.perf_counter() - start)
         job.emit(end)
 
     def _generate(self, job: Job) -> End:

@@ -1,0 +1,75 @@
+"""Messages of Anthropic's API as chat templates take them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlx_flashmoe.server.content import assistant, call, in_order_of_calls, last_of_user, result, text
+
+# Claude Code's line of its version and a checksum that changes with every request: nothing in it is for the model,
+# and a prompt that begins differently each time can reuse nothing of the one before.
+BILLING = "x-anthropic-billing-header:"
+_REMINDER = ("<system-reminder>", "</system-reminder>")
+
+
+def conversation(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The system prompt and all messages of a request.
+
+    Raises:
+        ApiError: status 400, for what the model cannot read in the user's newest message.
+    """
+    out = []
+    system = _system(body.get("system"))
+    if system:
+        out.append({"role": "system", "content": system})
+    newest = last_of_user([m["role"] for m in body["messages"]])
+    for i, message in enumerate(body["messages"]):
+        out += _messages(message, f"messages.{i}", refuse_media=i == newest)
+    return in_order_of_calls(out)
+
+
+def _system(content: Any) -> str:
+    blocks = content if isinstance(content, list) else [content]
+    texts = (text(block, "system") for block in blocks)
+    return "\n\n".join(t for t in texts if t and not t.startswith(BILLING))
+
+
+def _messages(message: dict[str, Any], place: str, refuse_media: bool) -> list[dict[str, Any]]:
+    """Results of tools are messages of their own, before what the user says."""
+    role, content = message["role"], message["content"]
+    place = f"{place}.content"
+    if role == "system":
+        said = _system(content)
+        return [{"role": role, "content": said}] if said else []
+    blocks = content if isinstance(content, list) else [content]
+    if role == "assistant":
+        return [_assistant(blocks, place)]
+    texts, results = [], []
+    for i, block in enumerate(blocks):
+        if isinstance(block, dict) and block.get("type") == "tool_result":
+            results.append(result(block.get("tool_use_id"), text(block.get("content"), f"{place}.{i}")))
+        else:
+            texts.append(text(block, f"{place}.{i}" if isinstance(content, list) else place, refuse_media))
+    texts = [t for t in texts if t]
+    if results:
+        # As with late system messages: a user message would end the run of calls.
+        reminders = [
+            t for t in texts if t.strip().startswith(_REMINDER[0]) and t.strip().endswith(_REMINDER[1])
+        ]
+        results[-1]["content"] = "\n\n".join([results[-1]["content"], *reminders])
+        texts = [t for t in texts if t not in reminders]
+    said = "\n\n".join(texts)
+    return results + ([{"role": role, "content": said}] if said or not results else [])
+
+
+def _assistant(blocks: list[Any], place: str) -> dict[str, Any]:
+    texts, thoughts, calls = [], [], []
+    for i, block in enumerate(blocks):
+        kind = block.get("type") if isinstance(block, dict) else "text"
+        if kind == "thinking":
+            thoughts.append(str(block.get("thinking") or ""))
+        elif kind == "tool_use":
+            calls.append(call(block.get("name"), block.get("input"), block.get("id")))
+        elif kind != "redacted_thinking":
+            texts.append(text(block, f"{place}.{i}"))
+    return assistant("\n\n".join(t for t in texts if t), "".join(thoughts), calls)
