@@ -2,13 +2,15 @@
 
 SAY(text)   the answer
 FOREVER     the answer again and again
-SLOWLY      a twentieth of a second a token
+SLOWLY      a twentieth of a second per token
+LATE(3)     three seconds before the first token
 BREAK       an error instead of a second token
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,8 +75,8 @@ class ObedientModel(FakeModel):
         script = self._tokenizer.encode(text)
         if "SLOWLY" in order:
             time.sleep(0.05)
-        if "LATE" in order and not said:
-            time.sleep(0.5)
+        if (late := re.search(r"LATE\((\d+)\)", order)) and not said:
+            time.sleep(int(late[1]))
         if "BREAK" in order and said:
             raise ReadError("layer 3, expert 4: the disk is gone")
         if "FOREVER" in order:
@@ -97,8 +99,9 @@ if __name__ == "__main__":
     parser.add_argument("key", nargs="?")
     parser.add_argument("--template", type=Path, help="a chat template; by default one that refuses nothing")
     parser.add_argument("--context", type=int, default=2000)
+    parser.add_argument("--keep-alive", type=float, default=0.1)
     arguments = parser.parse_args()
-    engine.KEEP_ALIVE = 0.1
+    engine.KEEP_ALIVE = arguments.keep_alive
     template = arguments.template.read_text() if arguments.template else TEMPLATE
     serve(
         lambda: load(template, arguments.context),

@@ -280,7 +280,7 @@ def test_anthropic_choices_and_stops(claude: Any) -> None:
 
 
 def test_a_long_silence_is_filled(address: str, gpt: Any, claude: Any) -> None:
-    asked = {"model": "any", "max_tokens": 20, "messages": [user("LATE SAY(At last.)")]}
+    asked = {"model": "any", "max_tokens": 20, "messages": [user("LATE(1) SAY(At last.)")]}
     connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=10)
     # Events that clients count, not comments.
     for path, sign in (
