@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -228,6 +229,22 @@ def expert_files(
     return [path for path in paths if path.exists()] or paths[:1]
 
 
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def _advice(folder: Path) -> str:
+    """Why a path is not a converted folder, and the command that makes one of what it is."""
+    convert = "python -m mlx_flashmoe convert --hf-path {} --mlx-path {}"
+    source, made = shlex.quote(str(folder)), shlex.quote(f"{folder.resolve().name}-4bit")
+    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors*")):
+        return f"it is a checkpoint: convert it first, {convert.format(source, made)}"
+    if folder.is_dir():
+        return f"no {MANIFEST} in it, and no checkpoint that could be converted"
+    if _REPOSITORY.fullmatch(str(folder)):
+        return f"no such folder; to convert the repository of that name on the hub: {convert.format(source, made)}"
+    return f"no such folder; make one with: {convert.format('SRC', source)}"
+
+
 @dataclass(frozen=True)
 class Manifest:
     """flashmoe.json.
@@ -316,11 +333,7 @@ class Manifest:
                     "goes on where it was, and "
                     f"python -m mlx_flashmoe verify --model {shlex.quote(str(folder))} says what is missing"
                 ) from None
-            hint = "no such folder" if not folder.is_dir() else f"no {MANIFEST} in it"
-            raise FormatError(
-                f"{folder} is not a converted model ({hint}); make one with: "
-                f"python -m mlx_flashmoe convert --hf-path SRC --mlx-path {shlex.quote(str(folder))}"
-            ) from None
+            raise FormatError(f"{folder} is not a converted model ({_advice(folder)})") from None
         except (OSError, UnicodeDecodeError) as e:
             raise FormatError(f"{path}: cannot be read: {e}") from None
         try:

@@ -93,7 +93,7 @@ GENERATE = ["generate", "--model", "nowhere", "--prompt", "hi"]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (GENERATE, "nowhere is not a converted model (no such folder)"),
+        (GENERATE, "nowhere is not a converted model (no such folder; make one with: "),
         (["generate", "--model", "nowhere", "--prompt", " "], "the prompt is empty"),
         ([*GENERATE, "--top-p", "1.5"], "--top-p"),
         ([*GENERATE, "--temp", "nan"], "--temp"),

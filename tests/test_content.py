@@ -107,7 +107,7 @@ def test_only_the_newest_message_is_refused() -> None:
     with pytest.raises(ApiError, match=r"messages\.0\.content\.0"):
         openai_messages.conversation([shown])
     with pytest.raises(ApiError, match=r"messages\.0\.content\.0"):
-        anthropic_messages.conversation({"messages": [shown]})
+        anthropic_messages.conversation({"messages": [shown]}, {})
     said = openai_messages.conversation([shown, {"role": "assistant"}, {"role": "user", "content": "b"}])
     assert [m["content"][:7] for m in said] == ["[image:", "", "b"]
 
@@ -196,7 +196,7 @@ def test_messages_of_openais_form() -> None:
 
 def test_messages_of_anthropics_form() -> None:
     image = {"type": "image", "source": {"type": "base64", "data": base64.b64encode(b"x").decode()}}
-    said = anthropic_messages.conversation(
+    said, _ = anthropic_messages.conversation(
         {
             "system": [
                 {"type": "text", "text": "x-anthropic-billing-header: cc_version=2; cch=1;"},
@@ -227,7 +227,8 @@ def test_messages_of_anthropics_form() -> None:
                 },
                 {"role": "system", "content": [{"type": "text", "text": "Late."}]},
             ],
-        }
+        },
+        {},
     )
     assert said == [
         {"role": "system", "content": "a\n\nb"},
@@ -254,6 +255,29 @@ def test_messages_of_anthropics_form() -> None:
         {"role": "user", "content": "Go on."},
         {"role": "system", "content": "Late."},
     ]
+
+
+def test_deferred_tools_are_told_where_they_are_referred_to() -> None:
+    tools = [
+        {"name": "ToolSearch", "input_schema": {"type": "object"}},
+        {"name": "Fetch", "input_schema": {"type": "object"}, "defer_loading": True},
+        {"name": "Unseen", "input_schema": {"type": "object"}, "defer_loading": True},
+    ]
+    offered = Offered(tools)
+    found = [{"type": "tool_reference", "tool_name": name} for name in ("Fetch", "Gone")]
+    result = {"type": "tool_result", "tool_use_id": "1", "content": found}
+    said, loaded = anthropic_messages.conversation(
+        {"messages": [{"role": "user", "content": [result]}]}, offered.deferred
+    )
+    assert [t["function"]["name"] for t in offered.tools] == ["ToolSearch"]
+    assert [t["function"]["name"] for t in loaded] == ["Fetch"]
+    description = json.dumps(offered.deferred["Fetch"])
+    assert said[0]["content"] == (
+        f"This tool can be called now:\n{description}\nThe tool Gone can be called now."
+    )
+    assert [t["function"]["name"] for t in offered.required(["Fetch"]) or ()] == ["Fetch"]
+    # With nothing to find them with, they are tools like any other.
+    assert [t["function"]["name"] for t in Offered(tools[1:]).tools] == ["Fetch", "Unseen"]
 
 
 # Tools
@@ -324,8 +348,10 @@ def test_a_longer_conversation_begins_with_the_shorter_one(
     template = _template(name)
     messages = [{"role": role, "content": f"<{i}>"} for i, role in enumerate(roles)]
     cut = data.draw(st.integers(1, len(roles) - 1))
-    # Elsewhere the last message becomes longer, or loses the place of its thinking.
-    if roles[cut] == "assistant" or (name == "lenient" and roles[cut] != "system"):
+    # Elsewhere the last message becomes longer; and a new question drops the thinking before it.
+    new = set(roles[cut:])
+    steady = name not in ("own", "published") or new <= {"assistant", "tool"}
+    if steady and (roles[cut] == "assistant" or (name == "lenient" and roles[cut] != "system")):
         shorter = template.render(fit(messages[:cut], template), add_generation_prompt=False)
         longer = template.render(fit(messages, template), add_generation_prompt=False)
         if "user" in roles[:cut]:

@@ -49,14 +49,19 @@ def test_no_stream_is_silent_for_ten_seconds() -> None:
     held = [{"role": "user", "content": f"LATE(20) SLOWLY SAY({HELD})"}]
     requests: list[tuple[str, dict[str, Any]]] = [
         ("/v1/chat/completions", {"messages": said, "tools": [{"type": "function", "function": tool}]}),
-        ("/v1/messages", {"messages": said, "max_tokens": 5000, "tools": [{**CLAUDE_TOOL, "input_schema": LISTED}]}),
+        (
+            "/v1/messages",
+            {"messages": said, "max_tokens": 5000, "tools": [{**CLAUDE_TOOL, "input_schema": LISTED}]},
+        ),
         ("/v1/chat/completions", {"messages": held, "stop": ["x" * 1000]}),
         ("/v1/responses", {"input": said, "tools": [{"type": "function", **tool}]}),
         ("/api/chat", {"messages": said, "tools": [{"type": "function", "function": tool}]}),
     ]
     with running("--keep-alive", "5", "--context", "20000") as (address, _), ThreadPoolExecutor(5) as pool:
         started = time.monotonic()
-        answers = [pool.submit(largest_gap, address, path, {**body, "stream": True}) for path, body in requests]
+        answers = [
+            pool.submit(largest_gap, address, path, {**body, "stream": True}) for path, body in requests
+        ]
         for (path, _), answer in zip(requests, answers):
             gap, headers, seen = answer.result()
             assert gap < 10 and headers < 1, path

@@ -66,12 +66,13 @@ def _ask(body: dict[str, Any]) -> Ask:
     required = None
     if choice["type"] in ("any", "tool"):
         required = offered.required([choice["name"]] if choice["type"] == "tool" else None)
-    messages = conversation(body)
+    messages, loaded = conversation(body, offered.deferred)
     return Ask(
         messages=messages,
         continues=messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1],
         template=_template(body),
         tools=[] if choice["type"] == "none" else offered.tools,
+        loaded=[] if choice["type"] == "none" else loaded,
         left_out=offered.left_out,
         required=required,
         several=not choice.get("disable_parallel_tool_use") and choice["type"] != "tool",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from mlx_flashmoe.server.content import assistant, call, in_order_of_calls, last_of_user, result, text
@@ -12,20 +13,45 @@ BILLING = "x-anthropic-billing-header:"
 _REMINDER = ("<system-reminder>", "</system-reminder>")
 
 
-def conversation(body: dict[str, Any]) -> list[dict[str, Any]]:
-    """The system prompt and all messages of a request.
+def conversation(
+    body: dict[str, Any], deferred: dict[str, dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The system prompt and all messages of a request, and the deferred tools that they refer to.
+
+    Args:
+        deferred: tools by name. Where a message refers to one, its text says what the tool is.
 
     Raises:
         ApiError: status 400, for what the model cannot read in the user's newest message.
     """
-    out = []
+    out: list[dict[str, Any]] = []
+    loaded: dict[str, dict[str, Any]] = {}
     system = _system(body.get("system"))
     if system:
         out.append({"role": "system", "content": system})
     newest = last_of_user([m["role"] for m in body["messages"]])
     for i, message in enumerate(body["messages"]):
+        message = {**message, "content": _described(message["content"], deferred, loaded)}
         out += _messages(message, f"messages.{i}", refuse_media=i == newest)
-    return in_order_of_calls(out)
+    return in_order_of_calls(out), list(loaded.values())
+
+
+def _described(content: Any, deferred: dict[str, Any], loaded: dict[str, Any]) -> Any:
+    """Content with the description of each tool that it refers to. Adds these tools to ``loaded``."""
+    if isinstance(content, list):
+        return [_described(part, deferred, loaded) for part in content]
+    if not isinstance(content, dict):
+        return content
+    tool = deferred.get(str(content.get("tool_name")))
+    if content.get("type") == "tool_reference" and tool is not None:
+        loaded[tool["function"]["name"]] = tool
+        return {
+            "type": "text",
+            "text": f"This tool can be called now:\n{json.dumps(tool, ensure_ascii=False)}\n",
+        }
+    if content.get("type") == "tool_result":
+        return {**content, "content": _described(content.get("content"), deferred, loaded)}
+    return content
 
 
 def _system(content: Any) -> str:

@@ -35,6 +35,7 @@ class Ask:
         prompt: text or tokens to continue; or None.
         template: variables of the chat template.
         tools: what may be called.
+        loaded: more that may be called, of which the messages tell and not the template's list.
         left_out: tools that were offered and that this server cannot offer, by kind.
         required: the answer is a call, of one of these tools; without it, None.
         several: it may be several calls.
@@ -48,6 +49,7 @@ class Ask:
     prompt: str | list[int] | None = None
     template: dict[str, Any] = field(default_factory=dict)
     tools: list[dict[str, Any]] = field(default_factory=list)
+    loaded: list[dict[str, Any]] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     required: list[dict[str, Any]] | None = None
     several: bool = True
@@ -140,7 +142,7 @@ class Engine:
             max_tokens=max_tokens,
             sampler=make_sampler(**sampling),
             processors=processors,
-            parser=None if ask.messages is None else AnswerParser(ask.tools, thinking),
+            parser=None if ask.messages is None else AnswerParser([*ask.tools, *ask.loaded], thinking),
             stop=ask.stop,
             top_logprobs=ask.top_logprobs,
         )

@@ -21,11 +21,14 @@ class Offered:
 
     Attributes:
         tools: functions, as chat templates take them.
-        left_out: how many tools of each kind are not among them.
+        deferred: functions by name that the model gets to know only when the conversation refers to them (Anthropic's
+            ``defer_loading``): listed with the others, each new one would change the prompt from its beginning.
+        left_out: how many tools of each kind are in neither.
     """
 
     def __init__(self, tools: Any) -> None:
         self.tools: list[dict[str, Any]] = []
+        self.deferred: dict[str, dict[str, Any]] = {}
         self.left_out: Counter[str] = Counter()
         names: set[str] = set()
         for tool in _flat(tools):
@@ -34,7 +37,13 @@ class Offered:
                 self.left_out[_kind(tool)] += 1
             elif function["name"] not in names:
                 names.add(function["name"])
-                self.tools.append({"type": "function", "function": function})
+                made = {"type": "function", "function": function}
+                if tool.get("defer_loading") is True:
+                    self.deferred[function["name"]] = made
+                else:
+                    self.tools.append(made)
+        if self.deferred and not self.tools:  # nothing to find them with
+            self.tools, self.deferred = list(self.deferred.values()), {}
 
     def required(self, names: list[str] | None) -> list[dict[str, Any]] | None:
         """The tools of which one has to be called; None if none has to be.
@@ -45,7 +54,8 @@ class Offered:
         Raises:
             ApiError: status 400; the request offers no such tool. One that was left out cannot be required.
         """
-        wanted = [t for t in self.tools if names is None or t["function"]["name"] in names]
+        every = self.tools if names is None else [*self.tools, *self.deferred.values()]
+        wanted = [t for t in every if names is None or t["function"]["name"] in names]
         if wanted or self.left_out:
             return wanted or None
         raise ApiError(400, "tool_choice asks for a tool that is not among tools")
