@@ -4,9 +4,10 @@ The script knows nothing of the APIs: it sees the prompt as the published chat t
 model of that family writes. What it says depends on what was asked last:
 
     Read the file NAME and tell me the code word       a call of the client's tool, then the word that it gave
-    Replace the code word in NAME with WORD            an edit, in the form that the prompt asks for
+    Replace the code word in NAME with WORD            the whole file with the word in it
     What was the code word?                            the word, if the conversation so far has it
-    anything else                                      a short title, as JSON where the prompt speaks of JSON
+
+Clients also ask on the side, without tools, for titles and commit messages: they get short ones.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ UNKNOWN = "I do not know the code word."
 _READ = re.compile(r"Read the file (\S+) and tell me the code word")
 _REPLACE = re.compile(r"Replace the code word in (\S+) with ([a-z]+-\d+)")
 _WORD = re.compile(r"code word (?:is|was) ([a-z]+-\d+)")
-_TOOLS = re.compile(r"<tools>\n(.*?)\n</tools>", re.DOTALL)
 
 # Names of tools that read a file or run a command, the best first.
 _READERS = ("read", "readfile", "fsread", "viewfile", "execcommand", "shellcommand", "shell", "bash", "runshellcommand")
@@ -38,19 +38,22 @@ def answer(prompt: str) -> str:
 
 
 def _answer(prompt: str) -> str:
-    read, replace = _last(_READ, prompt), _last(_REPLACE, prompt)
-    latest = max(_end(read), _end(replace), prompt.rfind(AGAIN))
+    functions = _functions(prompt)
+    if not functions and (said := _aside(prompt)) is not None:
+        return said
+    read, replace, again = _last(_READ, prompt), _last(_REPLACE, prompt), prompt.rfind(AGAIN)
+    latest = max(_end(read), _end(replace), again)
     if latest < 0:
-        return _title(prompt)
-    if latest == prompt.rfind(AGAIN):
+        return "Nothing to do."
+    if latest == again:
         return _tell(prompt, "You had me read it: the code word was {}.")
     if replace is not None and latest == replace.end():
-        return _edit(prompt, *replace.groups())
+        return _edit(prompt, replace[1], replace[2])
     assert read is not None
-    call = _call(prompt, read[1])
+    call = _call(functions, read[1])
     if call is not None and "<tool_response>" not in prompt[latest:]:
         return call
-    return _title(prompt) if _is_for_title(prompt) else _tell(prompt, "The code word is {}.")
+    return _tell(prompt, "The code word is {}.")
 
 
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
@@ -64,39 +67,45 @@ def _end(match: re.Match[str] | None) -> int:
     return -1 if match is None else match.end()
 
 
+def _aside(prompt: str) -> str | None:
+    """Answers to what clients ask on the side, without tools; None for anything else."""
+    instructions = prompt.partition("<|im_end|>")[0]
+    if "commit message" in instructions:
+        return "Change the code word"
+    if "title" in instructions:
+        return json.dumps({"title": "A code word"}) if "JSON" in instructions else "A code word"
+    return None
+
+
 def _tell(prompt: str, sentence: str) -> str:
     word = _last(_WORD, prompt)
     return UNKNOWN if word is None else sentence.format(word[1])
 
 
-def _is_for_title(prompt: str) -> bool:
-    return _last(_WORD, prompt) is None and "title" in prompt
-
-
-def _title(prompt: str) -> str:
-    """Clients ask for titles and topics on the side."""
-    return json.dumps({"title": "A code word"}) if "JSON" in prompt else "A code word"
-
-
 def _edit(prompt: str, name: str, word: str) -> str:
-    """A search-and-replace block, the form that aider asks for."""
-    old = _last(_WORD, prompt)
-    if old is None:
-        return UNKNOWN
-    before, after = (f"The code word is {w}." for w in (old[1], word))
-    return f"{name}\n```\n<<<<<<< SEARCH\n{before}\n=======\n{after}\n>>>>>>> REPLACE\n```\n"
+    """The whole file as it should be, the form that aider asks for where it does not know a model."""
+    return f"{name}\n```\nThe code word is {word}.\n```"
 
 
-def _call(prompt: str, path: str) -> str | None:
-    """The call that reads a file, by the tools that the prompt offers; None if none of them can."""
-    tools = _TOOLS.search(prompt)
-    if tools is None:
-        return None
-    functions = [json.loads(line)["function"] for line in tools[1].splitlines()]
-    by_name = {_plain(function["name"]): function for function in functions}
+def _functions(prompt: str) -> dict[str, dict[str, Any]]:
+    """The functions that the prompt offers, one JSON object a line of its first message, by plain name."""
+    functions = {}
+    for line in prompt.partition("<|im_end|>")[0].splitlines():
+        try:
+            tool = json.loads(line)
+        except ValueError:
+            continue
+        function = tool.get("function", tool) if isinstance(tool, dict) else {}
+        if "name" in function:
+            functions[_plain(function["name"])] = function
+    return functions
+
+
+def _call(functions: dict[str, dict[str, Any]], path: str) -> str | None:
+    """The call that reads a file; None if none of the functions can."""
     for name in _READERS:
-        if name in by_name and (arguments := _arguments(by_name[name], path)) is not None:
-            return _tags(by_name[name]["name"], arguments)
+        if name in functions and (arguments := _arguments(functions[name], path)) is not None:
+            return _tags(functions[name]["name"], arguments)
     return None
 
 

@@ -30,7 +30,8 @@ from mlx_flashmoe.server import app
 from mlx_flashmoe.tokenizer import Tokenizer
 
 CONTEXT = 200_000
-TEMPLATE = Path(__file__).parent.parent / "data" / "qwen3.5-397b-a17b" / "chat_template.jinja"
+REPOSITORY = Path(__file__).parents[2]
+OWN = REPOSITORY / "examples" / "small_moe" / "model" / "chat_template.jinja"
 
 
 class AgentCache(Cache):
@@ -98,7 +99,7 @@ def load(template: Path) -> tuple[AgentModel, Tokenizer]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--template", type=Path, default=TEMPLATE)
+    parser.add_argument("--template", type=Path, default=OWN)
     parser.add_argument("--record", type=Path, help="folder for the requests, one JSON file each")
     parser.add_argument("--port", type=int, default=0)
     options = parser.parse_args(arguments)

@@ -1,0 +1,200 @@
+"""Agents on the command line read a file with their own tool, answer, and go on in a second turn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clients import agent
+from clients.conftest import Served, npm_version, program, run, seen
+
+pytestmark = pytest.mark.clients
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a client says of a turn.
+
+    Attributes:
+        answer: the model's last text.
+        prompt, cached: tokens of the turn's prompts, and of these the ones read before.
+    """
+
+    answer: str
+    prompt: int
+    cached: int
+
+
+@dataclass(frozen=True)
+class Agent:
+    """A client, and how it is used.
+
+    Attributes:
+        package: on npm.
+        settings: writes what the documentation says into the home folder, and returns environment variables.
+        first, then: arguments of the first turn and of one that continues it, before the task.
+        read: a turn's output.
+        cached: the share of the second turn's prompt that was read before, at least.
+    """
+
+    package: str
+    program: str
+    settings: Callable[[Path, str], dict[str, str]]
+    first: list[str]
+    then: list[str]
+    read: Callable[[str], Turn]
+    cached: float
+
+
+def claude_settings(home: Path, url: str) -> dict[str, str]:
+    return {
+        "ANTHROPIC_BASE_URL": url,
+        "ANTHROPIC_AUTH_TOKEN": "none",
+        "ANTHROPIC_MODEL": "scripted",
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+    }
+
+
+def claude_turn(output: str) -> Turn:
+    said = json.loads(output)
+    usage = said["usage"]
+    cached = usage["cache_read_input_tokens"]
+    return Turn(said["result"], usage["input_tokens"] + cached, cached)
+
+
+def codex_settings(home: Path, url: str) -> dict[str, str]:
+    (home / ".codex").mkdir()
+    (home / ".codex" / "config.toml").write_text(
+        f"""\
+model = "scripted"
+model_provider = "flashmoe"
+
+[model_providers.flashmoe]
+name = "mlx-flashmoe"
+base_url = "{url}/v1"
+wire_api = "responses"
+"""
+    )
+    return {}
+
+
+def codex_turn(output: str) -> Turn:
+    events = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    texts = [e["item"]["text"] for e in events if e.get("item", {}).get("type") == "agent_message"]
+    usage = events[-1]["usage"]
+    return Turn(texts[-1], usage["input_tokens"], usage["cached_input_tokens"])
+
+
+def opencode_settings(home: Path, url: str) -> dict[str, str]:
+    settings = {
+        "provider": {
+            "flashmoe": {
+                "npm": "@ai-sdk/openai-compatible",
+                "options": {"baseURL": f"{url}/v1", "apiKey": "none"},
+                "models": {"scripted": {}},
+            }
+        },
+        "model": "flashmoe/scripted",
+        "autoupdate": False,
+    }
+    folder = home / ".config" / "opencode"
+    folder.mkdir(parents=True)
+    (folder / "opencode.json").write_text(json.dumps(settings))
+    return {}
+
+
+def opencode_turn(output: str) -> Turn:
+    events = [json.loads(line) for line in output.splitlines()]
+    texts = [e["part"]["text"] for e in events if e["type"] == "text"]
+    tokens = [e["part"]["tokens"] for e in events if e["type"] == "step_finish"]
+    cached = sum(t["cache"]["read"] for t in tokens)
+    return Turn(texts[-1], sum(t["input"] for t in tokens) + cached, cached)
+
+
+def qwen_settings(home: Path, url: str) -> dict[str, str]:
+    return {"OPENAI_BASE_URL": f"{url}/v1", "OPENAI_API_KEY": "none", "OPENAI_MODEL": "scripted"}
+
+
+def qwen_turn(output: str) -> Turn:
+    (end,) = [e for e in json.loads(output) if e["type"] == "result"]
+    usage = end["usage"]
+    return Turn(end["result"], usage["input_tokens"], usage["cache_read_input_tokens"])
+
+
+AGENTS = {
+    "Claude Code": Agent(
+        "@anthropic-ai/claude-code",
+        "claude",
+        claude_settings,
+        ["--output-format", "json", "-p"],
+        ["--output-format", "json", "--continue", "-p"],
+        claude_turn,
+        cached=0.95,
+    ),
+    "Codex CLI": Agent(
+        "@openai/codex",
+        "codex",
+        codex_settings,
+        ["exec", "--skip-git-repo-check", "--json"],
+        ["exec", "resume", "--last", "--skip-git-repo-check", "--json"],
+        codex_turn,
+        cached=0.95,
+    ),
+    "OpenCode": Agent(
+        "opencode-ai",
+        "opencode",
+        opencode_settings,
+        ["run", "--format", "json"],
+        ["run", "--format", "json", "--continue"],
+        opencode_turn,
+        cached=0.95,
+    ),
+    # Its first message loses a reminder of the date in the second turn: only the system prompt is the same.
+    "Qwen Code": Agent(
+        "@qwen-code/qwen-code",
+        "qwen",
+        qwen_settings,
+        ["--auth-type", "openai", "--output-format", "json", "-p"],
+        ["--auth-type", "openai", "--output-format", "json", "--continue", "-p"],
+        qwen_turn,
+        cached=0.6,
+    ),
+}
+
+
+def called(value: Any) -> set[str]:
+    """Names of the functions that a request's history says were called, whatever the API."""
+    if isinstance(value, list):
+        return set().union(*map(called, value))
+    if not isinstance(value, dict):
+        return set()
+    names = {value["name"]} if "name" in value and ("arguments" in value or value.get("type") == "tool_use") else set()
+    return names.union(*map(called, value.values()))
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_reads_a_file_answers_and_goes_on(name: str, served: Served, home: Path, notes: Path, word: str) -> None:
+    client = AGENTS[name]
+    environment = client.settings(home, served.url)
+    command = program(client.program)
+
+    first = client.read(run([command, *client.first, agent.READ.format(notes)], **environment))
+    assert word in first.answer
+    tools = called([r["body"] for r in served.requests()])
+    assert len(tools) == 1
+    prompt, known = served.metric("prompt_tokens_total"), served.metric("cached_tokens_total")
+
+    again = client.read(run([command, *client.then, agent.AGAIN], **environment))
+    assert word in again.answer
+    served.check_statuses()
+    assert served.metric("cached_tokens_total") > known
+    # Codex counts a session's tokens, not a turn's.
+    read_before = again.cached - first.cached if name == "Codex CLI" else again.cached
+    read = again.prompt - first.prompt if name == "Codex CLI" else again.prompt
+    assert read_before >= client.cached * read
+    assert served.metric("prompt_tokens_total") >= prompt + read
+    seen(name, npm_version(client.package), f"{min(tools)} called; of turn 2's {read} tokens {read_before} known")
