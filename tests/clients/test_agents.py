@@ -172,7 +172,8 @@ def called(value: Any) -> set[str]:
         return set().union(*map(called, value))
     if not isinstance(value, dict):
         return set()
-    names = {value["name"]} if "name" in value and ("arguments" in value or value.get("type") == "tool_use") else set()
+    call = value.get("type") == "tool_use" or isinstance(value.get("arguments"), str)
+    names = {value["name"]} if call and isinstance(value.get("name"), str) else set()
     return names.union(*map(called, value.values()))
 
 

@@ -1,0 +1,30 @@
+"""What every script of this folder does: two questions to a server at the address that it is given.
+
+The first asks for a file, which the model reads with the tool that the script offers; the second continues. Printed
+are both answers, and the tokens of the last prompt that the client says were known.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+AGAIN = "What was the code word?"
+
+
+def read_file(path: str) -> str:
+    """Returns the text of a file.
+
+    Args:
+        path: of the file.
+    """
+    return Path(path).read_text()
+
+
+def main(talk: Callable[[str, str], tuple[str, str, int | None]]) -> None:
+    """Calls ``talk`` with the address, without /v1, and the first question; prints what it returns."""
+    address, path = sys.argv[1:]
+    first, again, cached = talk(address, f"Read the file {path} and tell me the code word")
+    print(json.dumps({"first": first, "again": again, "cached": cached}))
