@@ -30,16 +30,19 @@ FIRST_READ = 256 << 10  # of a header: most are smaller
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a commit. ``sha256`` of a large file, ``git`` hash of a small one."""
+    """A file of a commit. ``sha256`` of a large file, ``git`` hash of a small one; ``mtime`` of one without a hash."""
 
     name: str
     size: int
     sha256: str | None
     git: str | None
+    mtime: int | None = None
 
     @property
     def stamp(self) -> str:
-        return f"sha256 {self.sha256}" if self.sha256 else f"git {self.git}"
+        if self.sha256 or self.git:
+            return f"sha256 {self.sha256}" if self.sha256 else f"git {self.git}"
+        return f"mtime {self.mtime}"
 
     def hasher(self) -> Any:
         """To be fed with the file; then ``check`` it."""
@@ -47,6 +50,22 @@ class HubFile:
 
     def matches(self, hasher: Any) -> bool:
         return hasher.hexdigest() == (self.sha256 or self.git)
+
+    def check(self, path: Path) -> None:
+        """Raises SourceError unless ``path`` is, byte for byte, this file; without a hash it is taken as it is."""
+        if not (self.sha256 or self.git):
+            return
+        hasher = self.hasher()
+        try:
+            with open(path, "rb") as f:
+                while data := f.read(CHUNK):
+                    hasher.update(data)
+        except OSError as e:
+            raise SourceError(f"{path} cannot be read: {e.strerror}") from None
+        if not self.matches(hasher):
+            raise SourceError(
+                f"{path} is not the file that the hub has ({self.stamp}); remove it, and try again"
+            )
 
 
 class Repository:
@@ -75,7 +94,7 @@ class Repository:
 
         with _hub_errors(f"{self.name}: {name}"):
             path = Path(hf_hub_download(self.name, name, revision=self.commit))
-        self.check(path, self.files[name])
+        self.files[name].check(path)
         return path
 
     def cached(self, name: str) -> Path | None:
@@ -84,20 +103,6 @@ class Repository:
 
         path = try_to_load_from_cache(self.name, name, revision=self.commit)
         return Path(path) if isinstance(path, str) else None
-
-    def check(self, path: Path, file: HubFile) -> None:
-        """Raises SourceError unless ``path`` is, byte for byte, the hub's ``file``."""
-        hasher = file.hasher()
-        try:
-            with open(path, "rb") as f:
-                while data := f.read(CHUNK):
-                    hasher.update(data)
-        except OSError as e:
-            raise SourceError(f"{path} cannot be read: {e.strerror}") from None
-        if not file.matches(hasher):
-            raise SourceError(
-                f"{path} is not the file that the hub has ({file.stamp}); remove it, and try again"
-            )
 
     def header(self, name: str) -> Header:
         """The header of a safetensors file, by a request or two for its first bytes."""

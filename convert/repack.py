@@ -174,6 +174,8 @@ def _convert(
     progress: Progress | None,
     note: Note,
 ) -> Manifest:
+    for line in checkpoint.notes:
+        note(line)
     bound = bind(checkpoint)
     plan = make_plan(bound, recipe)
     for line in plan.notes:

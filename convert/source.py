@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from reprlib import repr as short
 from typing import Any, Protocol
 
 from mlx_flashmoe.convert.hub import Download, Repository
+from mlx_flashmoe.convert.hub_cache import ADVICE, Snapshot
 from mlx_flashmoe.convert.journal import Beginning, Shard
-from mlx_flashmoe.convert.safetensors import SafetensorsFile, Tensor
+from mlx_flashmoe.convert.safetensors import Header, SafetensorsFile, Tensor
+from mlx_flashmoe.convert.weights import INDEX, choose, json_object
 from mlx_flashmoe.errors import ConversionError, SourceError
 from mlx_flashmoe.layout import MANIFEST
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 # What is copied as published: settings, tokenizer, chat template, licence. Not the index, not the weights.
 _SIDE_FILES = re.compile(
     r"[^.].*\.json|.*\.jinja|tokenizer[^/]*|vocab[^/]*|merges\.txt|.*\.tiktoken|LICEN[SC]E[^/]*"
@@ -122,7 +120,7 @@ class HubShards:
                 waiting(f"checking {name}")
                 path = self._repository.cached(name)
                 assert path is not None
-                self._repository.check(path, file)
+                file.check(path)
                 self._checked.add(name)
             return
         self.prefetch(name)
@@ -160,6 +158,7 @@ class Checkpoint:
         stamps: changes with a shard's content.
         present: shards whose data is there, or can be had.
         side_files: what a converted folder keeps as published.
+        notes: lines about what is unusual.
     """
 
     folder: Path
@@ -172,6 +171,7 @@ class Checkpoint:
     present: set[str]
     side_files: list[Path]
     storage: Storage
+    notes: list[str]
 
     def recorded(self) -> dict[str, Shard]:
         """What a journal keeps of the shards."""
@@ -190,9 +190,11 @@ def open_checkpoint(
 
     Args:
         hf_path: a folder with config.json and model.safetensors, or shards and their index; or the id of a
-            Hugging Face repository ("org/name").
+            Hugging Face repository ("org/name"), of which files in the hub's cache are used, and with HF_HUB_OFFLINE
+            only those.
         revision: of the repository: a branch, tag or commit. Not for a folder.
-        downloads: the folder for a repository's shards.
+        downloads: the folder for a repository's shards. Without it only their headers are read, and there are no
+            side files.
         begun: an earlier conversion's record of the same checkpoint: shards of it may have gone since.
 
     Raises:
@@ -218,7 +220,7 @@ def _open_folder(
         raise ConversionError(f"a revision ({revision}) is for Hugging Face ids, but {folder} is a folder")
     if (folder / MANIFEST).exists():
         raise SourceError(f"{folder} is a converted model already ({MANIFEST} is in it); nothing to convert")
-    config = _json_object(folder / "config.json", "a checkpoint needs it; is this a model's folder?")
+    config = json_object(folder / "config.json", "a checkpoint needs it; is this a model's folder?")
     stamps: dict[str, str] = {}
     present: set[str] = set()
 
@@ -237,25 +239,25 @@ def _open_folder(
             )
         return file
 
-    if (folder / INDEX).exists():
-        tensors, shards = _indexed(folder / INDEX, shard)
-    elif (folder / SINGLE).exists() or (begun is not None and SINGLE in begun.shards):
-        shards = {SINGLE: shard(SINGLE)}
-        tensors = dict(shards[SINGLE].tensors)
-    else:
-        raise SourceError(f"{folder} has neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read")
+    there = {path.name for path in folder.iterdir() if path.exists()}
+    if begun is not None:
+        there |= set(begun.shards)
+    index = folder / INDEX if INDEX in there else None
+    weights = choose(there, index, str(folder), "download the rest of the checkpoint")
+    shards = {name: shard(name) for name in weights.files}
     side_files = sorted(path for path in folder.iterdir() if path.is_file() and is_side_file(path.name))
     return Checkpoint(
         folder=folder,
         revision=None,
         identity={"config": _sha256(folder / "config.json")},
         config=config,
-        tensors=tensors,
+        tensors=weights.tensors(shards),
         shards=shards,
         stamps=stamps,
         present=present,
         side_files=side_files,
         storage=LocalFolder(folder),
+        notes=[weights.note] if weights.note else [],
     )
 
 
@@ -266,49 +268,58 @@ def _open_repository(
     begun: Beginning | None,
     stack: contextlib.ExitStack,
 ) -> Checkpoint:
+    from huggingface_hub import constants
+
+    offline = constants.HF_HUB_OFFLINE
     # Pinned: a branch may have moved since.
-    repository = Repository(name, begun.source["commit"] if begun is not None else revision)
+    commit = begun.source["commit"] if begun is not None else revision
+    repository = Snapshot(name, commit) if offline else Repository(name, commit)
     files = repository.files
+    advice = ADVICE if offline else "the repository is incomplete"
     if "config.json" not in files:
-        raise SourceError(f"{name}: config.json is missing; a checkpoint needs it")
-    small = {n: repository.small_file(n) for n in sorted(files) if is_side_file(n) or n == INDEX}
-    config = _json_object(small["config.json"], "")
-    if INDEX in files:
-        weight_map = _weight_map(small[INDEX])
-        names = sorted(set(weight_map.values()))
-    elif SINGLE in files:
-        weight_map, names = {}, [SINGLE]
-    else:
-        raise SourceError(f"{name} has neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read")
-    for file in names:
-        if file not in files:
-            raise SourceError(f"{name}: {file} is missing, but {INDEX} names it")
+        raise SourceError(f"{name}: config.json is missing; a checkpoint needs it; {advice}")
+    if offline and not any(n.endswith(".safetensors") for n in files):
+        raise SourceError(f"{name}: the hub's cache has none of its weights; {ADVICE}")
+    wanted = {n for n in files if is_side_file(n)} if downloads is not None else {"config.json"}
+    small = {n: repository.small_file(n) for n in sorted(wanted | ({INDEX} & set(files)))}
+    config = json_object(small["config.json"], "")
+    weights = choose(files, small.get(INDEX), name, advice)
+    names = weights.files
+    cached = {n: path for n in names if (path := repository.cached(n)) is not None}
+
+    def header(file: str) -> Header:
+        if file not in cached:
+            return repository.header(file)
+        with contextlib.closing(SafetensorsFile(cached[file])) as opened:
+            return opened.header
+
     if begun is not None and {n: begun.shards[n].stamp for n in begun.shards} == {
         n: files[n].stamp for n in names
     }:
         headers = {n: begun.shards[n].header for n in names}
     else:
         with ThreadPoolExecutor(HEADER_THREADS) as pool:
-            headers = dict(zip(names, pool.map(repository.header, names)))
-    assert downloads is not None
-    cached = {n: path for n in names if (path := repository.cached(n)) is not None}
+            headers = dict(zip(names, pool.map(header, names)))
+    folder = Path(name) if downloads is None else downloads
     shards = {
-        n: stack.enter_context(contextlib.closing(SafetensorsFile(cached.get(n, downloads / n), headers[n])))
+        n: stack.enter_context(contextlib.closing(SafetensorsFile(cached.get(n, folder / n), headers[n])))
         for n in names
     }
-    tensors = _named(small[INDEX], weight_map, shards) if weight_map else dict(shards[SINGLE].tensors)
-    storage = stack.enter_context(contextlib.closing(HubShards(repository, downloads, set(cached))))
+    notes = [weights.note] if weights.note else []
+    if offline and downloads is not None and "tokenizer.json" not in files:
+        notes.append(f"{name}: tokenizer.json is not in the hub's cache; the model will be without it")
     return Checkpoint(
         folder=small["config.json"].parent,
         revision=repository.commit,
         identity={"commit": repository.commit, "config": _sha256(small["config.json"])},
         config=config,
-        tensors=tensors,
+        tensors=weights.tensors(shards),
         shards=shards,
         stamps={n: files[n].stamp for n in names},
         present=set(names),
         side_files=[path for n, path in small.items() if n != INDEX],
-        storage=storage,
+        storage=stack.enter_context(contextlib.closing(HubShards(repository, folder, set(cached)))),
+        notes=notes,
     )
 
 
@@ -319,64 +330,6 @@ def is_side_file(name: str) -> bool:
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    """Tensor name -> shard name, checked to be a file name in the index's own folder."""
-    weight_map = _json_object(path, "").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise SourceError(f"{path}: no weight_map in it")
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or not _plain_name(file):
-            raise SourceError(
-                f"{path}: tensor {short(name)} is in {short(file)}, which is not the name of a file in this folder"
-            )
-    return weight_map
-
-
-def _indexed(
-    path: Path, shard: Callable[[str], SafetensorsFile]
-) -> tuple[dict[str, Tensor], dict[str, SafetensorsFile]]:
-    """The tensors an index lists, and the shards it names, which ``shard`` opens."""
-    weight_map = _weight_map(path)
-    shards: dict[str, SafetensorsFile] = {}
-    for file in sorted(set(weight_map.values())):
-        try:
-            shards[file] = shard(file)
-        except SourceError:
-            if not (path.parent / file).exists():
-                raise SourceError(f"{path.parent / file} is missing, but {path.name} names it") from None
-            raise
-    return _named(path, weight_map, shards), shards
-
-
-def _named(index: Path, weight_map: dict[str, str], shards: dict[str, SafetensorsFile]) -> dict[str, Tensor]:
-    tensors = {}
-    for name, file in weight_map.items():
-        if name not in shards[file].tensors:
-            raise SourceError(f"{shards[file].path}: tensor {name!r} is not in it, but {index.name} says so")
-        tensors[name] = shards[file].tensors[name]
-    return tensors
-
-
-def _plain_name(name: str) -> bool:
-    if name in ("", ".", "..") or not name.isprintable() or not name.endswith(".safetensors"):
-        return False
-    return "/" not in name and "\\" not in name and ":" not in name and len(os.fsencode(name)) < 256
-
-
-def _json_object(path: Path, hint: str) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_bytes().decode("utf-8"))
-    except FileNotFoundError:
-        raise SourceError(f"{path} is missing; {hint}") from None
-    except OSError as e:
-        raise SourceError(f"{path} cannot be read: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:
-        raise SourceError(f"{path}: not valid JSON: {e}") from None
-    if not isinstance(data, dict):
-        raise SourceError(f"{path}: not a JSON object")
-    return data
 
 
 def _repository_id(hf_path: str | os.PathLike[str]) -> str:

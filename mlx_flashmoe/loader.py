@@ -256,8 +256,7 @@ def load(
         arena.load_all()
     chunk = prefill_chunk(settings, dtype)
     identity = _identity(manifest, config, active, dtype)
-    context_length = config.get("text_config", config).get("max_position_embeddings")
-    return StreamingModel(model, decode, plan, chunk, kv_bytes, context_length, identity), tokenizer
+    return StreamingModel(model, decode, plan, chunk, kv_bytes, settings.context_length, identity), tokenizer
 
 
 def prefill_chunk(settings: Any, dtype: mx.Dtype) -> int:

@@ -147,7 +147,7 @@ BAD_SOURCES: list[tuple[Callable[[Path], Any], str]] = [
     ),
     (lambda s: (s / FIRST).write_bytes(b"\x04\0\0\0\0\0\0\0nope"), f"{FIRST}: the header is not JSON"),
     (lambda s: ((s / FIRST).unlink(), (s / FIRST).mkdir()), f"{FIRST} is not a file"),
-    (lambda s: (s / INDEX).unlink(), f"neither model.safetensors nor {INDEX}"),
+    (lambda s: [p.unlink() for p in s.glob("model*")], f"neither model.safetensors nor {INDEX}"),
     (lambda s: (s / INDEX).write_text("nope"), f"{INDEX}: not valid JSON"),
     (lambda s: (s / INDEX).write_text("{}"), f"{INDEX}: no weight_map in it"),
     (lambda s: (s / "flashmoe.json").write_text("{}"), "is a converted model already"),

@@ -10,20 +10,19 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
 
 import mlx.core as mx
 import pytest
 from checkpoints import LAYOUTS, Spec, write_checkpoint
+from hub_server import serve
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_flashmoe import convert, load
 from mlx_flashmoe.cli import main
+from mlx_flashmoe.convert import hub
 from mlx_flashmoe.doctor import machine, predict, report
 from mlx_flashmoe.doctor.examine import examine
 from mlx_flashmoe.doctor.predict import Found, Rates, Work, found, skewed, token_time, uniform
@@ -156,64 +155,33 @@ def test_what_is_no_model_is_refused_by_name(tmp_path: Path) -> None:
             examine(model, mx.float32)
 
 
-class _Hub(BaseHTTPRequestHandler):
-    """What the hub's client asks of the hub, for one repository: files, whole or in part."""
-
-    folder: Path
-    served: ClassVar[dict[str, int]] = {}
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.folder / self.path.rpartition("/")[2]
-        if not self.path.startswith("/org/model/resolve/main/") or not path.exists():
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        data = path.read_bytes()
-        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        part = data[int(asked[1]) : int(asked[2]) + 1] if asked else data
-        self.send_response(206 if asked else 200)
-        self.send_header("ETag", f'"{len(data)}"')
-        self.send_header("X-Repo-Commit", "c" * 40)
-        self.send_header("Content-Length", str(len(part)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(part)
-            self.served[path.name] = self.served.get(path.name, 0) + len(part)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 def test_of_a_model_on_the_hub_only_headers_are_fetched(tmp_path: Path) -> None:
     spec = Spec(hidden=512, inner=256, experts=16, layers=2)
-    _Hub.folder = write_checkpoint(tmp_path / "model", spec, "per_expert", shards=2)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    env = {
-        **os.environ,
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(tmp_path / "cache"),
-        "NO_PROXY": "127.0.0.1",
-    }
-    try:
-        command = [sys.executable, "-m", "mlx_flashmoe", "doctor"]
-        remote = subprocess.run([*command, "org/model", *SIMULATED], env=env, capture_output=True, text=True)
-        local = subprocess.run([*command, str(_Hub.folder), *SIMULATED], capture_output=True, text=True)
-        absent = subprocess.run([*command, "org/other", *SIMULATED], env=env, capture_output=True, text=True)
-    finally:
-        server.shutdown()
+    folder = write_checkpoint(tmp_path / "model", spec, "per_expert", shards=2)
+    (folder / "model.safetensors.index.json").unlink()
+    command = [sys.executable, "-m", "mlx_flashmoe", "doctor"]
+
+    def doctor(model: str, **more: str) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1", **more}
+        return subprocess.run([*command, model, *SIMULATED], env=env, capture_output=True, text=True)
+
+    with serve(folder) as hub_:
+        remote = doctor("org/model", HF_ENDPOINT=hub_.url)
+        asked = [(path.rpartition("/")[2], span) for _, path, span in hub_.requests if "/resolve/" in path]
+        absent = doctor("org/other", HF_ENDPOINT=hub_.url)
+    local = doctor(str(folder))
     assert remote.returncode == 0, remote.stderr
+    assert not remote.stderr
     assert remote.stdout.split()[-200:] == local.stdout.split()[-200:]
-    shards = {name: n for name, n in _Hub.served.items() if name.endswith(".safetensors")}
-    size = sum((_Hub.folder / name).stat().st_size for name in shards)
-    assert len(shards) == 2 and size > 20e6
-    assert sum(shards.values()) < 0.02 * size
-    assert absent.returncode == 2 and "org/other: no such folder, and reading its headers" in absent.stderr
+    assert "model.safetensors.index.json is missing; " in " ".join(remote.stdout.split())
+    shards = {name: span for name, span in asked if name != "config.json"}
+    header = f"bytes=0-{hub.FIRST_READ - 1}"
+    assert shards == {f"model-0000{i}-of-00002.safetensors": header for i in (1, 2)}
+    assert absent.returncode == 2 and absent.stderr.startswith("error: org/other: no such folder")
+    # Offline, the headers are missing: the cache has config.json alone.
+    offline = doctor("org/model", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 2 and offline.stderr.count("\n") == 1
+    assert "has none of its weights; HF_HUB_OFFLINE is set" in offline.stderr
 
 
 # --- The machine

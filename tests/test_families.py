@@ -309,3 +309,70 @@ def test_yarn_as_qwen_recommends_it() -> None:
     assert np.all(stretched[turns > 40] == 0) and np.all(stretched[turns < 0.8] == 1)
     assert np.all(np.diff(stretched) >= 0)
     assert rope.yarn.attention_factor == pytest.approx(1.138629, abs=1e-6)
+
+
+def yarn(factor: float | None = 4.0, original: int | None = 32768, kind: str = "rope_type") -> dict[str, Any]:
+    settings = {kind: "yarn", "factor": factor, "original_max_position_embeddings": original}
+    return {name: value for name, value in settings.items() if value is not None or name == "factor"}
+
+
+PLAIN = {"rope_type": "default", "rope_theta": 1e6}
+MROPE = {"type": "mrope", "rope_type": "default", "mrope_section": [11, 11, 10]}
+
+CONTEXTS: list[tuple[dict[str, Any], int | None]] = [
+    # As published, and as the model cards ask for YaRN: max_position_embeddings stays.
+    ({"max_position_embeddings": 262144}, 262144),
+    ({"max_position_embeddings": 40960, "rope_scaling": yarn()}, 131072),
+    ({"max_position_embeddings": 262144, "rope_parameters": {**PLAIN, **yarn(4, 262144)}}, 1048576),
+    # The longer one counts: it may have been raised by hand too.
+    ({"max_position_embeddings": 131072, "rope_scaling": yarn()}, 131072),
+    ({"max_position_embeddings": 262144, "rope_scaling": yarn(2)}, 262144),
+    ({"max_position_embeddings": 32768, "rope_scaling": yarn(0.5)}, 32768),
+    # Older spellings, and one beside the other.
+    ({"max_position_embeddings": 32768, "rope_scaling": yarn(kind="type")}, 131072),
+    ({"max_position_embeddings": 32768, "rope_parameters": PLAIN, "rope_scaling": yarn(kind="type")}, 131072),
+    ({"max_position_embeddings": 32768, "rope_parameters": yarn(), "rope_scaling": MROPE}, 131072),
+    ({"max_position_embeddings": 32768, "rope_parameters": yarn(), "rope_scaling": None}, 131072),
+    ({"max_position_embeddings": 32768, "rope_scaling": MROPE}, 32768),
+    # What is left out is derived.
+    ({"max_position_embeddings": 32768, "rope_scaling": yarn(original=None)}, 131072),
+    ({"max_position_embeddings": 131072, "rope_scaling": yarn(factor=None)}, 131072),
+    ({"max_position_embeddings": ..., "rope_scaling": yarn()}, 131072),
+    ({"max_position_embeddings": ...}, None),
+    ({"max_position_embeddings": None}, None),
+    ({"max_position_embeddings": 32768, "rope_scaling": yarn(1.5)}, 49152),
+]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("changes", "tokens"), CONTEXTS)
+def test_the_context_that_a_model_is_made_for(
+    changes: dict[str, Any], tokens: int | None, nested: bool
+) -> None:
+    text = {**ALIKE, **RELEASED["Qwen3-235B-A22B"][1], **changes}
+    text = {name: value for name, value in text.items() if value is not ...}
+    config = {"model_type": text["model_type"], "text_config": text} if nested else text
+    settings = architecture("qwen3_moe").Config.from_dict(config)
+    assert settings.context_length == tokens
+    assert settings.rope.theta == 1e6
+    stretched = any("yarn" in (changes.get(s) or {}).values() for s in ("rope_parameters", "rope_scaling"))
+    assert (settings.rope.yarn is not None) == stretched
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_position_embeddings": 0},
+        {"max_position_embeddings": -1, "rope_scaling": yarn()},
+        {"max_position_embeddings": "long"},
+        {"max_position_embeddings": [4096]},
+        {"rope_scaling": yarn(float("inf"))},
+        {"rope_scaling": yarn(float("nan"))},
+        {"rope_scaling": [4]},
+        {"rope_scaling": "yarn"},
+    ],
+)
+def test_a_context_that_is_no_number_is_refused(changes: dict[str, Any]) -> None:
+    config = {**ALIKE, **RELEASED["Qwen3-235B-A22B"][1], "max_position_embeddings": 32768, **changes}
+    with pytest.raises(FormatError, match=r"config\.json: .* malformed"):
+        architecture("qwen3_moe").Config.from_dict(config)

@@ -421,3 +421,20 @@ def test_a_long_prompt_mixes_in_slices(folder: Path, monkeypatch: pytest.MonkeyP
     want = np.asarray(model(tokens, model.make_cache()))
     monkeypatch.setattr(decoder, "MIXED", {mx.DeviceType.cpu: 7, mx.DeviceType.gpu: 7})
     assert np.allclose(np.asarray(model(tokens, model.make_cache())), want, atol=1e-5)
+
+
+def test_yarn_added_by_hand_lengthens_what_is_answered_and_what_errors_say(copy: Path) -> None:
+    """As model cards ask for it: a converted model's own config.json, max_position_embeddings left as it is."""
+    path = copy / "config.json"
+    config = json.loads(path.read_text())
+    text = config["text_config"]
+    assert load(copy)[0].max_context == text["max_position_embeddings"] == 4096
+    text["max_position_embeddings"] = 16
+    text["rope_parameters"] |= {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    path.write_text(json.dumps(config))
+    model, _ = load(copy)
+    assert model.context_length == model.max_context == 64
+    prompt = mx.array(np.arange(60) % 96)
+    assert len(list(generate_step(prompt, model, max_tokens=-1))) == 4
+    with pytest.raises(RequestError, match=r"a prompt of 64 tokens .* the context of 64 tokens"):
+        next(generate_step(mx.array(np.arange(64)), model))

@@ -7,20 +7,18 @@ the index and the headers are fetched, over HTTP range requests.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_flashmoe.convert.families import bind
 from mlx_flashmoe.convert.plan import make_plan
 from mlx_flashmoe.convert.recipe import Recipe
-from mlx_flashmoe.convert.safetensors import DTYPE_BITS, SafetensorsFile, Tensor
-from mlx_flashmoe.convert.source import Checkpoint, LocalFolder, open_checkpoint
-from mlx_flashmoe.errors import SourceError
+from mlx_flashmoe.convert.safetensors import DTYPE_BITS, SafetensorsFile
+from mlx_flashmoe.convert.source import Checkpoint, open_checkpoint
 from mlx_flashmoe.layout import MANIFEST, STATE, BlobLayout, Manifest, Quantization
 from mlx_flashmoe.loader import read_config
 from mlx_flashmoe.models import architecture
@@ -42,6 +40,7 @@ class Needs:
         dense_in_memory: bytes, as they are held.
         dense_read: bytes of them that a token goes through, and ``dense_parameters`` numbers.
         converted: whether it is in a folder that can be run.
+        notes: lines about what is unusual.
     """
 
     model_type: str
@@ -55,6 +54,7 @@ class Needs:
     dense_read: int
     dense_parameters: int
     converted: bool
+    notes: tuple[str, ...] = ()
 
 
 def examine(model: str, dtype: mx.Dtype) -> Needs:
@@ -69,10 +69,8 @@ def examine(model: str, dtype: mx.Dtype) -> Needs:
     folder = Path(model)
     if (folder / MANIFEST).exists() or (folder / STATE).exists():
         return _converted(folder, dtype)
-    if folder.exists():
-        with open_checkpoint(folder) as checkpoint:
-            return _to_convert(checkpoint, dtype)
-    return _to_convert(_on_the_hub(model), dtype)
+    with open_checkpoint(model) as checkpoint:
+        return _to_convert(checkpoint, dtype)
 
 
 def _converted(folder: Path, dtype: mx.Dtype) -> Needs:
@@ -102,7 +100,7 @@ def _to_convert(checkpoint: Checkpoint, dtype: mx.Dtype) -> Needs:
     plan = make_plan(bound, Recipe())
     modules = list(plan.modules())
     bits = {p.bits for layout in plan.layouts for p in layout.projections.values()}
-    return _needs(
+    needs = _needs(
         bound.model_type,
         f"as convert would make it, {' and '.join(map(str, sorted(bits)))} bits",
         checkpoint.config,
@@ -115,6 +113,7 @@ def _to_convert(checkpoint: Checkpoint, dtype: mx.Dtype) -> Needs:
         dtype,
         converted=False,
     )
+    return replace(needs, notes=tuple(checkpoint.notes))
 
 
 def _needs(
@@ -156,53 +155,4 @@ def _needs(
         dense_read=in_memory - embedding,
         dense_parameters=parameters,
         converted=converted,
-    )
-
-
-class _RemoteFile:
-    """Stands for a file on the hub in messages; its tensors cannot be read."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-
-def _on_the_hub(name: str) -> Checkpoint:
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
-        raise SourceError(f"{name}: no such folder, and not a Hugging Face id (org/name)")
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.utils import disable_progress_bars, logging
-
-    disable_progress_bars()
-    logging.set_verbosity_error()  # it tells of every retry; what comes of them is told below
-    try:
-        config = read_config(Path(hf_hub_download(name, "config.json")).parent)
-        metadata = HfApi().get_safetensors_metadata(name)
-    # The hub's client raises its own, its HTTP library's and the system's errors: all mean the same here.
-    except Exception as e:
-        reason = " ".join(str(e).split())
-        raise SourceError(
-            f"{name}: no such folder, and reading its headers on Hugging Face failed: {type(e).__name__}: "
-            f"{reason[:300]}"
-        ) from None
-    tensors: dict[str, Tensor] = {}
-    for file_name, file in metadata.files_metadata.items():
-        remote = cast(SafetensorsFile, _RemoteFile(f"{name}/{file_name}"))
-        for tensor_name, info in file.tensors.items():
-            if info.dtype not in DTYPE_BITS:
-                raise SourceError(f"{remote.path}: tensor {tensor_name!r}: unknown dtype {info.dtype!r}")
-            tensors[tensor_name] = Tensor(
-                remote, tensor_name, str(info.dtype), tuple(info.shape), info.data_offsets[0]
-            )
-    # Headers only: there are no shards to convert.
-    return Checkpoint(
-        folder=Path(name),
-        revision=None,
-        identity={},
-        config=config,
-        tensors=tensors,
-        shards={},
-        stamps={},
-        present=set(),
-        side_files=[],
-        storage=LocalFolder(Path(name)),
     )

@@ -117,7 +117,9 @@ def run(
     total, usable = _memory(other)
     console.print(_facts(_rate_lines(needs, rates, total, usable, other)))
     console.print()
-    console.print(_facts(_model_lines(model, needs, folder, other)))
+    console.print(_facts(_model_lines(model, needs, folder, context, other)))
+    for note in needs.notes:
+        console.print(note)
     console.print()
     try:
         here = needs.converted and other == Other()
@@ -292,7 +294,7 @@ def _rate_lines(needs: Needs, rates: Rates, total: int, usable: int, other: Othe
     }
 
 
-def _model_lines(model: str, needs: Needs, folder: Path, other: Other) -> dict[str, str]:
+def _model_lines(model: str, needs: Needs, folder: Path, context: int, other: Other) -> dict[str, str]:
     s = needs.settings
     lines = {
         "model": f"{model} ({needs.model_type}), {needs.state}",
@@ -301,6 +303,8 @@ def _model_lines(model: str, needs: Needs, folder: Path, other: Other) -> dict[s
         "all the rest": f"{show_size(needs.dense_bytes)} on disk, {show_size(needs.dense_in_memory)} in memory, "
         f"of which a token goes through {show_size(needs.dense_read)}",
     }
+    if s.context_length is not None:
+        lines["context"] = f"{context} tokens counted here, {s.context_length} the most the model is made for"
     if not needs.converted and other == Other():
         space, free = needs.expert_bytes + needs.dense_bytes, disk_free(folder)
         enough = "enough" if free > space else "not enough"

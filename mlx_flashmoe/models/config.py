@@ -16,7 +16,11 @@ C = TypeVar("C", bound="BaseConfig")
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """Fields have their names in config.json. None has a default that a checkpoint sets."""
+    """Fields have their names in config.json. None has a default that a checkpoint sets.
+
+    Attributes:
+        context_length: tokens of prompt and answer the model is made for, at most; None if config.json does not say.
+    """
 
     hidden_size: int
     num_hidden_layers: int
@@ -26,6 +30,7 @@ class BaseConfig:
     num_key_value_heads: int
     head_dim: int
     rope: Rope
+    context_length: int | None
     num_experts: int
     num_experts_per_tok: int
     attention_bias: bool
@@ -61,8 +66,10 @@ class BaseConfig:
             raise FormatError(
                 "config.json: layers without experts (mlp_only_layers, decoder_sparse_step) are not supported"
             )
+        rope = Rope.from_config(text)
         return {
-            "rope": Rope.from_config(text),
+            "rope": rope,
+            "context_length": rope.context_length(text),
             "attention_bias": bool(text.get("attention_bias", False)),
             "dtype": str(text.get("dtype") or text.get("torch_dtype") or "bfloat16"),
         }

@@ -10,6 +10,8 @@ import mlx.core as mx
 
 from mlx_flashmoe.errors import FormatError
 
+PLAIN = ("default", "mrope")  # of text alone, mrope's three positions are the same
+
 
 @dataclass(frozen=True)
 class Yarn:
@@ -32,12 +34,16 @@ class Yarn:
     def from_config(cls, rope: dict[str, Any], text: dict[str, Any]) -> Yarn:
         if rope.get("mscale") and rope.get("mscale_all_dim"):
             raise FormatError("config.json: mscale and mscale_all_dim of rope type 'yarn' are not supported")
-        factor, attention = float(rope["factor"]), rope.get("attention_factor")
+        original = int(rope.get("original_max_position_embeddings") or text["max_position_embeddings"])
+        factor, attention = rope["factor"], rope.get("attention_factor")
+        if factor is None:  # transformers then takes what the context has grown by
+            factor = text["max_position_embeddings"] / original
+        factor = float(factor)
         if attention is None:
             attention = 0.1 * math.log(factor) + 1 if factor > 1 else 1
         yarn = cls(
             factor,
-            int(rope.get("original_max_position_embeddings") or text["max_position_embeddings"]),
+            original,
             float(attention),
             float(rope.get("beta_fast") or 32),
             float(rope.get("beta_slow") or 1),
@@ -79,9 +85,9 @@ class Rope:
     @classmethod
     def from_config(cls, text: dict[str, Any]) -> Rope:
         """Raises FormatError for a kind that is not supported; KeyError, TypeError or ValueError if malformed."""
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "mrope", "yarn"):
+        rope = _settings(text)
+        kind = rope["rope_type"]
+        if kind not in ("default", "yarn"):
             raise FormatError(f"config.json: rope type {kind!r} is not supported; default and yarn are")
         partial = rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0))
         return cls(
@@ -89,6 +95,41 @@ class Rope:
             theta=float(rope["rope_theta"] if "rope_theta" in rope else text["rope_theta"]),
             yarn=Yarn.from_config(rope, text) if kind == "yarn" else None,
         )
+
+    def context_length(self, text: dict[str, Any]) -> int | None:
+        """Tokens of a prompt and its answer that a model of this config.json is made for; None if it does not say.
+
+        Model cards ask for YaRN to be added and ``max_position_embeddings`` to stay as it is: the longer one counts.
+
+        Raises:
+            TypeError, ValueError: max_position_embeddings is not a number above 0.
+        """
+        given = text.get("max_position_embeddings")
+        lengths = [] if given is None else [int(given)]
+        if self.yarn is not None:
+            lengths.append(int(self.yarn.factor * self.yarn.original_context))
+        if min(lengths, default=1) < 1:
+            raise ValueError("max_position_embeddings")
+        return max(lengths, default=None)
+
+
+def _settings(text: dict[str, Any]) -> dict[str, Any]:
+    """What ``rope_parameters`` and ``rope_scaling``, its older spelling, say together; ``rope_type`` tells the kind.
+
+    A user adds the one that a model card shows to a config.json that may have the other. What is added counts, and
+    keeps the rest, such as rope_theta.
+    """
+    together: dict[str, Any] = {}
+    kind: Any = "default"
+    for spelling in ("rope_parameters", "rope_scaling"):
+        given = text.get(spelling) or {}
+        if not isinstance(given, dict):
+            raise TypeError(spelling)
+        together |= given
+        own = given.get("rope_type", given.get("type", "default"))
+        if own not in PLAIN:
+            kind = own
+    return {**together, "rope_type": kind}
 
 
 class RotaryEmbedding:
