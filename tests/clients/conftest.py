@@ -138,7 +138,7 @@ def run(command: list[str], **environment: str) -> str:
     """What a client prints. It has two minutes, and no keyboard."""
     done = subprocess.run(
         command,
-        env={**os.environ, **environment},
+        env={**os.environ, "PWD": os.getcwd(), **environment},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

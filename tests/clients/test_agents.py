@@ -120,9 +120,10 @@ def qwen_settings(home: Path, url: str) -> dict[str, str]:
 
 
 def qwen_turn(output: str) -> Turn:
-    (end,) = [e for e in json.loads(output) if e["type"] == "result"]
-    usage = end["usage"]
-    return Turn(end["result"], usage["input_tokens"], usage["cache_read_input_tokens"])
+    # The total at the end counts what it remembers on the side, too.
+    said = [e["message"] for e in json.loads(output) if e["type"] == "assistant"][-1]
+    usage = said["usage"]
+    return Turn(said["content"][-1]["text"], usage["input_tokens"], usage["cache_read_input_tokens"])
 
 
 AGENTS = {
