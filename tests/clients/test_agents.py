@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from clients import agent
-from clients.conftest import Served, npm_version, program, run, seen
+from clients.harness import Served, npm_version, program, run, seen
 
 pytestmark = pytest.mark.clients
 

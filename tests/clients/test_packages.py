@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from clients.conftest import HERE, INSTALLED, Served, npm_version, python, python_version, run, seen
+from clients.harness import HERE, INSTALLED, Served, npm_version, python, python_version, run, seen
 
 pytestmark = pytest.mark.clients
 
