@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,16 +54,15 @@ class Served:
 
 
 def start(command: list[str], record: Path, log: Path) -> Iterator[Served]:
-    """A server as a process of its own, from the line in which it says its address to the end of the test."""
-    with log.open("w") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=REPOSITORY)
+    """A server as a process of its own, from when it says its address to the end of the test."""
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=REPOSITORY)
     try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if address := re.search(r"(http://\S+)/v1 answers", line):
-                yield Served(address[1], record)
-                return
-        raise AssertionError(f"the server did not start: {log.read_text()}")
+        deadline = time.monotonic() + 60
+        while not (address := re.search(r"(http://\S+)/v1 answers", log.read_text())):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield Served(address[1], record)
     finally:
         process.terminate()
         process.wait(timeout=20)
