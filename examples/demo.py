@@ -2,13 +2,15 @@
 
     python examples/demo.py demo/small_moe
 
-Every answer is the model's own, made while this runs, and the tool is the Python function below.
+Every answer is the model's own, made while this runs, and the tool is the Python function below. A quarter of the
+experts has room in memory; the others are read from the disk when the model routes a token to them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from typing import Any
 
@@ -18,6 +20,7 @@ from rich.text import Text as Styled
 from mlx_flashmoe import load, stream_generate
 from mlx_flashmoe.errors import FlashMoEError
 from mlx_flashmoe.loader import StreamingModel
+from mlx_flashmoe.sizes import show_size
 from mlx_flashmoe.tokenizer import Tokenizer
 from mlx_flashmoe.tools import AnswerParser, Event, Thinking, Tool, ToolCall
 
@@ -102,15 +105,34 @@ class Conversation:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Hold a short conversation with a small model.")
     parser.add_argument("model", help="a folder that convert has written")
+    folder = parser.parse_args().model
     try:
-        conversation = Conversation(*load(parser.parse_args().model))
+        model, tokenizer = load(folder, expert_memory="2MB")
+        conversation = Conversation(model, tokenizer)
         for question in QUESTIONS:
             conversation.ask(*question)
     except FlashMoEError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    conversation.show(f"The list is now: {', '.join(shopping_list)}\n", "dim")
+    conversation.show(f"The list is now: {', '.join(shopping_list)}\n\n", "dim")
+    conversation.show(streamed(model))
+    python = os.path.relpath(sys.executable) if sys.prefix != sys.base_prefix else "python"
+    conversation.show(f"\nGo on with it:  {python} -m mlx_flashmoe chat --model {folder}\n")
     return 0
+
+
+def streamed(model: StreamingModel) -> str:
+    """What was in memory, and what came from the disk."""
+    arena, stats = model.arena, model.stats()
+    store = arena.store
+    sizes = {layer: store.num_experts(layer) * store.layout(layer).blob_size for layer in store.layers}
+    blob = max(store.layout(layer).blob_size for layer in store.layers)
+    routed = stats.hits + stats.misses
+    return (
+        f"Experts: {show_size(sum(sizes.values()))} on disk, at most {show_size(arena.capacity * blob)} in memory. "
+        f"Tokens were routed to\nexperts {routed:,} times: {100 * stats.hits / routed:.0f}% were in memory, and "
+        f"{show_size(stats.bytes_read)} were read for the others.\n"
+    )
 
 
 if __name__ == "__main__":

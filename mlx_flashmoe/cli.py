@@ -679,6 +679,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             model.identity, tokenizer.message_start_id, **prefixes, note=print_note
         ),
         announce=print_note,
+        log=print_note,
     )
     return 0
 

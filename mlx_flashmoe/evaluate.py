@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -19,13 +19,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from mlx_flashmoe.errors import RequestError
 from mlx_flashmoe.generate import stream_generate
 from mlx_flashmoe.loader import StreamingModel, load
 from mlx_flashmoe.models.moe import Experts
+from mlx_flashmoe.progress import Steps
 from mlx_flashmoe.reports import check_report, write_report
 from mlx_flashmoe.tokenizer import Tokenizer
 from mlx_flashmoe.tools import CALL_START, Text, Tool, ToolCall, parameter_schemas, parse_answer
@@ -225,7 +225,9 @@ def run(
     if passage is not None:
         # The other model's output does not depend on its memory: it takes as little as it can.
         other = None if against is None else load(against, "os", read_ahead=False)
-        figures = evaluate_text(model, tokenizer, passage, other)
+        length = len(tokenizer.encode(passage, add_special_tokens=False))
+        with Steps("perplexity", length, "tokens") as steps:
+            figures = evaluate_text(model, tokenizer, passage, other, steps.advance)
         use.collect()
         report["text"] = {
             **asdict(figures),
@@ -235,12 +237,11 @@ def run(
         console.print(_text_table(figures))
     if questions is not None:
         answers = AnswerFigures()
-        bar = Console(stderr=True)
-        for question in track(
-            questions, "Answering", console=bar, transient=True, disable=not bar.is_terminal
-        ):
-            answer_question(model, tokenizer, question, answers)
-            use.collect()
+        with Steps("answers", len(questions), "questions") as steps:
+            for question in questions:
+                answer_question(model, tokenizer, question, answers)
+                use.collect()
+                steps.advance()
         report["heldout"] = {
             "questions": len(answers.verdicts),
             "exact": answers.exact,
@@ -295,8 +296,12 @@ def evaluate_text(
     tokenizer: Tokenizer,
     text: str,
     other: tuple[StreamingModel, Tokenizer] | None = None,
+    progress: Callable[[int], None] = lambda tokens: None,
 ) -> TextFigures:
     """How well ``model`` predicts ``text``, and how far it is from ``other``, a model of the same vocabulary.
+
+    Args:
+        progress: called with the number of tokens of each chunk that is done.
 
     Raises:
         RequestError: fewer than two tokens, or ``other`` splits the text into other tokens.
@@ -321,6 +326,7 @@ def evaluate_text(
                 reference = _log_softmax(others[rows])
                 kl += _number((mx.exp(reference) * (reference - logprobs)).sum())
                 same += _number((reference.argmax(-1) == logprobs.argmax(-1)).sum())
+        progress(end - begin)
     count = len(ids) - 1
     size = len(text.encode()) - len(tokenizer.decode(ids[:1]).encode())
     if other is None:

@@ -56,6 +56,13 @@ def test_no_figure_when_reads_fail(
     assert captured.err.startswith("error: ") and os.path.join("experts", "layer_000.bin") in captured.err
 
 
+def test_what_does_not_fit_into_the_context_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench(folder, "--prompts", "8", "1000000") == 2
+    assert "a prompt of 1000000 tokens and an answer of 5 do not fit" in capsys.readouterr().err
+
+
 def test_a_model_or_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench"]) == 2
     assert "bench needs --model DIR" in capsys.readouterr().err

@@ -88,6 +88,7 @@ TEMPLATES = {
             [{"type": "web_search_tool_result", "content": [{"type": "web_search_result"}]}],
             "[web_search_result: not shown]",
         ),
+        ([{"type": "text", "text": None}, {"type": "input_text"}], ""),
         ([{"type": "hologram"}], "[hologram: not shown]"),
         ([{}], "[part: not shown]"),
     ],
@@ -289,7 +290,6 @@ def test_deferred_tools_are_told_where_they_are_referred_to() -> None:
         ({"type": "function", "function": {"name": "f", "parameters": None}}, "f", None),
         ({"type": "function", "name": "f"}, "f", None),
         ({"name": "f", "input_schema": {}}, "f", None),
-        ({"type": "custom", "name": "f", "input_schema": {"type": "object"}}, "f", None),
         ({"type": None, "name": "f", "input_schema": None}, "f", None),
         ({"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "f"}]}, "f", None),
         ({"type": "web_search_20250305", "name": "web_search", "max_uses": 8}, None, "web_search"),
@@ -314,6 +314,14 @@ def test_tools_of_any_kind(tool: Any, name: str | None, left_out: str | None) ->
     assert dict(offered.left_out) == ({left_out: 1} if left_out else {})
     for made in offered.tools:
         assert made["function"]["parameters"] in (NO_PARAMETERS, {"type": "object"})
+
+
+def test_custom_tools_are_functions_in_anthropics_api() -> None:
+    for tool in (
+        {"type": "custom", "name": "f"},
+        {"type": "custom", "name": "f", "input_schema": {"type": "object"}},
+    ):
+        assert [t["function"]["name"] for t in Offered([tool], custom=True).tools] == ["f"]
 
 
 def test_a_tool_that_was_left_out_cannot_be_required_and_one_that_is_missing_is_an_error() -> None:

@@ -477,6 +477,29 @@ def test_the_first_sequence_ends_the_text(text: str, sequences: list[str], data:
         assert not any(s in shown for s in sequences)
 
 
+# The log
+
+
+def test_a_line_for_each_request() -> None:
+    pytest.importorskip("uvicorn")
+    from mlx_flashmoe.server.log import line
+    from mlx_flashmoe.server.worker import Job
+
+    def job(**figures: Any) -> Job:
+        return Job(list(range(1000)), 100, lambda p: p, [], **figures)
+
+    def said(*jobs: Job, status: int = 200) -> str:
+        return line("POST", "/v1/messages", status, 4.25, jobs)[9:]
+
+    assert said(status=400) == "400 POST /v1/messages · 4.2 s"
+    known = job(generated=21, cached=900, prompt_seconds=2.0, answer_seconds=2.0, hits=3, misses=1)
+    expected = (
+        "prompt 1,000 (900 cached) at 50.0 per second · answer 21 at 10.0 per second · 75% hits · 4.2 s"
+    )
+    assert said(known) == f"200 POST /v1/messages · {expected}"
+    assert said(job(given_up=True)) == "200 POST /v1/messages · prompt 1,000 · answer 0 · given up · 4.2 s"
+
+
 # Load
 
 

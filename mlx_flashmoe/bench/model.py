@@ -29,6 +29,7 @@ from mlx_flashmoe.experts.readers import READ_THREADS
 from mlx_flashmoe.experts.store import ExpertStore
 from mlx_flashmoe.generate import generate_step, prefill
 from mlx_flashmoe.loader import Stats, StreamingModel, load
+from mlx_flashmoe.progress import Steps
 from mlx_flashmoe.reports import check_report, write_report
 from mlx_flashmoe.sizes import show_size
 
@@ -84,18 +85,31 @@ def run(
     check_report(json_file)
     console = Console()
     model, _ = load(folder, announce=console.print, **options)
+    longest = max(prompts) + tokens
+    if longest > model.max_context:
+        raise RequestError(
+            f"a prompt of {max(prompts)} tokens and an answer of {tokens} do not fit into the context of "
+            f"{model.max_context} tokens: give shorter --prompts"
+        )
+    model.reserve(longest)
     vocabulary = model.vocab_size
     rng = np.random.default_rng(0)
     # Kernels are compiled at their first use: not part of anything measured.
     _answer(model, rng.integers(0, vocabulary, 40), WARM_UP_TOKENS)
     phases = []
-    for length in prompts:
-        prompt = rng.integers(0, vocabulary, length)
-        dropped = _forget(model, page_cache=True)
-        phases.append(_prompt(model, prompt, "cold prompt" if dropped else "prompt"))
-        _forget(model, page_cache=False)
-        phases.append(_prompt(model, prompt, "warm prompt"))
-        phases.append(_answer(model, prompt, tokens))
+    with Steps("bench", 3 * len(prompts), "measurements") as steps:
+
+        def measured(phase: Phase) -> None:
+            phases.append(phase)
+            steps.advance()
+
+        for length in prompts:
+            prompt = rng.integers(0, vocabulary, length)
+            dropped = _forget(model, page_cache=True)
+            measured(_prompt(model, prompt, "cold prompt" if dropped else "prompt"))
+            _forget(model, page_cache=False)
+            measured(_prompt(model, prompt, "warm prompt"))
+            measured(_answer(model, prompt, tokens))
     plain = plain_reads(model.arena.store)
     report = {
         "model": str(Path(folder).resolve().name),

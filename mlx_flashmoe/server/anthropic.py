@@ -61,7 +61,7 @@ async def count_tokens(request: Request) -> Response:
 
 
 def _ask(body: dict[str, Any]) -> Ask:
-    offered = Offered(body.get("tools"))
+    offered = Offered(body.get("tools"), custom=True)
     choice = body.get("tool_choice", {"type": "auto"})
     required = None
     if choice["type"] in ("any", "tool"):

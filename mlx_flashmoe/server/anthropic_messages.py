@@ -31,7 +31,7 @@ def conversation(
         out.append({"role": "system", "content": system})
     newest = last_of_user([m["role"] for m in body["messages"]])
     for i, message in enumerate(body["messages"]):
-        message = {**message, "content": _described(message["content"], deferred, loaded)}
+        message = {**message, "content": _described(message.get("content"), deferred, loaded)}
         out += _messages(message, f"messages.{i}", refuse_media=i == newest)
     return in_order_of_calls(out), list(loaded.values())
 

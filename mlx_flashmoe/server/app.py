@@ -29,6 +29,7 @@ from mlx_flashmoe.server import anthropic, openai
 from mlx_flashmoe.server.engine import Engine
 from mlx_flashmoe.server.errors import ApiError, anthropic_body, as_api_error, openai_body
 from mlx_flashmoe.server.http import JSON
+from mlx_flashmoe.server.log import UNLOGGED, line
 from mlx_flashmoe.server.metrics import Metrics
 from mlx_flashmoe.server.schemas import openapi
 from mlx_flashmoe.server.worker import Worker
@@ -50,6 +51,7 @@ def serve(
     sampling: dict[str, Any] | None = None,
     make_prefix_cache: Callable[[Any, Tokenizer], PrefixCache | None] = lambda model, tokenizer: None,
     announce: Callable[[str], None] = print,
+    log: Callable[[str], None] | None = None,
 ) -> None:
     """Loads a model and serves it until interrupted.
 
@@ -64,6 +66,7 @@ def serve(
         sampling: arguments of ``make_sampler`` for requests that do not say.
         make_prefix_cache: see ``Worker``.
         announce: is told the address when the server can be used.
+        log: is given a line for each request; see ``server.log``.
 
     Raises:
         RequestError: the address cannot be used, or would let anybody in; the key is empty.
@@ -84,7 +87,7 @@ def serve(
         try:
             engine = Engine(worker, name, sampling or {})
             config = uvicorn.Config(
-                build(engine, metrics, api_key, origins),
+                build(engine, metrics, api_key, origins, log),
                 lifespan="off",
                 log_level="warning",
                 access_log=False,
@@ -140,7 +143,13 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def build(engine: Engine, metrics: Metrics, api_key: str | None, origins: Sequence[str]) -> Starlette:
+def build(
+    engine: Engine,
+    metrics: Metrics,
+    api_key: str | None,
+    origins: Sequence[str],
+    log: Callable[[str], None] | None = None,
+) -> Starlette:
     """The ASGI application."""
     routes = [
         Route("/health", _health),
@@ -154,7 +163,7 @@ def build(engine: Engine, metrics: Metrics, api_key: str | None, origins: Sequen
         Route("/v1/messages/count_tokens", anthropic.count_tokens, methods=["POST"]),
     ]
     known = {route.path for route in routes}
-    middleware = [Middleware(_Counted, metrics=metrics, known=known)]
+    middleware = [Middleware(_Counted, metrics=metrics, known=known, log=log)]
     if origins:
         middleware.append(
             Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
@@ -219,13 +228,15 @@ def _error_response(path: str, error: ApiError) -> Response:
 
 
 class _Counted:
-    """Counts requests by path and status."""
+    """Counts requests by path and status, and writes the log."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, known: set[str]) -> None:
-        self._app, self._metrics, self._known = app, metrics, known
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, known: set[str], log: Callable[[str], None] | None
+    ) -> None:
+        self._app, self._metrics, self._known, self._log = app, metrics, known, log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        status = 500
+        status, start = 500, time.perf_counter()
 
         async def counting(message: Message) -> None:
             nonlocal status
@@ -237,7 +248,11 @@ class _Counted:
             await self._app(scope, receive, counting)
         finally:
             if scope["type"] == "http":
-                self._metrics.requested(scope["path"] if scope["path"] in self._known else "other", status)
+                path = scope["path"]
+                self._metrics.requested(path if path in self._known else "other", status)
+                if self._log is not None and (path not in UNLOGGED or status >= 400):
+                    seconds, jobs = time.perf_counter() - start, scope.get("flashmoe.jobs", ())
+                    self._log(line(scope["method"], path, status, seconds, jobs))
 
 
 class _Guarded:

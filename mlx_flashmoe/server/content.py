@@ -21,6 +21,7 @@ from mlx_flashmoe.tokenizer import THINK_END, THINK_START
 
 # What a part of some kind shows, where that is not text.
 _SENSES = {"image": "image", "audio": "audio", "video": "video"}
+_TEXT_KINDS = {"text", "input_text", "output_text", "refusal", "thinking", "reasoning"}
 _BREAKS = "\n\n"  # between documents; texts of one message follow each other as they are
 
 
@@ -62,6 +63,8 @@ def _part(part: dict[str, Any], place: str, refuse_media: bool) -> str:
     for key in ("text", "refusal"):
         if isinstance(part.get(key), str):
             return str(part[key])
+    if kind in _TEXT_KINDS:  # without its text
+        return ""
     if kind == "document":
         return _document(part, place, refuse_media)
     if kind in ("file", "input_file"):

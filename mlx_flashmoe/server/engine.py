@@ -202,6 +202,7 @@ class Answer:
         Raises:
             ApiError: it failed.
         """
+        request.scope.setdefault("flashmoe.jobs", []).append(self.job)  # for the log
         watch = asyncio.create_task(self._watch(request))
         try:
             while True:

@@ -19,6 +19,10 @@ NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
 class Offered:
     """What may be called.
 
+    Args:
+        tools: of a request.
+        custom: tools of the type "custom" are functions, as in Anthropic's API; in OpenAI's they take free text.
+
     Attributes:
         tools: functions, as chat templates take them.
         deferred: functions by name that the model gets to know only when the conversation refers to them (Anthropic's
@@ -26,13 +30,13 @@ class Offered:
         left_out: how many tools of each kind are in neither.
     """
 
-    def __init__(self, tools: Any) -> None:
+    def __init__(self, tools: Any, custom: bool = False) -> None:
         self.tools: list[dict[str, Any]] = []
         self.deferred: dict[str, dict[str, Any]] = {}
         self.left_out: Counter[str] = Counter()
         names: set[str] = set()
         for tool in _flat(tools):
-            function = _function(tool)
+            function = _function(tool, custom)
             if function is None:
                 self.left_out[_kind(tool)] += 1
             elif function["name"] not in names:
@@ -73,12 +77,10 @@ def _flat(tools: Any) -> Iterator[dict[str, Any]]:
             yield tool
 
 
-def _function(tool: dict[str, Any]) -> dict[str, Any] | None:
+def _function(tool: dict[str, Any], custom: bool) -> dict[str, Any] | None:
     """Name, description and parameters of a function; None for a tool of another kind."""
-    if tool.get("type") not in (None, "function", "custom"):
+    if tool.get("type") not in (None, "function", *(["custom"] if custom else [])):
         return None
-    if tool.get("type") == "custom" and not isinstance(tool.get("input_schema"), dict):
-        return None  # OpenAI's custom tools take free text; Anthropic's are functions and have a schema
     inner = tool.get("function")
     function = inner if isinstance(inner, dict) else tool
     name = function.get("name")

@@ -87,7 +87,7 @@ def _chat_ask(body: dict[str, Any]) -> Ask:
 
 def _required(offered: Offered, choice: Any) -> list[dict[str, Any]] | None:
     """The tools of which one has to be called, by ``tool_choice``."""
-    if choice == "required":
+    if choice in ("required", "any"):
         return offered.required(None)
     if not isinstance(choice, dict):
         return None

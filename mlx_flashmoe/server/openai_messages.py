@@ -47,7 +47,8 @@ _THOUGHTS = ("thinking", "reasoning", "redacted_thinking")
 
 def _calls(message: dict[str, Any]) -> list[dict[str, Any]]:
     calls = []
-    for made in message.get("tool_calls") or []:
+    made_calls = message.get("tool_calls")
+    for made in made_calls if isinstance(made_calls, list) else []:
         function = made.get("function") if isinstance(made, dict) else None
         if isinstance(function, dict):
             calls.append(call(function.get("name"), function.get("arguments"), made.get("id")))

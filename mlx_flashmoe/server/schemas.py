@@ -68,18 +68,12 @@ STOP: Schema = {"anyOf": [TEXT, items(TEXT, maxItems=16)]}
 
 # Parts and calls in messages, and tools, are read as far as they are known (content.py, offered.py): clients send
 # more kinds than any list has, and what stands in a conversation's history must not make all of it fail.
-CONTENT: Schema = {"anyOf": [TEXT, items({"anyOf": [{"type": "object"}, TEXT]}), {"type": "null"}]}
+CONTENT: Schema = maybe({"anyOf": [TEXT, {"type": "object"}, items({"anyOf": [{"type": "object"}, TEXT]})]})
 OPENAI_MESSAGE = record(
-    {"role": {"enum": ["system", "developer", "user", "assistant", "tool", "function"]}},
-    {
-        "content": CONTENT,
-        "reasoning_content": TEXT,
-        "tool_calls": items({"type": "object"}),
-        "tool_call_id": TEXT,
-    },
+    {"role": {"enum": ["system", "developer", "user", "assistant", "tool", "function"]}}, {"content": CONTENT}
 )
 TOOLS = items({"type": "object"})
-OPENAI_CHOICE: Schema = {"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]}
+OPENAI_CHOICE: Schema = {"anyOf": [{"enum": ["none", "auto", "required", "any"]}, {"type": "object"}]}
 RESPONSE_FORMAT: Schema = {
     "anyOf": [
         kind("text"),
@@ -133,7 +127,7 @@ COMPLETION = record(
 
 # Anthropic
 
-ANTHROPIC_MESSAGE = record({"role": {"enum": ["user", "assistant", "system"]}, "content": CONTENT})
+ANTHROPIC_MESSAGE = record({"role": {"enum": ["user", "assistant", "system"]}}, {"content": CONTENT})
 PARALLEL = {"disable_parallel_tool_use": {"type": "boolean"}}
 ANTHROPIC_CHOICE: Schema = {
     "anyOf": [

@@ -80,7 +80,10 @@ class Job:
         stop: sequences that end the answer where they begin, if they occur in its text.
         top_logprobs: how many of the most likely tokens to tell of; None for no log-probabilities at all.
         generated, cached: tokens so far: of the answer, and of the prompt those kept from before.
-        emit: is given Parts and then one End, on the worker's thread; set by who waits for them.
+        prompt_seconds, answer_seconds: the model's time to the first token, and after it.
+        given_up: the client did not wait for its end.
+        hits, misses: routed experts that were in memory, and that were not.
+        emit: is given Parts and then one End, on the worker's thread; set by the receiver.
     """
 
     prompt: list[int]
@@ -93,6 +96,11 @@ class Job:
     emit: Callable[[Part | End], None] = lambda part: None
     generated: int = 0
     cached: int = 0
+    prompt_seconds: float = 0.0
+    answer_seconds: float = 0.0
+    given_up: bool = False
+    hits: int = 0
+    misses: int = 0
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
@@ -201,6 +209,7 @@ class Worker:
         with self._changed:
             if job in self._waiting:
                 self._waiting.remove(job)
+                job.given_up = True
 
     # On the thread
 
@@ -227,18 +236,24 @@ class Worker:
             return self._current
 
     def _answer(self, job: Job) -> None:
-        start = time.perf_counter()
+        start, before = time.perf_counter(), self.model.stats()
         try:
             end = self._generate(job)
         except _Cancelled:
+            job.given_up = True
             end = End("stop", error=_stopping() if self._closed else None)
         except FlashMoEError as e:
             end = End("stop", error=e)
         except Exception as e:
             log.exception("an answer failed")
             end = End("stop", error=e)
-        # Of an answer that was given up, what there was of it: its time counts, too.
-        self.metrics.answered(len(job.prompt), job.cached, job.generated, time.perf_counter() - start)
+        # An answer that was given up counts as far as it came.
+        seconds, after = time.perf_counter() - start, self.model.stats()
+        if not job.generated:
+            job.prompt_seconds = seconds
+        job.answer_seconds = seconds - job.prompt_seconds
+        job.hits, job.misses = after.hits - before.hits, after.misses - before.misses
+        self.metrics.answered(len(job.prompt), job.cached, job.generated, seconds)
         job.emit(end)
 
     def _generate(self, job: Job) -> End:
@@ -247,6 +262,7 @@ class Worker:
                 raise _Cancelled
 
         check()
+        start = time.perf_counter()
         self.model.reserve(len(job.prompt) + job.max_tokens)
         stops = StopFinder(job.stop)
         responses = stream_generate(
@@ -262,6 +278,7 @@ class Worker:
         with closing(responses):
             for response in responses:
                 job.generated, job.cached = response.generation_tokens, response.cached_tokens
+                job.prompt_seconds = job.prompt_seconds or time.perf_counter() - start
                 check()
                 events = self._events(job, response)
                 if response.finish_reason and job.parser is not None:
