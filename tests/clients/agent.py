@@ -26,9 +26,9 @@ _REPLACE = re.compile(r"Replace the code word in (\S+) with ([a-z]+-\d+)")
 _WORD = re.compile(r"code word (?:is|was) ([a-z]+-\d+)")
 
 # Names of tools that read a file or run a command, the best first.
-_READERS = ("read", "readfile", "fsread", "viewfile", "execcommand", "shellcommand", "shell", "bash", "runshellcommand")
-_PATHS = {"filepath", "absolutepath", "path", "targetfile", "file", "filename"}
-_COMMANDS = {"cmd", "command", "script"}
+_READERS = ("read", "readfile", "viewfile", "execcommand", "shellcommand", "shell", "bash")
+_PATHS = {"filepath", "absolutepath", "path"}
+_COMMANDS = {"cmd", "command"}
 
 
 def answer(prompt: str) -> str:
@@ -57,10 +57,7 @@ def _answer(prompt: str) -> str:
 
 
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    match = None
-    for match in pattern.finditer(text):
-        pass
-    return match
+    return max(pattern.finditer(text), key=lambda match: match.start(), default=None)
 
 
 def _end(match: re.Match[str] | None) -> int:
@@ -124,8 +121,8 @@ def _arguments(function: dict[str, Any], path: str) -> dict[str, Any] | None:
             main = {name: ["cat", path] if schema.get("type") == "array" else f"cat {path}"}
         else:
             continue
-        others = [n for n in parameters.get("required", []) if n != name]
-        return {**main, **{n: "To find the code word" for n in others if properties[n].get("type") == "string"}}
+        others = set(parameters.get("required", [])) - {name}
+        return {**{n: "To find the code word" for n in sorted(others)}, **main}
     return None
 
 

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 from clients.harness import HERE, PUBLISHED, SEEN, Served, start
 
+# Beginnings of the variables that clients read their settings from.
+CLIENTS = ("ANTHROPIC_", "CLAUDE", "CODEX_", "OPENAI_", "OPENCODE_", "QWEN_", "AIDER_", "XDG_")
+
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Served]:
@@ -28,7 +31,7 @@ def served(tmp_path: Path) -> Iterator[Served]:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty home directory; settings and keys of the user's own clients are out of reach."""
     for name in list(os.environ):
-        if name.startswith(("ANTHROPIC_", "CLAUDE", "CODEX_", "OPENAI_", "OPENCODE_", "QWEN_", "AIDER_", "XDG_")):
+        if name.startswith(CLIENTS):
             monkeypatch.delenv(name)
     folder = tmp_path / "home"
     folder.mkdir()

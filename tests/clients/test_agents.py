@@ -179,7 +179,7 @@ def called(value: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("name", AGENTS)
-def test_reads_a_file_answers_and_goes_on(name: str, served: Served, home: Path, notes: Path, word: str) -> None:
+def test_reads_and_goes_on(name: str, served: Served, home: Path, notes: Path, word: str) -> None:
     client = AGENTS[name]
     environment = client.settings(home, served.url)
     command = program(client.program)
@@ -199,4 +199,5 @@ def test_reads_a_file_answers_and_goes_on(name: str, served: Served, home: Path,
     read = again.prompt - first.prompt if name == "Codex CLI" else again.prompt
     assert read_before >= client.cached * read
     assert served.metric("prompt_tokens_total") >= prompt + read
-    seen(name, npm_version(client.package), f"{min(tools)} called; of turn 2's {read} tokens {read_before} known")
+    what = f"{min(tools)} called; {read_before} of turn 2's {read} tokens known"
+    seen(name, npm_version(client.package), what)

@@ -10,16 +10,25 @@ from clients.harness import Served, python, python_version, run, seen
 
 pytestmark = pytest.mark.clients
 
+# No questions, no news, and nothing that a terminal would need.
+QUIET = [
+    "--yes-always",
+    "--no-show-model-warnings",
+    "--analytics-disable",
+    "--no-check-update",
+    "--no-pretty",
+]
+
 
 def test_answers_goes_on_and_edits(served: Served, home: Path, notes: Path, word: str) -> None:
+    (home / ".gitconfig").write_text("[user]\nname = t\nemail = t@localhost\n")
     run(["git", "init", "--quiet"])
-    run(["git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "--allow-empty", "-qm", "Begin"])
     aider = [python("aider"), "-m", "aider", "--model", "openai/scripted"]
     aider += ["--openai-api-base", f"{served.url}/v1", "--openai-api-key", "none"]
-    # No questions, no news, and nothing that a terminal would need.
-    aider += ["--yes-always", "--no-show-model-warnings", "--analytics-disable", "--no-check-update", "--no-pretty"]
+    aider += QUIET
 
-    assert f"The code word is {word}." in run([*aider, "--message", agent.READ.format("notes.txt"), "notes.txt"])
+    first = run([*aider, "--message", agent.READ.format("notes.txt"), "notes.txt"])
+    assert f"The code word is {word}." in first
     known = served.metric("cached_tokens_total")
     again = run([*aider, "--restore-chat-history", "--message", agent.AGAIN, "notes.txt"])
     assert f"the code word was {word}" in again
@@ -29,4 +38,5 @@ def test_answers_goes_on_and_edits(served: Served, home: Path, notes: Path, word
     assert notes.read_text() == "The code word is otter-7.\n"
     assert run(["git", "log", "--format=%s", "-1"]).strip() == "Change the code word"
     served.check_statuses()
-    seen("aider", python_version("aider", "aider-chat"), f"file read, edited, committed; of turn 2 {known} tokens known")
+    version = python_version("aider", "aider-chat")
+    seen("aider", version, f"file read, edited, committed; {known} tokens of turn 2 known")

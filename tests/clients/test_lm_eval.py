@@ -94,7 +94,8 @@ def results(kind: str, arguments: str, tasks: Path, names: list[str], *options: 
     out = tasks / f"{kind}.json"
     command = [python("lm_eval"), "-m", "lm_eval", "--model", kind, "--model_args", arguments]
     command += ["--include_path", str(tasks), "--tasks", ",".join(f"small_{n}" for n in names)]
-    run([*command, "--output_path", str(out), *options], HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(tasks / "cache"))
+    command += ["--output_path", str(out), *options]
+    run(command, HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(tasks / "cache"))
     (written,) = tasks.glob(f"{kind}*.json")
     return json.loads(written.read_text())["results"]
 
@@ -105,7 +106,8 @@ def test_completions(small: Served, home: Path, tasks: Path) -> None:
     assert said["small_choice"]["acc,none"] == 1
     assert said["small_answer"]["exact_match,none"] == 1
     assert 1 < said["small_perplexity"]["word_perplexity,none"] < 10**9
-    seen("lm-eval", python_version("lm_eval", "lm_eval"), "local-completions: multiple choice, perplexity, answers")
+    version = python_version("lm_eval", "lm_eval")
+    seen("lm-eval", version, "local-completions: multiple choice, perplexity, answers")
 
 
 def test_chat_completions(small: Served, home: Path, tasks: Path) -> None:

@@ -39,4 +39,4 @@ def test_calls_a_tool_and_goes_on(package: str, served: Served, home: Path, note
     assert known > 0
     assert said["cached"] is None or 0 < said["cached"] <= known
     paths = sorted({r["path"] for r in served.requests()})
-    seen(package, version, f"{' '.join(paths)}; of turn 2 {said['cached'] or known} tokens known")
+    seen(package, version, f"{' '.join(paths)}; {said['cached'] or known} tokens of turn 2 known")

@@ -35,7 +35,8 @@ def again():
 
 def talk(address, question):
     os.environ.update(OPENAI_BASE_URL=f"{address}/v1", OPENAI_API_KEY="none")
-    task = Task([Sample(question, target="heron")], solver=[use_tools(reader()), generate(), again()], scorer=includes())
+    steps = [use_tools(reader()), generate(), again()]
+    task = Task([Sample(question, target="heron")], solver=steps, scorer=includes())
     with TemporaryDirectory() as folder:
         (log,) = eval(task, model="openai/any", log_dir=folder, display="none")
     assert log.status == "success", log.error

@@ -2,4 +2,9 @@ from chain import talk
 from common import main
 from langchain_anthropic import ChatAnthropic
 
-main(lambda address, question: talk(ChatAnthropic(model="any", base_url=address, api_key="none"), question))
+
+def model(address):
+    return ChatAnthropic(model="any", base_url=address, api_key="none")
+
+
+main(lambda address, question: talk(model(address), question))

@@ -14,8 +14,10 @@ TOOL = {
 
 
 def talk(address, question):
+    server = {"api_base": f"{address}/v1", "api_key": "none"}
+
     def ask():
-        answer = litellm.completion("openai/any", messages, api_base=f"{address}/v1", api_key="none", tools=[TOOL])
+        answer = litellm.completion("openai/any", messages, tools=[TOOL], **server)
         messages.append(answer.choices[0].message)
         return answer
 

@@ -12,7 +12,8 @@ def talk(address, question):
     for call in asked.tool_calls:
         text = read_file(**call.function.arguments)
         messages.append({"role": "tool", "tool_name": call.function.name, "content": text})
-    first = "".join(part.message.content for part in client.chat(model.model, messages, tools=[read_file], stream=True))
+    stream = client.chat(model.model, messages, tools=[read_file], stream=True)
+    first = "".join(part.message.content for part in stream)
     messages += [{"role": "assistant", "content": first}, {"role": "user", "content": AGAIN}]
     again = client.chat(model.model, messages, tools=[read_file])
     return first, again.message.content, None
