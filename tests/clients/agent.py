@@ -6,6 +6,7 @@ model of that family writes. What it says depends on what was asked last:
     Read the file NAME and tell me the code word       a call of the client's tool, then the word that it gave
     Replace the code word in NAME with WORD            the whole file with the word in it
     What was the code word?                            the word, if the conversation so far has it
+    Call NAME with {…}                                 that call, then that it is done
 
 Clients also ask on the side, without tools, for titles and commit messages: they get short ones.
 """
@@ -19,10 +20,14 @@ from typing import Any
 READ = "Read the file {} and tell me the code word"
 REPLACE = "Replace the code word in {} with {}"
 AGAIN = "What was the code word?"
+CALL = "Call {} with {}"
+DONE = "It is called."
 UNKNOWN = "I do not know the code word."
 
 _READ = re.compile(r"Read the file (\S+) and tell me the code word")
 _REPLACE = re.compile(r"Replace the code word in (\S+) with ([a-z]+-\d+)")
+_AGAIN = re.compile(re.escape(AGAIN))
+_CALL = re.compile(r"Call (\w+) with (\{[^{}\n]*\})")
 _WORD = re.compile(r"code word (?:is|was) ([a-z]+-\d+)")
 
 # Names of tools that read a file or run a command, the best first.
@@ -41,27 +46,23 @@ def _answer(prompt: str) -> str:
     functions = _functions(prompt)
     if not functions and (said := _aside(prompt)) is not None:
         return said
-    read, replace, again = _last(_READ, prompt), _last(_REPLACE, prompt), prompt.rfind(AGAIN)
-    latest = max(_end(read), _end(replace), again)
-    if latest < 0:
+    orders = [_last(pattern, prompt) for pattern in (_READ, _REPLACE, _AGAIN, _CALL)]
+    order = max((match for match in orders if match), key=lambda match: match.end(), default=None)
+    if order is None:
         return "Nothing to do."
-    if latest == again:
+    new = "<tool_response>" not in prompt[order.end() :]
+    if order.re is _AGAIN:
         return _tell(prompt, "You had me read it: the code word was {}.")
-    if replace is not None and latest == replace.end():
-        return _edit(prompt, replace[1], replace[2])
-    assert read is not None
-    call = _call(functions, read[1])
-    if call is not None and "<tool_response>" not in prompt[latest:]:
-        return call
-    return _tell(prompt, "The code word is {}.")
+    if order.re is _REPLACE:
+        return _edit(order[1], order[2])
+    if order.re is _CALL:
+        return _tags(order[1], json.loads(order[2])) if new else DONE
+    call = _call(functions, order[1])
+    return call if call is not None and new else _tell(prompt, "The code word is {}.")
 
 
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
     return max(pattern.finditer(text), key=lambda match: match.start(), default=None)
-
-
-def _end(match: re.Match[str] | None) -> int:
-    return -1 if match is None else match.end()
 
 
 def _aside(prompt: str) -> str | None:
@@ -79,7 +80,7 @@ def _tell(prompt: str, sentence: str) -> str:
     return UNKNOWN if word is None else sentence.format(word[1])
 
 
-def _edit(prompt: str, name: str, word: str) -> str:
+def _edit(name: str, word: str) -> str:
     """The whole file as it should be, the form that aider asks for where it does not know a model."""
     return f"{name}\n```\nThe code word is {word}.\n```"
 

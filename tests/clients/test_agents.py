@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from clients import agent
 from clients.harness import Served, npm_version, program, run, seen
 
 pytestmark = pytest.mark.clients
+
+# One red dot.
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
 
 
 @dataclass(frozen=True)
@@ -201,3 +205,30 @@ def test_reads_and_goes_on(name: str, served: Served, home: Path, notes: Path, w
     assert served.metric("prompt_tokens_total") >= prompt + read
     what = f"{min(tools)} called; {read_before} of turn 2's {read} tokens known"
     seen(name, npm_version(client.package), what)
+
+
+def test_claude_code_goes_on_after_anything_that_its_tools_return(
+    served: Served, home: Path, notes: Path, word: str
+) -> None:
+    """Schemas that it loads late, an image, an error and a second agent's messages."""
+    client = AGENTS["Claude Code"]
+    environment = client.settings(home, served.url)
+    notes.with_name("dot.png").write_bytes(base64.b64decode(PNG))
+    turns = [
+        agent.CALL.format("ToolSearch", json.dumps({"query": "select:WebFetch,CronList", "max_results": 2})),
+        agent.CALL.format("Read", json.dumps({"file_path": str(notes.with_name("dot.png"))})),
+        agent.CALL.format("Read", json.dumps({"file_path": str(notes.with_name("none.txt"))})),
+        agent.CALL.format("NoSuchTool", json.dumps({"a": 1})),
+    ]
+    command = [program(client.program), *client.first]
+    first = client.read(run([*command, agent.READ.format(notes)], **environment))
+    assert word in first.answer
+    command = [program(client.program), *client.then]
+    for turn in turns:
+        said = client.read(run([*command, turn], **environment))
+        assert said.answer == agent.DONE
+        assert said.cached >= 0.95 * said.prompt, turn
+    assert word in client.read(run([*command, agent.AGAIN], **environment)).answer
+    served.check_statuses()
+    sent = json.dumps([r["body"] for r in served.requests()])
+    assert '"tool_reference"' in sent and '"image/png"' in sent
