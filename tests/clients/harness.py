@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import time
@@ -17,6 +16,7 @@ REPOSITORY = HERE.parent.parent
 INSTALLED = REPOSITORY / ".clients"
 PUBLISHED = REPOSITORY.parent / "shared" / "data" / "qwen3.5-397b-a17b" / "chat_template.jinja"
 
+CONTEXT = 200_000  # of the scripted model, in tokens
 SEEN: list[tuple[str, str, str]] = []
 """Client, version, and what was seen: the table at the end."""
 
@@ -91,17 +91,24 @@ def python_version(environment: str, package: str) -> str:
     return subprocess.run([python(environment), "-c", code], capture_output=True, text=True).stdout.strip()
 
 
-def run(command: list[str], **environment: str) -> str:
-    """What a client prints. It has two minutes, and no keyboard."""
+def documented(client: str, served: Served) -> str:
+    """The lines that docs/server.md has for a client, with the server's address and context."""
+    section = (REPOSITORY / "docs" / "server.md").read_text().partition(f"### {client}\n")[2]
+    lines = section.partition("```sh\n")[2].partition("```")[0]
+    assert "http://127.0.0.1:8080" in lines, f"docs/server.md has no lines for {client}"
+    return lines.replace("http://127.0.0.1:8080", served.url).replace("131072", str(CONTEXT))
+
+
+def run(command: list[str], settings: str = "") -> str:
+    """What a client prints that is run in a shell after lines of settings. It has two minutes, and no keyboard."""
     done = subprocess.run(
-        command,
-        env={**os.environ, "PWD": os.getcwd(), **environment},
+        ["bash", "-e", "-c", f'{settings}\nexec "$@"', "bash", *command],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0, f"{command[0]}: {done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return done.stdout
 
 

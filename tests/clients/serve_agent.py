@@ -21,6 +21,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from clients import agent
+from clients.harness import CONTEXT
 from clients.record import Recorder
 from fakes import make_checkpoint
 
@@ -29,7 +30,6 @@ from mlx_flashmoe.prefix_cache import PrefixCache
 from mlx_flashmoe.server import app
 from mlx_flashmoe.tokenizer import Tokenizer
 
-CONTEXT = 200_000
 REPOSITORY = Path(__file__).parents[2]
 OWN = REPOSITORY / "examples" / "small_moe" / "model" / "chat_template.jinja"
 

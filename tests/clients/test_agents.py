@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from clients import agent
-from clients.harness import Served, npm_version, program, run, seen
+from clients.harness import Served, documented, npm_version, program, run, seen
 
 pytestmark = pytest.mark.clients
 
@@ -39,7 +39,6 @@ class Agent:
 
     Attributes:
         package: on npm.
-        settings: writes what the documentation says into the home folder, and returns environment variables.
         first, then: arguments of the first turn and of one that continues it, before the task.
         read: a turn's output.
         cached: the share of the second turn's prompt that was read before, at least.
@@ -47,20 +46,10 @@ class Agent:
 
     package: str
     program: str
-    settings: Callable[[Path, str], dict[str, str]]
     first: list[str]
     then: list[str]
     read: Callable[[str], Turn]
     cached: float
-
-
-def claude_settings(home: Path, url: str) -> dict[str, str]:
-    return {
-        "ANTHROPIC_BASE_URL": url,
-        "ANTHROPIC_AUTH_TOKEN": "none",
-        "ANTHROPIC_MODEL": "scripted",
-        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-    }
 
 
 def claude_turn(output: str) -> Turn:
@@ -70,45 +59,11 @@ def claude_turn(output: str) -> Turn:
     return Turn(said["result"], usage["input_tokens"] + cached, cached)
 
 
-def codex_settings(home: Path, url: str) -> dict[str, str]:
-    (home / ".codex").mkdir()
-    (home / ".codex" / "config.toml").write_text(
-        f"""\
-model = "scripted"
-model_provider = "flashmoe"
-
-[model_providers.flashmoe]
-name = "mlx-flashmoe"
-base_url = "{url}/v1"
-wire_api = "responses"
-"""
-    )
-    return {}
-
-
 def codex_turn(output: str) -> Turn:
     events = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     texts = [e["item"]["text"] for e in events if e.get("item", {}).get("type") == "agent_message"]
     usage = events[-1]["usage"]
     return Turn(texts[-1], usage["input_tokens"], usage["cached_input_tokens"])
-
-
-def opencode_settings(home: Path, url: str) -> dict[str, str]:
-    settings = {
-        "provider": {
-            "flashmoe": {
-                "npm": "@ai-sdk/openai-compatible",
-                "options": {"baseURL": f"{url}/v1", "apiKey": "none"},
-                "models": {"scripted": {}},
-            }
-        },
-        "model": "flashmoe/scripted",
-        "autoupdate": False,
-    }
-    folder = home / ".config" / "opencode"
-    folder.mkdir(parents=True)
-    (folder / "opencode.json").write_text(json.dumps(settings))
-    return {}
 
 
 def opencode_turn(output: str) -> Turn:
@@ -117,10 +72,6 @@ def opencode_turn(output: str) -> Turn:
     tokens = [e["part"]["tokens"] for e in events if e["type"] == "step_finish"]
     cached = sum(t["cache"]["read"] for t in tokens)
     return Turn(texts[-1], sum(t["input"] for t in tokens) + cached, cached)
-
-
-def qwen_settings(home: Path, url: str) -> dict[str, str]:
-    return {"OPENAI_BASE_URL": f"{url}/v1", "OPENAI_API_KEY": "none", "OPENAI_MODEL": "scripted"}
 
 
 def qwen_turn(output: str) -> Turn:
@@ -134,7 +85,6 @@ AGENTS = {
     "Claude Code": Agent(
         "@anthropic-ai/claude-code",
         "claude",
-        claude_settings,
         ["--output-format", "json", "-p"],
         ["--output-format", "json", "--continue", "-p"],
         claude_turn,
@@ -143,7 +93,6 @@ AGENTS = {
     "Codex CLI": Agent(
         "@openai/codex",
         "codex",
-        codex_settings,
         ["exec", "--skip-git-repo-check", "--json"],
         ["exec", "resume", "--last", "--skip-git-repo-check", "--json"],
         codex_turn,
@@ -152,7 +101,6 @@ AGENTS = {
     "OpenCode": Agent(
         "opencode-ai",
         "opencode",
-        opencode_settings,
         ["run", "--format", "json"],
         ["run", "--format", "json", "--continue"],
         opencode_turn,
@@ -162,7 +110,6 @@ AGENTS = {
     "Qwen Code": Agent(
         "@qwen-code/qwen-code",
         "qwen",
-        qwen_settings,
         ["--auth-type", "openai", "--output-format", "json", "-p"],
         ["--auth-type", "openai", "--output-format", "json", "--continue", "-p"],
         qwen_turn,
@@ -185,16 +132,16 @@ def called(value: Any) -> set[str]:
 @pytest.mark.parametrize("name", AGENTS)
 def test_reads_and_goes_on(name: str, served: Served, home: Path, notes: Path, word: str) -> None:
     client = AGENTS[name]
-    environment = client.settings(home, served.url)
+    settings = documented(name, served)
     command = program(client.program)
 
-    first = client.read(run([command, *client.first, agent.READ.format(notes)], **environment))
+    first = client.read(run([command, *client.first, agent.READ.format(notes)], settings))
     assert word in first.answer
     tools = called([r["body"] for r in served.requests()])
     assert len(tools) == 1
     prompt, known = served.metric("prompt_tokens_total"), served.metric("cached_tokens_total")
 
-    again = client.read(run([command, *client.then, agent.AGAIN], **environment))
+    again = client.read(run([command, *client.then, agent.AGAIN], settings))
     assert word in again.answer
     served.check_statuses()
     assert served.metric("cached_tokens_total") > known
@@ -212,7 +159,7 @@ def test_claude_code_goes_on_after_anything_that_its_tools_return(
 ) -> None:
     """Schemas that it loads late, an image, an error and a second agent's messages."""
     client = AGENTS["Claude Code"]
-    environment = client.settings(home, served.url)
+    settings = documented("Claude Code", served)
     notes.with_name("dot.png").write_bytes(base64.b64decode(PNG))
     turns = [
         agent.CALL.format("ToolSearch", json.dumps({"query": "select:WebFetch,CronList", "max_results": 2})),
@@ -221,14 +168,14 @@ def test_claude_code_goes_on_after_anything_that_its_tools_return(
         agent.CALL.format("NoSuchTool", json.dumps({"a": 1})),
     ]
     command = [program(client.program), *client.first]
-    first = client.read(run([*command, agent.READ.format(notes)], **environment))
+    first = client.read(run([*command, agent.READ.format(notes)], settings))
     assert word in first.answer
     command = [program(client.program), *client.then]
     for turn in turns:
-        said = client.read(run([*command, turn], **environment))
+        said = client.read(run([*command, turn], settings))
         assert said.answer == agent.DONE
         assert said.cached >= 0.95 * said.prompt, turn
-    assert word in client.read(run([*command, agent.AGAIN], **environment)).answer
+    assert word in client.read(run([*command, agent.AGAIN], settings)).answer
     served.check_statuses()
     sent = json.dumps([r["body"] for r in served.requests()])
     assert '"tool_reference"' in sent and '"image/png"' in sent

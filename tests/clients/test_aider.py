@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from clients import agent
-from clients.harness import Served, python, python_version, run, seen
+from clients.harness import Served, documented, python, python_version, run, seen
 
 pytestmark = pytest.mark.clients
 
@@ -23,18 +23,17 @@ QUIET = [
 def test_answers_goes_on_and_edits(served: Served, home: Path, notes: Path, word: str) -> None:
     (home / ".gitconfig").write_text("[user]\nname = t\nemail = t@localhost\n")
     run(["git", "init", "--quiet"])
-    aider = [python("aider"), "-m", "aider", "--model", "openai/scripted"]
-    aider += ["--openai-api-base", f"{served.url}/v1", "--openai-api-key", "none"]
-    aider += QUIET
+    settings = documented("aider", served)
+    aider = [python("aider"), "-m", "aider", *QUIET]
 
-    first = run([*aider, "--message", agent.READ.format("notes.txt"), "notes.txt"])
+    first = run([*aider, "--message", agent.READ.format("notes.txt"), "notes.txt"], settings)
     assert f"The code word is {word}." in first
     known = served.metric("cached_tokens_total")
-    again = run([*aider, "--restore-chat-history", "--message", agent.AGAIN, "notes.txt"])
+    again = run([*aider, "--restore-chat-history", "--message", agent.AGAIN, "notes.txt"], settings)
     assert f"the code word was {word}" in again
     known = served.metric("cached_tokens_total") - known
     assert known > 0
-    run([*aider, "--message", agent.REPLACE.format("notes.txt", "otter-7"), "notes.txt"])
+    run([*aider, "--message", agent.REPLACE.format("notes.txt", "otter-7"), "notes.txt"], settings)
     assert notes.read_text() == "The code word is otter-7.\n"
     assert run(["git", "log", "--format=%s", "-1"]).strip() == "Change the code word"
     served.check_statuses()

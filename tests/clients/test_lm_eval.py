@@ -95,7 +95,7 @@ def results(kind: str, arguments: str, tasks: Path, names: list[str], *options: 
     command = [python("lm_eval"), "-m", "lm_eval", "--model", kind, "--model_args", arguments]
     command += ["--include_path", str(tasks), "--tasks", ",".join(f"small_{n}" for n in names)]
     command += ["--output_path", str(out), *options]
-    run(command, HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(tasks / "cache"))
+    run(command, f"export HF_HUB_OFFLINE=1 HF_DATASETS_CACHE={tasks}/cache")
     (written,) = tasks.glob(f"{kind}*.json")
     return json.loads(written.read_text())["results"]
 

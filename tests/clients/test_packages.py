@@ -7,7 +7,17 @@ import shutil
 from pathlib import Path
 
 import pytest
-from clients.harness import HERE, INSTALLED, Served, npm_version, python, python_version, run, seen
+from clients.harness import (
+    HERE,
+    INSTALLED,
+    Served,
+    documented,
+    npm_version,
+    python,
+    python_version,
+    run,
+    seen,
+)
 
 pytestmark = pytest.mark.clients
 
@@ -32,7 +42,8 @@ def test_calls_a_tool_and_goes_on(package: str, served: Served, home: Path, note
         node = shutil.which("node")
         assert node is not None
         version, command = npm_version(package), [node, str(script), str(INSTALLED / "npm" / "node_modules")]
-    said = json.loads(run([*command, served.url, str(notes)]).splitlines()[-1])
+    settings = documented("Packages", served)
+    said = json.loads(run([*command, str(notes)], settings).splitlines()[-1])
     assert word in said["first"] and word in said["again"]
     served.check_statuses()
     known = served.metric("cached_tokens_total")

@@ -1,4 +1,4 @@
-"""What every script of this folder does: two questions to a server at the address that it is given.
+"""What every script of this folder does: two questions to a server at the address that the environment has.
 
 The first asks for a file, which the model reads with the tool that the script offers; the second continues. Printed
 are both answers, and the tokens of the last prompt that the client says were known.
@@ -23,8 +23,7 @@ def read_file(path: str) -> str:
     return Path(path).read_text()
 
 
-def main(talk: Callable[[str, str], tuple[str, str, int | None]]) -> None:
-    """Calls ``talk`` with the address, without /v1, and the first question; prints what it returns."""
-    address, path = sys.argv[1:]
-    first, again, cached = talk(address, f"Read the file {path} and tell me the code word")
+def main(talk: Callable[[str], tuple[str, str, int | None]]) -> None:
+    """Calls ``talk`` with the first question; prints what it returns."""
+    first, again, cached = talk(f"Read the file {sys.argv[1]} and tell me the code word")
     print(json.dumps({"first": first, "again": again, "cached": cached}))

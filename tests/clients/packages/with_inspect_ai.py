@@ -1,4 +1,3 @@
-import os
 from tempfile import TemporaryDirectory
 
 from common import AGAIN, main, read_file
@@ -33,8 +32,7 @@ def again():
     return ask
 
 
-def talk(address, question):
-    os.environ.update(OPENAI_BASE_URL=f"{address}/v1", OPENAI_API_KEY="none")
+def talk(question):
     steps = [use_tools(reader()), generate(), again()]
     task = Task([Sample(question, target="heron")], solver=steps, scorer=includes())
     with TemporaryDirectory() as folder:

@@ -13,11 +13,9 @@ TOOL = {
 }
 
 
-def talk(address, question):
-    server = {"api_base": f"{address}/v1", "api_key": "none"}
-
+def talk(question):
     def ask():
-        answer = litellm.completion("openai/any", messages, tools=[TOOL], **server)
+        answer = litellm.completion("openai/any", messages, tools=[TOOL])
         messages.append(answer.choices[0].message)
         return answer
 

@@ -2,8 +2,8 @@ from common import AGAIN, main, read_file
 from ollama import Client
 
 
-def talk(address, question):
-    client = Client(address)
+def talk(question):
+    client = Client()
     (model,) = client.list().models
     assert "tools" in client.show(model.model).capabilities
     messages = [{"role": "user", "content": question}]

@@ -1,11 +1,8 @@
-import os
-
 from agents import Agent, Runner, SQLiteSession, function_tool, set_tracing_disabled
 from common import AGAIN, main, read_file
 
 
-def talk(address, question):
-    os.environ.update(OPENAI_BASE_URL=f"{address}/v1", OPENAI_API_KEY="none")
+def talk(question):
     set_tracing_disabled(True)
     agent = Agent("reader", instructions="You read files.", tools=[function_tool(read_file)], model="any")
     session = SQLiteSession("one")

@@ -4,13 +4,13 @@ import { createRequire } from "node:module";
 import { pathToFileURL } from "node:url";
 
 // The packages lie where make clients puts them.
-const [node_modules, address, path] = process.argv.slice(2);
+const [node_modules, path] = process.argv.slice(2);
 const require = createRequire(`${node_modules}/`);
 const load = (name) => import(pathToFileURL(require.resolve(name)).href);
 const { generateText, jsonSchema, stepCountIs, tool } = await load("ai");
 const { createOpenAICompatible } = await load("@ai-sdk/openai-compatible");
 
-const model = createOpenAICompatible({ name: "flashmoe", baseURL: `${address}/v1`, apiKey: "none" })("any");
+const model = createOpenAICompatible({ name: "flashmoe", baseURL: process.env.OPENAI_BASE_URL })("any");
 const tools = {
   read_file: tool({
     description: "Reads a file.",
