@@ -13,7 +13,18 @@ import pytest
 from clients.harness import HERE, PUBLISHED, SEEN, Served, start
 
 # Beginnings of the variables that clients read their settings from.
-CLIENTS = ("ANTHROPIC_", "CLAUDE", "CODEX_", "OPENAI_", "OPENCODE_", "QWEN_", "AIDER_", "XDG_")
+CLIENTS = (
+    "ANTHROPIC_",
+    "CLAUDE",
+    "CODEX_",
+    "OPENAI_",
+    "OPENCODE_",
+    "QWEN_",
+    "AIDER_",
+    "LLM_",
+    "OLLAMA_",
+    "XDG_",
+)
 
 
 @pytest.fixture
