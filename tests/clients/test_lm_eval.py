@@ -101,7 +101,7 @@ def results(kind: str, arguments: str, tasks: Path, names: list[str], *options: 
 
 
 def test_completions(small: Served, home: Path, tasks: Path) -> None:
-    arguments = f"base_url={small.url}/v1/completions,model=any,tokenizer={SMALL / 'model'},num_concurrent=1"
+    arguments = f"base_url={small.url}/v1/completions,model=any"
     said = results("local-completions", arguments, tasks, ["choice", "perplexity", "answer"])
     assert said["small_choice"]["acc,none"] == 1
     assert said["small_answer"]["exact_match,none"] == 1
