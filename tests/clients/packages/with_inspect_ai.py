@@ -9,7 +9,7 @@ from inspect_ai.solver import generate, solver, use_tools
 from inspect_ai.tool import tool
 
 
-@tool
+@tool(name="read_file")
 def reader():
     async def read(path: str) -> str:
         """Reads a file.
@@ -37,8 +37,8 @@ def talk(question):
     task = Task([Sample(question, target="heron")], solver=steps, scorer=includes())
     with TemporaryDirectory() as folder:
         (log,) = eval(task, model="openai/any", log_dir=folder, display="none")
-    assert log.status == "success", log.error
-    (sample,) = log.samples
+        assert log.status == "success", log.error
+        (sample,) = log.samples  # read from the folder
     return sample.metadata["first"], sample.output.completion, sample.output.usage.input_tokens_cache_read
 
 
