@@ -93,7 +93,7 @@ class Destination:
             free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise ConversionError(
-                f"{self.folder}: the conversion needs {show_size(needed)} of disk space, but only "
+                f"{self.folder}: {show_size(needed)} of disk space are needed, but only "
                 f"{show_size(free)} are free"
             )
         return free
@@ -104,8 +104,34 @@ class Destination:
             path = self.path(name)
             self._make_folder(path.parent.absolute())
             self._files[name] = OutputFile(path, size)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         return self._files[name]
+
+    def aside(self, name: str, size: int, *, keep: bool = False) -> OutputFile:
+        """A file that is to take the place of the model's file of that relative path: see ``place``.
+
+        Args:
+            keep: begin with what is there now, if that is a file of the folder's own; it is no part of the model
+                from here on.
+        """
+        path, there = self.state / MODEL / name, self.folder / name
+        self._make_folder(path.parent.absolute())
+        if keep and not path.exists() and there.is_file() and not there.is_symlink():
+            self._move(there, path)
+        self._files[name] = OutputFile(path, size)
+        sync_folder(path.parent)
+        return self._files[name]
+
+    def place(self, name: str) -> None:
+        """Gives a file that was made aside its place."""
+        self._make_folder((self.folder / name).parent.absolute())
+        self._move(self.state / MODEL / name, self.folder / name)
+
+    def _move(self, source: Path, target: Path) -> None:
+        with writing(target):
+            os.replace(source, target)
+        sync_folder(target.parent)
+        sync_folder(source.parent)
 
     def write(self, name: str, data: bytes) -> None:
         """A small file, as a whole."""
@@ -127,7 +153,7 @@ class Destination:
         with writing(self.folder):
             for name in self._to_move():
                 (self.state / MODEL / name).rename(self.folder / name)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
             manifest.save(self.folder)
         self.clean()
 
@@ -155,7 +181,7 @@ class Destination:
             for folder in reversed(missing):
                 folder.mkdir()
                 self._made_folders.append(folder)
-                _sync_folder(folder.parent)
+                sync_folder(folder.parent)
 
     def _take_lock(self) -> None:
         path = self.state / LOCK
@@ -247,7 +273,8 @@ def writing(path: Path) -> Iterator[None]:
         raise ConversionError(f"{path} cannot be written: {e.strerror}") from None
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Puts a folder's entries on the disk for good."""
     with writing(folder):
         fd = os.open(folder, os.O_RDONLY)
         try:

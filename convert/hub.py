@@ -107,15 +107,16 @@ class Repository:
     def header(self, name: str) -> Header:
         """The header of a safetensors file, by a request or two for its first bytes."""
         file, where = self.files[name], f"{self.name}: {name}"
-        start = self._range(name, 0, min(FIRST_READ, file.size))
+        start = self.read_range(name, 0, min(FIRST_READ, file.size))
         if len(start) < 8:
             raise SourceError(f"{where}: {file.size} bytes are too few for a safetensors file; truncated?")
         end = 8 + header_length(start[:8], file.size, where)
         if end > len(start):
-            start += self._range(name, len(start), end)
+            start += self.read_range(name, len(start), end)
         return Header(start[8:end], file.size)
 
-    def _range(self, name: str, start: int, stop: int) -> bytes:
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a file."""
         data = bytearray()
         with _hub_errors(f"{self.name}: {name}"):
             _retried(

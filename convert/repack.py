@@ -25,6 +25,7 @@ from mlx_flashmoe.convert.families import Bound, bind
 from mlx_flashmoe.convert.journal import Beginning, Journal
 from mlx_flashmoe.convert.plan import Plan, make_plan
 from mlx_flashmoe.convert.recipe import Choice, Recipe, check, read_recipe
+from mlx_flashmoe.convert.repair import mend
 from mlx_flashmoe.convert.source import Checkpoint, LocalFolder, open_checkpoint
 from mlx_flashmoe.convert.units import FLUSHING, Job, Scratch, Unit, cut, fingerprint
 from mlx_flashmoe.errors import ConversionError, SourceError
@@ -61,12 +62,13 @@ def convert(
     progress: Progress | None = None,
     note: Note | None = None,
 ) -> Manifest:
-    """Repacks a checkpoint for streaming; goes on with a conversion that was interrupted.
+    """Repacks a checkpoint for streaming; resumes a conversion that was interrupted, mends one that is damaged.
 
     Args:
         hf_path: a checkpoint folder, or a Hugging Face id ("org/name"), whose shards are then downloaded one or two
             at a time, and removed when they are repacked.
-        mlx_path: the folder to write; new or empty, or of the same conversion, interrupted.
+        mlx_path: the folder to write; new or empty, or of the same conversion, interrupted or complete. Of a complete
+            one, files that are missing or of a wrong size, and what ``verify`` found damaged, are made again.
         q_group_size: 32, 64 or 128. Default: the checkpoint's own if it is quantized, else 64.
         q_bits: 2, 3, 4, 6 or 8 for experts, embeddings and dense linears (routers and shared-expert gates: 8);
             16 keeps all as published. Default: as published if the checkpoint is quantized, else 4. A checkpoint
@@ -101,7 +103,9 @@ def convert(
     with Destination(Path(mlx_path)) as out:
         made = _made_already(out, asked)
         if made is not None:
-            note(f"{out.folder} is complete already; nothing to do")
+            if not mend(out, made, hf_path, progress or (lambda done, total, what: None), note):
+                note(f"{out.folder} is complete already; nothing to do")
+            out.clean()
             return made
         notes = Journal(out.state / JOURNAL)
         try:
@@ -131,16 +135,15 @@ def _recipe(
 
 
 def _made_already(out: Destination, asked: dict[str, Any]) -> Manifest | None:
-    """The manifest, if this very conversion is complete; what it may have left behind is removed."""
+    """The manifest, if this very conversion is complete."""
     if not (out.folder / MANIFEST).exists():
         return None
-    manifest = Manifest.load(out.folder)
+    manifest = Manifest.read(out.folder)
     if {"path": manifest.source.get("path"), **manifest.source.get("asked", {})} != asked:
         raise ConversionError(
             f"{out.folder} is a converted model already, of another source or with other options; choose another "
             "folder, or remove it first"
         )
-    out.clean()
     return manifest
 
 

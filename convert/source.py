@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -127,6 +128,10 @@ class HubShards:
         download = self._downloads.get(name)
         while download is not None and not download.wait(0.5):
             waiting(f"downloading {name}, {100 * download.received // max(file.size, 1)}%")
+
+    def reader(self, name: str) -> Callable[[int, int], bytes] | None:
+        """Reads bytes [start, stop) of a shard without the rest; None for a shard that is on the disk."""
+        return None if name in self._kept else partial(self._repository.read_range, name)
 
     def prefetch(self, name: str) -> None:
         path = self._folder / name

@@ -208,13 +208,19 @@ def _add_verify(commands: Any) -> None:
         help="read a converted model again, and compare it with its checksums or its source",
         description="Read all of a converted model from the disk and compare it with the checksums that convert "
         "has kept, or with the checkpoint it was made from. Says what is damaged or missing, of config.json, the "
-        "tokenizer's files and the chat template too.",
+        "tokenizer's files and the chat template too, and the command that mends it.",
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="a folder that convert has written")
     parser.add_argument(
         "--against",
         metavar="ID_OR_DIR",
-        help="compare every byte with what converting this checkpoint gives now",
+        help="compare every byte with what converting this checkpoint gives now; with --repair the checkpoint to mend "
+        "from (default: the one that was converted)",
+    )
+    parser.add_argument(
+        "--repair",
+        action="store_true",
+        help="compare checksums, and make what is damaged again: of the checkpoint only that is read or downloaded",
     )
     parser.set_defaults(run=_verify)
 
@@ -228,7 +234,13 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     started = time.perf_counter()
     with ConversionProgress() as display:
-        compared = verify(arguments.model, arguments.against, progress=display.progress, note=display.note)
+        compared = verify(
+            arguments.model,
+            arguments.against,
+            repair=arguments.repair,
+            progress=display.progress,
+            note=display.note,
+        )
     rate = compared / (time.perf_counter() - started)
     print(f"{arguments.model}: {show_size(compared)} as they should be, read at {show_size(rate)}/s")
     return 0

@@ -317,12 +317,13 @@ class Manifest:
             FormatError: not a converted folder, another format version, a file missing, of another size or of
                 another model.
         """
-        manifest = cls._read(Path(folder))
+        manifest = cls.read(Path(folder))
         manifest.check_files(folder, also)
         return manifest
 
     @classmethod
-    def _read(cls, folder: Path) -> Manifest:
+    def read(cls, folder: Path) -> Manifest:
+        """Reads the manifest of a converted folder, and nothing else. Raises FormatError."""
         path = folder / MANIFEST
         try:
             text = path.read_text(encoding="utf-8")
@@ -433,7 +434,7 @@ class Manifest:
         """Raises FormatError if ``other`` is a converted model, and one of its expert files is not this model's."""
         if not (other / MANIFEST).exists():
             return  # copies of files alone: nothing but reading them would tell
-        theirs = {entry.layer: entry.crc32 for entry in Manifest._read(other).layers}
+        theirs = {entry.layer: entry.crc32 for entry in Manifest.read(other).layers}
         for entry in self.layers:
             if (other / entry.file).exists() and theirs.get(entry.layer) != entry.crc32:
                 raise FormatError(

@@ -345,6 +345,6 @@ def test_too_little_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         source,
         tmp_path / "a/b/out",
         ConversionError,
-        r"needs 2\d\d kB of disk space, but only 150 kB are free",
+        r"2\d\d kB of disk space are needed, but only 150 kB are free",
     )
     assert not (tmp_path / "a").exists()

@@ -267,7 +267,7 @@ def test_a_small_file_system_fills_up(tmp_path: Path, small_disk: Path, after: i
 
     with pytest.raises(ConversionError, match="no space left on the disk; free some, and start the same"):
         convert(source, out, progress=fill)
-    with pytest.raises(ConversionError, match="of disk space, but only 0 bytes are free"):
+    with pytest.raises(ConversionError, match="of disk space are needed, but only 0 bytes are free"):
         convert(source, out)
     assert ballast.exists()
     ballast.unlink()
