@@ -127,6 +127,11 @@ class Destination:
         self._make_folder((self.folder / name).parent.absolute())
         self._move(self.state / MODEL / name, self.folder / name)
 
+    def discard(self, name: str) -> None:
+        """Removes a file that was made aside."""
+        with writing(self.state / MODEL / name):
+            (self.state / MODEL / name).unlink()
+
     def _move(self, source: Path, target: Path) -> None:
         with writing(target):
             os.replace(source, target)

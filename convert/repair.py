@@ -72,8 +72,6 @@ def mend(
         damage.setdefault(name, set()).update(experts)
     damage = _still_damaged(out, manifest, damage)
     if damage:
-        # On the disk first: from here on blobs may be half written.
-        save_record(out.folder, damage)
         note(f"mending {described(damage, manifest)} from {source}")
         out.check_space(_space(out, manifest, damage))
         with open_original(out.folder, manifest, source, out.state / SHARDS, in_ranges=True) as original:
@@ -222,6 +220,7 @@ class _Mending:
             self._report(sum(nbytes for _, nbytes in job.spans), name)
         file.sync()
         if self._differs(file, name, None):
+            self._out.discard(name)
             raise self._another_source(f"{self._out.folder / name}")
         self._out.place(name)
 

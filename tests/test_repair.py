@@ -31,11 +31,11 @@ def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "PIECE", faults.PIECE)
 
 
-def write_source(folder: Path, layout: str = "fused", shards: int = 4) -> Path:
+def write_source(folder: Path, layout: str = "fused", shards: int = 4, spec: Spec = SPEC) -> Path:
     if layout != "mlx4":
-        return write_checkpoint(folder, SPEC, layout, shards=shards)
-    tensors, settings = quantized(SPEC.published("stacked"), 4, 64, {})
-    config = {**SPEC.config(), "quantization": settings}
+        return write_checkpoint(folder, spec, layout, shards=shards)
+    tensors, settings = quantized(spec.published("stacked"), 4, 64, {})
+    config = {**spec.config(), "quantization": settings}
     return write_checkpoint(folder, tensors=tensors, config=config, shards=shards)
 
 
@@ -240,27 +240,29 @@ def test_a_connection_that_breaks_while_ranges_come(tmp_path: Path, server: Hub)
 # Sources that are not the source
 
 
-def test_another_source(made: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [expert_file(2), expert_file(0), "model.safetensors", "config.json"])
+def test_another_source(made: tuple[Path, Path], tmp_path: Path, name: str) -> None:
     """Of the same shapes, of other shapes, gone: each is an error, and nothing is written."""
     source, ideal = made
     out = tmp_path / "out"
     shutil.copytree(ideal, out)
-    flip(out / expert_file(2), 70_000)
-    os.truncate(out / expert_file(0), 30_000)
-    (out / "config.json").unlink()
+    if name == expert_file(0):
+        os.truncate(out / name, 30_000)
+    else:
+        flip(out / name, 9_000 if name != "config.json" else 9)
     with pytest.raises(FormatError):
         verify(out)
     before = everything(out)
-    layout = "per_expert" if "mlx4" not in str(source) else "fused"
-    for spec, says in (
-        (
-            Spec(extras=False, layers=3, experts=6, seed=5),
-            "other bytes than the checksum|is not a conversion",
-        ),
-        (Spec(extras=False, layers=2, experts=6), "is not a conversion of"),
+    layout = "per_expert" if "per_expert" in str(source) else "mlx4" if "mlx4" in str(source) else "fused"
+    for seed, layers, says in (
+        (5, 3, f"{name}.*gives other bytes than the checksum"),
+        (0, 2, "is not a conver"),
     ):
-        other = write_checkpoint(tmp_path / f"other{spec.layers}", spec, layout)
-        (other / "config.json").write_text(json.dumps({**spec.config(), "note": "another"}))
+        spec = Spec(extras=False, layers=layers, experts=6, seed=seed)
+        other = write_source(tmp_path / f"other{layers}", layout, spec=spec)
+        (other / "config.json").write_text(
+            json.dumps({**json.loads((other / "config.json").read_text()), "x": 1})
+        )
         with pytest.raises(FormatError, match=says):
             verify(out, other, repair=True)
         assert everything(out) == before
