@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,7 +76,15 @@ class Destination:
     def check_empty(self) -> None:
         """Raises ConversionError if there is anything in the folder that is no conversion's."""
         if any(path.name != STATE for path in self.folder.iterdir()):
-            raise ConversionError(f"{self.folder} is not empty; choose another folder, or remove it first")
+            if is_checkpoint(self.folder):
+                raise ConversionError(
+                    f"{self.folder} is a checkpoint: it goes after --hf-path, and --mlx-path takes a new folder, for "
+                    f"example {new_folder(self.folder)}"
+                )
+            example = shlex.quote(str(self.folder / "NAME"))
+            raise ConversionError(
+                f"{self.folder} is not empty: --mlx-path takes a new folder, for example {example}"
+            )
 
     def path(self, name: str) -> Path:
         """Where the model's file of that relative path is, or will be made."""
@@ -264,6 +273,16 @@ class OutputFile:
             os.close(fd)
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the folder looks like one with weights to convert."""
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors*"))
+
+
+def new_folder(source: Path) -> str:
+    """A name for a conversion of a checkpoint, quoted for a shell."""
+    return shlex.quote(f"{source.resolve().name}-4bit")
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turns what the system says about writing ``path`` into a ConversionError of one line."""
@@ -272,8 +291,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ConversionError(
-                f"{path}: no space left on the disk; free some, and start the same conversion again: "
-                "it goes on where it was"
+                f"{path}: no space left on the disk; free some, and start the same conversion again: it resumes"
             ) from None
         raise ConversionError(f"{path} cannot be written: {e.strerror}") from None
 

@@ -19,9 +19,17 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_flashmoe.checksum import crc32_of
-from mlx_flashmoe.convert.destination import JOURNAL, SHARDS, Destination, OutputFile
-from mlx_flashmoe.convert.estimate import WORTH_MEASURING, Needs, disk_needs, expected_time
+from mlx_flashmoe.convert.destination import (
+    JOURNAL,
+    SHARDS,
+    Destination,
+    OutputFile,
+    is_checkpoint,
+    new_folder,
+)
+from mlx_flashmoe.convert.estimate import Needs, disk_needs, expected_time
 from mlx_flashmoe.convert.families import Bound, bind
+from mlx_flashmoe.convert.hub import Unreachable
 from mlx_flashmoe.convert.journal import Beginning, Journal
 from mlx_flashmoe.convert.plan import Plan, make_plan
 from mlx_flashmoe.convert.recipe import Choice, Recipe, check, read_recipe
@@ -39,7 +47,7 @@ from mlx_flashmoe.layout import (
     Manifest,
     expert_file,
 )
-from mlx_flashmoe.sizes import show_size
+from mlx_flashmoe.sizes import counted, show_size
 
 MLX_CACHE = 64 << 20  # freed buffers are of no use to the next job beyond this
 WORKERS = max(4, min(8, os.cpu_count() or 4))  # they wait for the disk as much as they work
@@ -93,8 +101,13 @@ def convert(
     note = note or (lambda line: None)
     wanted = _recipe(q_bits, q_group_size, q_bits_gate_up, q_bits_down, recipe)
     local = Path(hf_path).is_dir()
+    if local and is_checkpoint(Path(hf_path)) and os.path.realpath(hf_path) == os.path.realpath(mlx_path):
+        raise ConversionError(
+            f"{hf_path} is the checkpoint itself: --mlx-path takes a new folder, for example "
+            f"{new_folder(Path(hf_path))}"
+        )
     if delete_source and not local:
-        raise ConversionError("delete_source is for folders; what is downloaded is removed anyway")
+        raise ConversionError("--delete-source is for folders; what is downloaded is removed anyway")
     asked = {
         "path": os.path.abspath(hf_path) if local else str(hf_path),
         "revision": revision,
@@ -112,6 +125,10 @@ def convert(
             begun = _begun(notes, out, asked)
             with open_checkpoint(hf_path, revision, downloads=out.state / SHARDS, begun=begun) as checkpoint:
                 return _convert(checkpoint, wanted, asked, out, notes, delete_source, progress, note)
+        except Unreachable as e:
+            if notes.beginning is None:
+                raise
+            raise Unreachable(f"{e}: the same command resumes") from None
         finally:
             notes.close()
 
@@ -260,14 +277,14 @@ def _expectations(
     lines = []
     if len(todo) < len(units):
         lines.append(
-            f"going on with an interrupted conversion: {len(units) - len(todo)} of {len(units)} parts are done"
+            f"resuming an interrupted conversion: {len(units) - len(todo)} of {counted(len(units), 'part')} done"
         )
     lines.append(
         f"to read {show_size(needs.read)}, to write {show_size(needs.written)}; disk space needed "
         f"{show_size(needs.peak)} of {show_size(free)} free"
     )
-    if needs.read > WORTH_MEASURING:
-        lines.append(expected_time(needs, plan.quantizes, checkpoint, out))
+    if todo:
+        lines.append(expected_time(needs, todo, plan.quantizes, checkpoint, out))
     return lines
 
 

@@ -78,7 +78,7 @@ class LocalFolder:
         for name in names:
             if (self._folder / name).is_symlink():
                 raise ConversionError(
-                    f"{self._folder / name} is a link: removing it would free nothing; leave delete_source out"
+                    f"{self._folder / name} is a link: removing it would free nothing; leave --delete-source out"
                 )
         self._removable = names
 

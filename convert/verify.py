@@ -152,7 +152,7 @@ def _check_complete(folder: Path) -> None:
     units = begun.units if begun is not None else {}
     done = Counter(name.rpartition("#")[0] for name in journal.done)
     lacking = [
-        f"{file} ({done[file]} of its {counted(n, 'part')} {'is' if done[file] == 1 else 'are'} done)"
+        f"{file} ({done[file]} of {counted(n, 'part')} done)"
         for file, n in sorted(units.items())
         if done[file] < n
     ]
@@ -165,8 +165,8 @@ def _check_complete(folder: Path) -> None:
         given = convert_options(begun.asked["recipe"])
         options = " --recipe FILE, and other options as they were" if given is None else given
     raise FormatError(
-        f"{folder}: the conversion is not complete: {sum(done.values())} of {counted(sum(units.values()), 'part')} are "
-        f"done; {f'not complete: {missing}; ' if missing else ''}to resume it: "
+        f"{folder}: the conversion is not complete: {sum(done.values())} of {counted(sum(units.values()), 'part')} "
+        f"done; {f'still to do: {missing}; ' if missing else ''}to resume it: "
         f"{convert_command(source, folder, options)}"
     )
 

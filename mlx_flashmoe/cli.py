@@ -123,8 +123,8 @@ def _add_convert(commands: Any) -> None:
         allow_abbrev=False,
         help="repack a checkpoint so that it can be streamed from disk",
         description="Repack a checkpoint into a folder that generate can stream from: the part every token "
-        "needs, and one block on disk for every expert. The same command again goes on with a conversion that was "
-        "interrupted.",
+        "needs, and one block on disk for every expert. The same command again resumes a conversion that was "
+        "interrupted, and mends what verify has found damaged.",
     )
     parser.add_argument(
         "--hf-path",
@@ -175,24 +175,28 @@ def _add_convert(commands: Any) -> None:
 
 def _convert(arguments: argparse.Namespace) -> int:
     from mlx_flashmoe import convert
-    from mlx_flashmoe.console import ConversionProgress
-    from mlx_flashmoe.sizes import show_size
+    from mlx_flashmoe.console import ConversionProgress, print_note
+    from mlx_flashmoe.sizes import counted, show_size
 
-    with ConversionProgress() as display:
-        made = convert(
-            arguments.hf_path,
-            arguments.mlx_path,
-            q_bits=arguments.q_bits,
-            q_group_size=arguments.q_group_size,
-            q_bits_gate_up=arguments.q_bits_gate_up,
-            q_bits_down=arguments.q_bits_down,
-            recipe=arguments.recipe,
-            delete_source=arguments.delete_source,
-            progress=display.progress,
-            note=display.note,
-        )
+    try:
+        with ConversionProgress() as display:
+            made = convert(
+                arguments.hf_path,
+                arguments.mlx_path,
+                q_bits=arguments.q_bits,
+                q_group_size=arguments.q_group_size,
+                q_bits_gate_up=arguments.q_bits_gate_up,
+                q_bits_down=arguments.q_bits_down,
+                recipe=arguments.recipe,
+                delete_source=arguments.delete_source,
+                progress=display.progress,
+                note=display.note,
+            )
+    except KeyboardInterrupt:
+        print_note("stopped; the same command resumes")
+        return INTERRUPTED
     print(
-        f"{arguments.mlx_path}: {show_size(made.expert_bytes)} of experts in {len(made.layers)} layers, "
+        f"{arguments.mlx_path}: {show_size(made.expert_bytes)} of experts in {counted(len(made.layers), 'layer')}, "
         f"{show_size(made.dense_bytes)} for everything else"
     )
     return 0

@@ -331,8 +331,8 @@ class Manifest:
             if (folder / STATE).is_dir():
                 raise FormatError(
                     f"{folder} is not a converted model (the conversion is not complete); the command that began it "
-                    "goes on where it was, and "
-                    f"python -m mlx_flashmoe verify --model {shlex.quote(str(folder))} says what is missing"
+                    f"resumes it, and python -m mlx_flashmoe verify --model {shlex.quote(str(folder))} says what is "
+                    "missing"
                 ) from None
             raise FormatError(f"{folder} is not a converted model ({_advice(folder)})") from None
         except (OSError, UnicodeDecodeError) as e:
@@ -417,15 +417,16 @@ class Manifest:
                 model itself must be the same one.
         """
         folder = Path(folder)
+        mend = f"python -m mlx_flashmoe verify --model {shlex.quote(str(folder))} says how to mend it"
         for other in map(Path, also):
             self._check_same_experts(folder, other)
         for dense in self.dense:
-            self._check(folder / dense.file, dense.size, "", "convert the checkpoint again")
+            self._check(folder / dense.file, dense.size, "", mend)
         for entry in self.layers:
             blob_size = self.layout_of(entry).blob_size
             what = f" (layer {entry.layer}, {entry.num_experts} experts of {blob_size} bytes)"
             for path in expert_files(entry.layer, folder, also):
-                advice = "convert the checkpoint again"
+                advice = mend
                 if path != folder / entry.file:
                     advice = f"copy it again from where {folder} has it, or do without the copies in {path.parents[1]}"
                 self._check(path, entry.num_experts * blob_size, what, advice)

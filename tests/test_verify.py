@@ -118,6 +118,8 @@ def test_an_unfinished_conversion(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert(source, out, q_bits=4, q_bits_down=6, progress=stop)
     command = f"convert --hf-path '{source}' --mlx-path '{out}' --q-bits 4 --q-bits-down 6"
+    with pytest.raises(FormatError, match=r"done; still to do: experts/layer_00\d\.bin \(0 of 1 part done\)"):
+        verify(out)
     with pytest.raises(FormatError, match=rf"not complete: \d of \d parts.*{command}$"):
         verify(out)
     for use in (load, lambda folder: examine(str(folder), mx.float32)):
