@@ -78,8 +78,8 @@ def expected_time(
     elif nbytes:
         besides = f" and the download of {show_size(nbytes)}"
     if not rates:
-        return f"less than a minute{besides}"
-    return f"about {show_duration(max(seconds, 1))}{besides}, at {', '.join(rates)} measured now"
+        return f"it takes less than a minute{besides}"
+    return f"it takes about {show_duration(max(seconds, 1))}{besides}, at {', '.join(rates)} measured now"
 
 
 def _converting_time(

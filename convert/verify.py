@@ -32,6 +32,7 @@ from mlx_flashmoe.convert.damage import (
     mending_command,
     recorded_files,
     save_record,
+    sizes,
     small_file,
 )
 from mlx_flashmoe.convert.destination import JOURNAL, Destination
@@ -90,7 +91,7 @@ def verify(
         found(fault)
     skipped = {fault.file for fault in faults}
     done = 0
-    total = manifest.expert_bytes + manifest.dense_bytes
+    total = sum(size for name, size in sizes(manifest).items() if name not in skipped)
     with contextlib.ExitStack() as stack:
         checks = (
             checksums(folder, manifest, skipped, stack)

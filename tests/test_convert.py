@@ -385,7 +385,7 @@ def test_progress_and_notes(tmp_path: Path) -> None:
         lines[2]
         == "an expert is padded to a multiple of 16,384 bytes: fewer bits do not make one of 16,384 smaller"
     )
-    assert lines[-1] == "less than a minute"
+    assert lines[-1] == "it takes less than a minute"
     assert lines[-2].startswith("to read 993 kB, to write 327 kB; disk space needed 329 kB of ")
     assert not any("\n" in line for line in lines)
 

@@ -87,12 +87,12 @@ def test_the_plan_has_the_time_of_the_download(
     lines: list[str] = []
     convert("org/model", tmp_path / "out", note=lines.append)
     total = sum(path.stat().st_size for path in server.folder.glob("*.safetensors"))
-    assert lines[-1] == f"less than a minute and the download of {show_size(total)}"
+    assert lines[-1] == f"it takes less than a minute and the download of {show_size(total)}"
     monkeypatch.setattr(estimate, "WORTH_MEASURING", 1000)
     monkeypatch.setattr(estimate, "_downloading_rate", lambda checkpoint, shard: total / 7200)
     convert("org/model", tmp_path / "out2", note=lines.append)
     assert lines[-1].startswith(
-        f"about 2 h 0 min, at {show_size(total / 7200)}/s of downloading over one connection, "
+        f"it takes about 2 h 0 min, at {show_size(total / 7200)}/s of downloading over one connection, "
     )
 
 
