@@ -93,7 +93,7 @@ def where(folder: Path, manifest: Manifest, file: str, expert: int | None) -> st
 
 
 def compare(folder: Path, fd: int, manifest: Manifest, file: str, expert: int | None) -> list[Fault]:
-    """Whether a dense file (``expert`` None), or an expert's blob, has the manifest's checksum on the disk."""
+    """Faults of a dense file (``expert`` None) or an expert's blob: none if the disk gives back its checksum."""
     offset, nbytes, crc = expected(manifest, file, expert)
     at = where(folder, manifest, file, expert)
     try:

@@ -71,7 +71,7 @@ def sizes(manifest: Manifest) -> dict[str, int]:
 
 
 def load_record(folder: Path, manifest: Manifest) -> Damage:
-    """What verify has found in the folder; empty if it found nothing or has not been run.
+    """The damage that verify has found in the folder; empty if it found nothing or has not been run.
 
     Raises:
         FormatError: the record is malformed, or it is about files that the manifest does not have.
@@ -192,7 +192,7 @@ def recorded_files(folder: Path, manifest: Manifest) -> dict[str, int] | None:
 
 
 def _small_files(folder: Path, manifest: Manifest) -> Iterator[Fault]:
-    """What is wrong with the files that are kept as published: config.json, the tokenizer's, and so on."""
+    """Faults of the files that are kept as published: config.json, the tokenizer's, and so on."""
     recorded = recorded_files(folder, manifest)
     if recorded is not None:
         for name, crc in recorded.items():
@@ -212,7 +212,7 @@ def _small_files(folder: Path, manifest: Manifest) -> Iterator[Fault]:
 
 
 def small_file(folder: Path, name: str, is_right: Callable[[bytes], bool], otherwise: str) -> list[Fault]:
-    """What is wrong with one of them, if anything; ``otherwise`` is said of contents that are not right."""
+    """Faults of one of them; ``otherwise`` is said of contents that are not right."""
     path = folder / name
     try:
         return [] if is_right(path.read_bytes()) else [Fault(f"{path}: {otherwise}", name)]

@@ -70,7 +70,7 @@ class Destination:
         self._leave()
 
     def keep(self) -> None:
-        """What is in the folder stays, whatever happens."""
+        """Has what is in the folder stay, whatever happens."""
         self._kept = True
 
     def check_empty(self) -> None:
@@ -92,7 +92,7 @@ class Destination:
         return self.folder / name if self.moving and not made.exists() else made
 
     def has(self, name: str, size: int) -> bool:
-        """Whether that file is there, and that long."""
+        """Tells if that file is there, and that long."""
         path = self.path(name)
         return path.is_file() and path.stat().st_size == size
 
@@ -274,7 +274,7 @@ class OutputFile:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether the folder looks like one with weights to convert."""
+    """Tells a folder with weights to convert from any other."""
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors*"))
 
 

@@ -131,7 +131,7 @@ def verify(
 
 
 def _is_damage(folder: Path, manifest: Manifest, fault: Fault) -> bool:
-    """Whether the folder is at fault, by its own checksums, rather than the source that it was compared with."""
+    """Tells if the folder is at fault, by its own checksums, rather than the source that it was compared with."""
     recorded = recorded_files(folder, manifest)
     if recorded is not None and fault.file in recorded:
         return False  # these were compared before
@@ -179,7 +179,7 @@ def _comparisons(
     skipped: Collection[str],
     stack: contextlib.ExitStack,
 ) -> Iterator[Check]:
-    """What the converter would write now, against what is there."""
+    """Compares what the converter would write now with what is there."""
     downloads = folder
     if not Path(against).is_dir():
         downloads = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".verify-", dir=folder)))
