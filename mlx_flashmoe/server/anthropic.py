@@ -17,7 +17,8 @@ from mlx_flashmoe.server.errors import ApiError, anthropic_body
 from mlx_flashmoe.server.http import JSON, KEEP_ALIVE, event, event_stream, read_body
 from mlx_flashmoe.server.schemas import VALIDATORS
 from mlx_flashmoe.server.worker import End, Part
-from mlx_flashmoe.tools import Event, Text, Thinking, ToolCall
+from mlx_flashmoe.tools import Piece as Event
+from mlx_flashmoe.tools import Text, Thinking, ToolCall, pieces
 
 
 async def messages(request: Request) -> Response:
@@ -43,7 +44,7 @@ async def messages(request: Request) -> Response:
         )
 
     events, _, end = await answer.whole(request)
-    content = _blocks(events)
+    content = _blocks(pieces(events))
     return JSON({**head, "content": content, **_stopped(end, content), "usage": _usage(answer, end)})
 
 
@@ -197,7 +198,7 @@ async def _stream(request: Request, answer: Answer, head: dict[str, Any]) -> Asy
             if part is None:
                 yield KEEP_ALIVE
             elif isinstance(part, Part):
-                for piece in part.events:
+                for piece in pieces(part.events):
                     if not _goes_on(blocks[-1] if blocks else None, piece):
                         for line in stop_block():
                             yield line

@@ -16,7 +16,7 @@ from mlx_flashmoe.sampling import make_logits_processors, make_sampler
 from mlx_flashmoe.server.errors import ApiError, as_api_error
 from mlx_flashmoe.server.worker import End, Job, Part, TokenInfo, Worker
 from mlx_flashmoe.tokenizer import Tokenizer
-from mlx_flashmoe.tools import AnswerParser, Event
+from mlx_flashmoe.tools import Event, answer_parser
 
 # Seconds without a token after which a stream gets a sign of life: a long prompt can take minutes.
 KEEP_ALIVE = 10.0
@@ -118,7 +118,7 @@ class Engine:
             max_tokens=max_tokens,
             sampler=make_sampler(**sampling),
             processors=processors,
-            parser=None if ask.messages is None else AnswerParser(ask.tools, thinking),
+            parser=None if ask.messages is None else answer_parser(self.tokenizer, ask.tools, prompt),
             stop=ask.stop,
             top_logprobs=ask.top_logprobs,
         )

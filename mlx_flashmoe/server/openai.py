@@ -20,7 +20,8 @@ from mlx_flashmoe.server.http import JSON, KEEP_ALIVE, event, event_stream, read
 from mlx_flashmoe.server.schemas import VALIDATORS
 from mlx_flashmoe.server.worker import End, Part, TokenInfo
 from mlx_flashmoe.tokenizer import Tokenizer
-from mlx_flashmoe.tools import Event, Text, Thinking, ToolCall
+from mlx_flashmoe.tools import Piece as Event
+from mlx_flashmoe.tools import Text, Thinking, ToolCall, pieces
 
 UNLIKELY = -9999.0  # what stands for a log-probability of minus infinity
 
@@ -281,7 +282,7 @@ async def _respond(request: Request, body: dict[str, Any], ask: Ask, shape_of: t
         return event_stream(chunks, lambda error: event(openai_body(error)))
 
     events, infos, end = await answer.whole(request)
-    choice = {"index": 0, **shape.whole(events, infos), "finish_reason": _finish_reason(shape, end)}
+    choice = {"index": 0, **shape.whole(pieces(events), infos), "finish_reason": _finish_reason(shape, end)}
     return JSON({**head, "choices": [choice], "usage": _usage(answer, end)})
 
 
@@ -307,7 +308,7 @@ async def _chunks(
                 yield KEEP_ALIVE
             elif isinstance(part, Part):
                 infos += [part.info] if part.info is not None else []
-                for piece in part.events:
+                for piece in pieces(part.events):
                     yield chunk(shape.piece(piece))
             else:
                 yield chunk(shape.closing(), _finish_reason(shape, part))

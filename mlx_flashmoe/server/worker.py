@@ -278,7 +278,7 @@ class Worker:
 
     def _events(self, job: Job, response: GenerationResponse) -> list[Event]:
         if job.parser is not None:
-            return job.parser.feed(response.text)
+            return job.parser.feed(response.text, response.token)
         return [Text(response.text)] if response.text else []
 
     def _info(self, job: Job, response: GenerationResponse) -> TokenInfo | None:
