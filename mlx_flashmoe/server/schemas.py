@@ -345,7 +345,9 @@ def openapi(
             "get": operation("Special tokens and chat template", record({}, {"eos_token": TEXT}))
         },
         "/tokenize": {
-            "post": operation("The tokens of a text", record({"tokens": TOKENS}), TOKENIZE),
+            "post": operation(
+                "The tokens of a text", record({"tokens": {**TOKENS, "minItems": 0}}), TOKENIZE
+            ),
         },
         "/detokenize": {
             "post": operation("The text of tokens", record({"prompt": TEXT}), DETOKENIZE),
