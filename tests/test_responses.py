@@ -23,7 +23,7 @@ from mlx_flashmoe.server.responses_events import Output  # noqa: E402
 from mlx_flashmoe.server.responses_input import Conversation, as_items, seal  # noqa: E402
 from mlx_flashmoe.server.responses_store import ResponseStore  # noqa: E402
 from mlx_flashmoe.server.responses_tools import ClientTools  # noqa: E402
-from mlx_flashmoe.tools import Event, Text, Thinking, ToolCall  # noqa: E402
+from mlx_flashmoe.tools import CallDelta, CallStart, Event, Text, Thinking, ToolCall  # noqa: E402
 
 TOOL = {"type": "function", "name": "weather", "parameters": SCHEMA}
 PATCH = {"type": "custom", "name": "patch", "description": "Changes files", "format": {"type": "text"}}
@@ -328,13 +328,23 @@ def folded(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return items
 
 
+def as_written(answer: list[Event]) -> Iterator[Event]:
+    """Parts of an answer, calls in the pieces in which they are written."""
+    for part in answer:
+        if isinstance(part, ToolCall):
+            text = json.dumps(part.arguments, ensure_ascii=False)
+            yield CallStart(part.name)
+            yield from (CallDelta(text[i : i + 5]) for i in range(0, len(text), 5))
+        yield part
+
+
 @given(answers(), st.booleans(), st.booleans(), st.booleans())
 def test_events_folded_are_the_items_and_the_items_are_the_answer(
     answer: list[Event], summary: bool, sealed: bool, whole: bool
 ) -> None:
     tools = ClientTools(TOOLS)
     output = Output(tools, summary, sealed)
-    events = [json.loads(json.dumps(e)) for piece in answer for e in output.feed(piece)]
+    events = [json.loads(json.dumps(e)) for piece in as_written(answer) for e in output.feed(piece)]
     events += [json.loads(json.dumps(e)) for e in output.finish(whole)]
     items = output.items
     assert folded(events) == items

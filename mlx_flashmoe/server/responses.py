@@ -212,7 +212,7 @@ class _Writer:
             yield from self._output.feed(piece)
 
     def _finish(self, end: End, answer: Answer) -> Iterator[dict[str, Any]]:
-        whole = end.reason != "length"
+        whole = end.reason != "length" and not end.cut
         yield from self._output.finish(whole)
         prompt = len(answer.job.prompt)
         self.response = {

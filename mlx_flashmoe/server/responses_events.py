@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_flashmoe.server.responses_input import seal
 from mlx_flashmoe.server.responses_tools import ClientTools
-from mlx_flashmoe.tools import Event, Text, Thinking, ToolCall
+from mlx_flashmoe.tools import CallDelta, CallStart, Event, Text, Thinking, ToolCall
 
 ApiEvent = dict[str, Any]
 
@@ -33,10 +33,17 @@ class Output:
 
     def feed(self, event: Event) -> Iterator[ApiEvent]:
         """The API's events, without their numbers, for one event of the answer."""
-        if isinstance(event, ToolCall):
+        if isinstance(event, CallStart):
             yield from self._end()
             yield from self._begin(self._call(event.name))
-            yield from self._write(json.dumps(event.arguments, ensure_ascii=False))
+            return
+        if isinstance(event, CallDelta):
+            if self._open == "function_call":
+                yield from self._write(event.text)
+            return
+        if isinstance(event, ToolCall):
+            if self._open == "custom_tool_call":
+                yield from self._write(json.dumps(event.arguments, ensure_ascii=False))
             yield from self._end()
             return
         kind = "reasoning" if isinstance(event, Thinking) else "message"
