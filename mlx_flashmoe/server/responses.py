@@ -213,7 +213,7 @@ class _Writer:
 
     def _finish(self, end: End, answer: Answer) -> Iterator[dict[str, Any]]:
         whole = end.reason != "length" and not end.cut
-        yield from self._output.finish(whole)
+        yield from self._output.finish(whole, end.cut)
         prompt = len(answer.job.prompt)
         self.response = {
             **self.response,
