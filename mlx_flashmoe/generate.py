@@ -200,6 +200,9 @@ def generate_step(
     read_to(total - 1)  # the last token's logits are wanted: it goes through the model by itself
 
     tokens = prompt  # so far; only what logits processors look at
+    for processor in logits_processors or ():
+        if (begin := getattr(processor, "begin", None)) is not None:
+            begin(total)
 
     def step(inputs: mx.array) -> tuple[mx.array, mx.array]:
         nonlocal tokens

@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from mlx_flashmoe.chat_template import fit
 from mlx_flashmoe.grammar import Constrainer
-from mlx_flashmoe.sampling import make_logits_processors, make_sampler
+from mlx_flashmoe.sampling import LogitsProcessor, Sampler, picking
 from mlx_flashmoe.server.errors import ApiError, as_api_error
 from mlx_flashmoe.server.worker import End, Job, Part, TokenInfo, Worker
 from mlx_flashmoe.tokenizer import Tokenizer
@@ -124,8 +124,7 @@ class Engine:
         if not all(0 <= token < vocabulary for token in prompt):
             raise ApiError(400, f"the prompt has token ids outside 0 to {vocabulary - 1}")
         max_tokens = self._room(len(prompt), ask.max_tokens)
-        sampling = {**self._sampling, **ask.sampling}
-        processors = make_logits_processors(sampling.pop("repetition_penalty", None))
+        sampler, processors = self._picking(ask.sampling)
         thinking = ask.messages is not None and self.tokenizer.opens_thinking(prompt)
         if ask.required is not None or ask.schema is not None:
             # Last: no other change of the logits may bring back what the grammar forbids.
@@ -140,24 +139,30 @@ class Engine:
         return Job(
             prompt=prompt,
             max_tokens=max_tokens,
-            sampler=make_sampler(**sampling),
+            sampler=sampler,
             processors=processors,
             parser=None if ask.messages is None else AnswerParser([*ask.tools, *ask.loaded], thinking),
             stop=ask.stop,
             top_logprobs=ask.top_logprobs,
         )
 
+    def _picking(self, asked: dict[str, Any]) -> tuple[Sampler, list[LogitsProcessor]]:
+        vocabulary = self.worker.model.vocab_size
+        for token in asked.get("logit_bias", ()):
+            if token >= vocabulary:
+                raise ApiError(400, f"logit_bias: {token} is not a token id: they are 0 to {vocabulary - 1}")
+        return picking(**{**self._sampling, **asked})
+
     def _room(self, prompt: int, wanted: int | None) -> int:
-        """The number of tokens an answer may have."""
+        """The number of tokens an answer may have: as many as are wanted, or as the context has left."""
         most = self.worker.model.max_context
-        if prompt + (wanted or 1) > most:
-            answer = "" if wanted is None else f" and an answer of up to {wanted}"
+        if prompt >= most:
             raise ApiError(
                 400,
-                f"a prompt of {prompt} tokens{answer} does not fit into the context of {most} tokens",
+                f"a prompt of {prompt} tokens and an answer do not fit into the context of {most} tokens",
                 code="context_length_exceeded",
             )
-        return int(wanted or most - prompt)  # 5.0 is an integer to JSON
+        return most - prompt if wanted is None else min(wanted, most - prompt)
 
     def _constraints(self) -> Constrainer:
         with self._lock:
