@@ -20,3 +20,8 @@ def show_duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: "1 token", "12 tokens"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
