@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 
 from mlx_flashmoe.errors import RequestError
 
@@ -25,7 +26,7 @@ def read_line() -> str:
 
 
 def _text(read: Callable[[], str]) -> str:
-    if hasattr(sys.stdin, "reconfigure"):
+    if isinstance(sys.stdin, TextIOWrapper) and sys.stdin.errors != "strict":
         # In some locales Python lets bytes through that are no text.
         sys.stdin.reconfigure(errors="strict")
     try:

@@ -286,12 +286,12 @@ def test_resizing_leaves_no_copies(seed: int, thinking: bool) -> None:
     fed = []
     for _ in range(6):
         for _ in range(random.randint(0, 12)):
-            fed.append(f"word{len(fed)}")
+            fed.append(f"word{len(fed)}" + "\n" * (random.random() < 0.05))
             view.feed(fed[-1] + " ")
         screen.resize(random.randint(20, 100))
     view.feed("last")
     view.close()
-    assert "".join(screen.text.split()) == "Thinking" * thinking + "".join(fed) + "last"
+    assert "".join(screen.text.split()) == "Thinking" * thinking + "".join("".join(fed).split()) + "last"
     assert screen.cursor
 
 

@@ -20,7 +20,7 @@ HELP = {
     "/retry": "send the last message again, for another answer",
     "/edit": "take the last message back into the editor, to change it",
     "/undo": "take the last message and its answer back",
-    "/set [NAME VALUE]": "show the settings, or change one: /set temp 0.7, /set think off",
+    "/set [NAME VALUE]": "show the settings, or change one: /set temp 0.7",
     "/system [TEXT]": "show the system message, or set it",
     "/list": "list the saved conversations",
     "/load N or FILE": "go on with a saved conversation",
@@ -111,14 +111,17 @@ class Commands:
 
     def set(self, argument: str) -> None:
         settings = self._conversation.settings
-        if argument:
-            name, *rest = argument.split(maxsplit=1)
-            if not rest:
-                raise RequestError(f"{name} to what? /set NAME VALUE changes a setting, /set shows them")
-            settings.set(name, rest[0].strip())
-            if name.lstrip("-") == "think" and not self._conversation.can_switch_thinking:
-                self._view.note("this changes nothing: the model's chat template has no enable_thinking")
-        self._view.table(settings.rows())
+        if not argument:
+            self._view.table(settings.rows())
+            return
+        name, _, value = argument.partition(" ")
+        if not value.strip():
+            raise RequestError(f"{name} to what? /set NAME VALUE changes a setting, /set lists them")
+        settings.set(name, value.strip())
+        if name == "think" and not self._conversation.can_switch_thinking:
+            self._view.note("this changes nothing: the model's chat template has no enable_thinking")
+        else:
+            self._view.note(f"{name} is {value.strip()}")
 
     def list(self, _: str) -> None:
         rows = []

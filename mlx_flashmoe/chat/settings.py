@@ -58,18 +58,20 @@ class Settings:
     def set(self, name: str, value: str) -> None:
         """Changes a setting.
 
+        Args:
+            name: with hyphens or underscores.
+
         Raises:
             RequestError: there is no such setting, or the value is not one of its values.
         """
-        key = name.lstrip("-").replace("-", "_")
+        key = name.replace("-", "_")
         if key == "think":
             if value not in SWITCHES:
                 raise RequestError(f"think is on or off, not {value!r}")
             self.think = SWITCHES[value]
             return
         if key not in NUMBERS:
-            names = ", ".join([*map(_shown, NUMBERS), "think"])
-            raise RequestError(f"there is no setting {name}; there are: {names}")
+            raise RequestError(f"there is no setting {name}; /set lists them")
         try:
             number = NUMBERS[key](value)
         except ValueError:
@@ -86,11 +88,20 @@ class Settings:
     def rows(self) -> list[tuple[str, str]]:
         """Each setting with its value."""
         values = {**self._sampling, "max_tokens": self.max_tokens}
-        think = {None: "as the chat template has it", True: "on", False: "off"}[self.think]
-        return [
-            *((_shown(key), str(values[key])) for key in NUMBERS if values.get(key) is not None),
-            ("think", think),
-        ]
+        numbers = [(_shown(key), _value(values.get(key))) for key in NUMBERS]
+        return [*numbers, ("think", _value(self.think))]
+
+
+def _value(value: float | bool | None) -> str:
+    return (
+        "not set"
+        if value is None
+        else str(value)
+        if not isinstance(value, bool)
+        else "on"
+        if value
+        else "off"
+    )
 
 
 def _shown(key: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 from rich.console import Console, RenderableType
+from rich.segment import Segment
 from rich.text import Text
 
 from mlx_flashmoe.console import figures, printable
@@ -100,9 +101,10 @@ class PlainAnswer:
 class TerminalAnswer:
     """Draws an answer: a thinking part set apart and dim, then Markdown.
 
-    Blocks that can no longer change are printed for good and scroll away; only the unfinished one is drawn
-    again and again. A block that outgrows the screen is printed from its top, line by line. So the cost of a
-    redraw is that of one block, and redraws are spaced so that drawing takes at most a fifth of the time.
+    Blocks that can no longer change are printed for good and scroll away; only the end of the unfinished one is
+    drawn again and again. What is above that end is printed for good, too: only rows on the screen can be erased,
+    and a window that gets narrower breaks lines and pushes rows off the screen. So the cost of a redraw is that of
+    one block, and redraws are spaced so that drawing takes at most a fifth of the time.
     """
 
     FRAME = 1 / 15  # seconds between redraws, at least
@@ -179,7 +181,8 @@ class TerminalAnswer:
             self._printed, self._below = 0, True
         lines = self._unprinted(self._lines(self._section.render(self._tail)))
         # One row is left free, because the cursor may stand on it.
-        excess = max(0, len(lines) - max(1, self._console.height - 1))
+        most = min(self._section.rows(self._tail), max(1, self._console.height - 1))
+        excess = max(0, len(lines) - most)
         self._printed += sum(map(_letters, lines[:excess]))
         self._region.draw(lines[excess:], above + lines[:excess])
         now = self._clock()
@@ -192,11 +195,11 @@ class TerminalAnswer:
         self._section, self._tail, self._printed, self._below = None, "", 0, False
 
     def _unprinted(self, lines: list[Rendered]) -> list[Rendered]:
-        """The lines of the tail that have not left the screen. The window may have been wider when others did."""
+        """What of the tail's lines is not printed for good. Other lines were when the window had another width."""
         printed = self._printed
         for number, line in enumerate(lines):
-            if printed <= 0 or printed < _letters(line):
-                return lines[number:]
+            if printed < _letters(line):
+                return [_without(line, printed), *lines[number + 1 :]]
             printed -= _letters(line)
         return []
 
@@ -216,3 +219,17 @@ class TerminalAnswer:
 def _letters(line: Rendered) -> int:
     """Characters of a line that are the same however wide the window is; at least 1, so that blank lines count."""
     return max(1, sum(len(segment.text) - segment.text.count(" ") for segment in line))
+
+
+def _without(line: Rendered, letters: int) -> Rendered:
+    """A line from the word after its first ``letters`` on."""
+    if not letters:
+        return line
+    rest: Rendered = []
+    for text, style, control in line:
+        while letters and text:
+            letters -= text[0] != " "
+            text = text[1:]
+        if not letters:
+            rest.append(Segment(text if rest else text.lstrip(" "), style, control))
+    return rest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable
 from typing import Protocol
@@ -19,6 +20,10 @@ from mlx_flashmoe.sizes import show_duration
 from mlx_flashmoe.terminal.region import Lines
 
 
+ROWS = 6
+"""Rows that are drawn again and again, in general."""
+
+
 class Section(Protocol):
     """A part of an answer.
 
@@ -29,6 +34,10 @@ class Section(Protocol):
 
     heading: RenderableType | None
     spaced: bool
+
+    def rows(self, text: str) -> int:
+        """Rows at the end of the rendered text that may still change, or are few enough to be drawn again."""
+        ...
 
     def split(self, text: str) -> tuple[RenderableType | None, str]:
         """What of the text can no longer change, rendered, and the rest of the text."""
@@ -46,6 +55,9 @@ class ThinkingSection:
 
     heading: RenderableType | None = Text("Thinking", style="dim bold")
     spaced = False
+
+    def rows(self, text: str) -> int:
+        return ROWS
 
     def split(self, text: str) -> tuple[RenderableType | None, str]:
         # Line breaks at the end wait for what follows: at the end of the part they are dropped.
@@ -65,7 +77,7 @@ class ThinkingSection:
 class FoldedThinkingSection(ThinkingSection):
     """Thinking of which the last lines are seen as they come, and only how long it took when it is over."""
 
-    LINES = 6
+    LINES = ROWS - 1
 
     heading: RenderableType | None = None
 
@@ -106,6 +118,10 @@ class MarkdownSection:
 
     # HTML is shown as the text it is: Rich leaves it out.
     parser = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+
+    def rows(self, text: str) -> int:
+        # A table's columns get wider as its rows come; of other blocks the beginning stays as it is.
+        return 10**9 if re.search(r"^ *\|", text, re.MULTILINE) else ROWS
 
     def split(self, text: str) -> tuple[RenderableType | None, str]:
         tokens = self.parser.parse(text)
