@@ -19,7 +19,6 @@ from rich.text import Text
 from mlx_flashmoe.sizes import show_duration
 from mlx_flashmoe.terminal.region import Lines
 
-
 ROWS = 6
 """Rows that are drawn again and again, in general."""
 
