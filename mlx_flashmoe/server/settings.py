@@ -28,7 +28,7 @@ _NUMBERS = (
     ("repetition_penalty", "repetition_penalty", 0, 100),
 )
 _WINDOWS = ("repeat_last_n", "repetition_context_size")
-_LENGTHS = ("max_completion_tokens", "max_tokens", "max_output_tokens", "n_predict", "num_predict")
+LENGTHS = ("max_completion_tokens", "max_tokens", "max_output_tokens", "n_predict", "num_predict")
 
 
 def sampling(body: Body) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def max_tokens(body: Body, least: int = 1) -> int | None:
     Args:
         least: the lowest limit that makes sense.
     """
-    for field in _LENGTHS:
+    for field in LENGTHS:
         if (limit := _integer(body, field)) is not None:
             if 0 <= limit < least:
                 raise _wrong(field, limit, f"at least {least}, or -1 for no limit")
@@ -261,10 +261,14 @@ def tools(body: Body) -> tuple[list[dict[str, Any]], Any]:
     """
     offered = list(body.get("tools") or [])
     choice = body.get("tool_choice")
-    for function in body.get("functions") or []:
-        offered.append({"type": "function", "function": function})
+    functions = body.get("functions")
+    if functions is not None and not isinstance(functions, list):
+        raise _wrong("functions", functions, "a list of functions")
+    offered += [{"type": "function", "function": function} for function in functions or []]
     call = body.get("function_call")
     if choice is None and call is not None:
+        if not isinstance(call, str | dict):
+            raise _wrong("function_call", call, "none, auto or an object with a name")
         choice = call if isinstance(call, str) else {"type": "function", "function": call}
     return offered, "auto" if choice is None else choice
 
@@ -278,9 +282,8 @@ def check_supported(body: Body) -> None:
         isinstance(modalities, list) and set(map(str, modalities)) - {"text"}
     ):
         raise ApiError(400, "answers other than text are not supported (modalities, audio)")
-    for field in ("use_beam_search", "num_beams"):
-        if body.get(field) not in (None, False, 0, 1):
-            raise ApiError(400, f"{field} is not supported: answers are sampled token by token")
+    if body.get("use_beam_search"):
+        raise ApiError(400, "use_beam_search is not supported: answers are sampled token by token")
 
 
 # Values
