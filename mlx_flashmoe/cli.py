@@ -362,16 +362,24 @@ def _add_think_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _template_variables(arguments: argparse.Namespace, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Variables for the chat template that the flags ask for. A note, if it has no place for one."""
-    variables: dict[str, Any] = dict(arguments.chat_template_config)
-    if arguments.think is not None:
+    """Variables for the chat template that the flags ask for."""
+    _note_think(arguments, tokenizer)
+    return {**arguments.chat_template_config, **_think(arguments)}
+
+
+def _think(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {} if arguments.think is None else {"enable_thinking": arguments.think}
+
+
+def _note_think(arguments: argparse.Namespace, tokenizer: Tokenizer) -> None:
+    """Says so if the chat template does not look at what --think sets."""
+    if arguments.think is None or not tokenizer.has_chat_template:
+        return
+    if not tokenizer.chat_template().reads("enable_thinking"):
         from mlx_flashmoe.console import print_note
 
-        variables["enable_thinking"] = arguments.think
-        if not tokenizer.chat_template().reads("enable_thinking"):
-            flag = "--think" if arguments.think else "--no-think"
-            print_note(f"{flag} changes nothing: the model's chat template has no enable_thinking")
-    return variables
+        flag = "--think" if arguments.think else "--no-think"
+        print_note(f"{flag} changes nothing: the model's chat template has no enable_thinking")
 
 
 _SAMPLING_FLAGS: tuple[tuple[str, type, str, str], ...] = (
@@ -734,6 +742,7 @@ def _add_serve(commands: Any) -> None:
         help="requests that wait while one is answered; more are refused (default: %(default)s)",
     )
     _add_sampling_flags(parser)
+    _add_think_flags(parser)
     parser.set_defaults(run=_serve)
 
 
@@ -743,6 +752,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from mlx_flashmoe import load
     from mlx_flashmoe.console import print_note
     from mlx_flashmoe.prefix_cache import PrefixCache
+    from mlx_flashmoe.terminal.bars import loading_bar
 
     try:
         from mlx_flashmoe.server.app import serve
@@ -757,9 +767,11 @@ def _serve(arguments: argparse.Namespace) -> int:
     sampling, line = _sampling(arguments)
 
     def loaded() -> tuple[StreamingModel, Tokenizer]:
-        made = load(folder, **options, announce=print_note)
+        with closing(loading_bar()) as bar:
+            model, tokenizer = load(folder, **options, announce=print_note, progress=bar)
         print_note(line)
-        return made
+        _note_think(arguments, tokenizer)
+        return model, tokenizer
 
     serve(
         loaded,
@@ -771,6 +783,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         origins=arguments.allow_origin,
         queue_size=arguments.queue,
         sampling=sampling,
+        template=_think(arguments),
         make_prefix_cache=lambda model, tokenizer: PrefixCache(
             model.identity, tokenizer.message_start_id, **prefixes, note=print_note
         ),
