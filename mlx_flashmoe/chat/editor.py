@@ -17,6 +17,7 @@ from prompt_toolkit.formatted_text import AnyFormattedText
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.input.typeahead import clear_typeahead, get_typeahead, store_typeahead
 from prompt_toolkit.key_binding import KeyBindings, KeyPress, KeyPressEvent
+from prompt_toolkit.keys import Keys
 
 from mlx_flashmoe import stdin
 
@@ -102,6 +103,7 @@ class Editor:
         with suppress(termios.error):
             self._before = termios.tcgetattr(sys.stdin)
         self._wait_quietly()
+        self._keep_typed()
         return self
 
     def __exit__(
@@ -144,6 +146,7 @@ class Editor:
                 yield
             finally:
                 self._wait_quietly()
+                self._keep_typed()
 
         return as_before()(call)  # keeps the signature, by which its arguments are checked
 
@@ -159,6 +162,11 @@ class Editor:
             termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
         self._session.output.enable_bracketed_paste()
         self._session.output.flush()
+
+    def _keep_typed(self) -> None:
+        """Keeps what was typed while the terminal was as others have it: there Enter is Ctrl-J."""
+        keys = [KeyPress(Keys.ControlM, "\r") if k.key == Keys.ControlJ else k for k in self._typed_ahead()]
+        store_typeahead(self._session.input, keys)
 
     def _typed_ahead(self) -> list[KeyPress]:
         """Takes the keys that were pressed and not read yet."""
