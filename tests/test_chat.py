@@ -752,10 +752,10 @@ def test_lines_of_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
 class Terminal:
     """A chat in a pseudo-terminal of 80 columns."""
 
-    def __init__(self, *arguments: str | Path, **variables: str) -> None:
+    def __init__(self, *arguments: str | Path, program: list[str] = COMMAND, **variables: str) -> None:
         self.ours, theirs = pty.openpty()
         self.process = subprocess.Popen(
-            ["sh", "-c", 'stty cols 80 rows 24; exec "$0" "$@"', *COMMAND, *arguments],
+            ["sh", "-c", 'stty cols 80 rows 24; exec "$0" "$@"', *program, *arguments],
             env={**environment(), **variables},
             stdin=theirs,
             stdout=theirs,
@@ -805,6 +805,37 @@ def test_what_is_typed_ahead_is_sent_in_turn(folder: Path, tmp_path: Path) -> No
     assert said == ["one", "two\nlines", "pasted\nlines"]
     modes = termios.tcgetattr(terminal.ours)
     assert modes[0] & termios.ICRNL and modes[3] & termios.ECHO and modes[3] & termios.ICANON  # as they were
+
+
+QUESTIONS = """
+import sys, time
+from pathlib import Path
+from mlx_flashmoe.chat.editor import message_reader
+with message_reader(Path(sys.argv[1]), [], print) as reader:
+    print("BEGUN", flush=True)
+    time.sleep(1)
+    print("MESSAGE", repr(reader.read()))
+    print("ALLOWED", reader.ask("Run it?"))
+    print("TOLD", reader.lend(lambda: print("tool:", flush=True) or input())())
+    print("MESSAGE", repr(reader.read()), repr(reader.read()))
+"""
+
+
+def test_what_was_typed_before_a_question_is_no_answer_to_it(tmp_path: Path) -> None:
+    terminal = Terminal(program=[sys.executable, "-c", QUESTIONS, str(tmp_path / "history")])
+    terminal.wait_for("BEGUN")
+    terminal.type("one\ry\rand ")
+    terminal.wait_for("MESSAGE 'one'")
+    terminal.wait_for(r"Run it\? \[y/N\]")
+    time.sleep(0.5)
+    terminal.type("n\r")
+    terminal.wait_for("ALLOWED False")
+    terminal.wait_for("tool:")
+    terminal.type("said\r")
+    terminal.wait_for("TOLD said")
+    terminal.type("more\r")
+    terminal.wait_for("MESSAGE 'y' 'and more'")
+    assert terminal.process.wait(30) == 0
 
 
 def test_a_terminal_that_can_do_nothing_shows_a_prompt(folder: Path) -> None:
