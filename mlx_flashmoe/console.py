@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.constrain import Constrain
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -68,7 +69,7 @@ def figures(
         width: cells per line; one line if None.
     """
     prompt, answer = response.prompt_tokens, response.generation_tokens
-    line = f"prompt {counted(prompt, 'token')} at {digits(response.prompt_tps)} per second, answer {answer}"
+    line = f"prompt {counted(prompt, 'token')} at {digits(response.prompt_tps)} per second, answer {answer:,}"
     # The first token belongs to the prompt's time, so that one token alone has no rate.
     if answer > 1:
         line += f" at {digits(response.generation_tps)}"
@@ -88,6 +89,23 @@ def joined(parts: Sequence[str], width: int | None) -> str:
     return "\n".join(lines)
 
 
+class _Bar(Progress):
+    """A bar that leaves room for the ^C of a terminal, which in the next line would keep the bar from being erased."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield _Narrower(self.make_tasks_table(self.tasks), len("^C"))
+
+
+class _Narrower:
+    """A renderable in a line that has so many columns less."""
+
+    def __init__(self, inner: RenderableType, columns: int) -> None:
+        self._inner, self._columns = inner, columns
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Constrain(self._inner, options.max_width - self._columns)
+
+
 class ConversionProgress:
     """A conversion's progress in bytes: a bar on a terminal, else a line every few seconds, on stderr."""
 
@@ -97,10 +115,11 @@ class ConversionProgress:
         self._console = console or Console(stderr=True, soft_wrap=True, highlight=False)
         self._clock = clock
         self._first: tuple[float, int] | None = None  # when counting began, and the bytes already done then
+        self._total = 0
         self._printed = clock()
         self._bar: Progress | None = None
         if self._console.is_terminal and not self._console.is_dumb_terminal:
-            self._bar = Progress(
+            self._bar = _Bar(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=None),
                 DownloadColumn(),
@@ -122,13 +141,13 @@ class ConversionProgress:
             self._bar.stop()
 
     def note(self, line: str) -> None:
-        """A remark, above the bar."""
-        self._console.print(Text(printable(line)), style="dim", soft_wrap=True)
+        """A remark, above the bar: in one line, which a terminal breaks between words."""
+        self._console.print(Text(printable(line)), style="dim", soft_wrap=not self._console.is_terminal)
 
     def progress(self, done: int, total: int, what: str) -> None:
         """``done`` of ``total`` bytes; ``what`` is being worked on."""
-        if self._first is None:
-            self._first = self._clock(), done
+        if self._first is None or total != self._total:
+            self._first, self._total = (self._clock(), done), total
         if self._bar is not None:
             if not self._bar.tasks:
                 self._bar.add_task(what, total=total, completed=done)

@@ -22,6 +22,6 @@ def show_duration(seconds: float) -> str:
     return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
 
 
-def counted(number: int, noun: str) -> str:
-    """A number of things: "1 token", "12 tokens"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def counted(n: int, noun: str) -> str:
+    """A number of things: "1 layer", "60 layers"."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"

@@ -223,7 +223,7 @@ def test_figures_are_words_and_fit_the_window() -> None:
         "experts read 1.35 GB, 71% hits · peak memory 6.1 GB"
     )
     assert figures(response(prompt=12345, answer=2140), 135_000_000_000, 710, 290, width=80) == (
-        "prompt 12345 tokens at 120 per second, answer 2140 at 5.21\n"
+        "prompt 12,345 tokens at 120 per second, answer 2,140 at 5.21\n"
         "experts read 135 GB, 71% hits · peak memory 6.1 GB"
     )
     # One token has no rate, and a model without routed experts no hit rate.
@@ -389,6 +389,29 @@ def test_a_conversion_on_a_terminal_is_a_bar() -> None:
     assert last[0] == "a remark"
     assert "layer 31 of 60" in last[-1] and "105.0/209.0 GB" in last[-1]
     assert len(last) == 2 and screen.cursor
+
+
+def test_notes_of_a_conversion_break_between_words() -> None:
+    screen = Screen(width=40)
+    with ConversionProgress(screen.console) as display:
+        display.progress(0, 100, "layer 0")
+        display.note("8 layers of 64 experts: 4 bits in groups of 32; 16,384 bytes per expert")
+    assert screen.text.split("\n")[:2] == [
+        "8 layers of 64 experts: 4 bits in groups",
+        "of 32; 16,384 bytes per expert",
+    ]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_ctrl_c_leaves_one_bar(width: int) -> None:
+    """The terminal writes ^C after the bar: in the same line there is room for it, so that the bar is drawn over it."""
+    screen = Screen(width=width)
+    with ConversionProgress(screen.console) as display:
+        display.progress(0, 209_000_000_000, "layer 0 of 60")
+        display.progress(105_000_000_000, 209_000_000_000, "layer 31 of 60")
+        assert 0 < screen.column <= width - len("^C") and "layer" in screen.rows[screen.row]
+        screen.write("^C")
+    assert screen.text.count("layer 31") == 1 and "^C" not in screen.text
 
 
 def test_errors_are_one_unbroken_line(capsys: pytest.CaptureFixture[str]) -> None:

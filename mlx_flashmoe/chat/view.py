@@ -22,7 +22,7 @@ from mlx_flashmoe.sizes import counted, show_size
 from mlx_flashmoe.terminal.answer import TerminalAnswer
 from mlx_flashmoe.terminal.bars import Bar, prompt_bar
 from mlx_flashmoe.terminal.region import Lines
-from mlx_flashmoe.tools import Event, Text, Thinking, ToolCall
+from mlx_flashmoe.tools import Piece, Text, Thinking, ToolCall
 
 RESULT_LINES = 8
 """Of a tool's result, as many are shown; the model gets all of it."""
@@ -76,7 +76,7 @@ class TerminalView(View):
         if self._progress is not None:
             self._progress(done, total)
 
-    def show(self, event: Event) -> None:
+    def show(self, event: Piece) -> None:
         self._end_writing()
         if isinstance(event, ToolCall):
             return
@@ -175,7 +175,7 @@ class PlainView(View):
     def prompt_progress(self, done: int, total: int) -> None:
         pass
 
-    def show(self, event: Event) -> None:
+    def show(self, event: Piece) -> None:
         if isinstance(event, Text):
             self._out.write(event.text)
             self._out.flush()
