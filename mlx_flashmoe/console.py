@@ -69,7 +69,7 @@ def figures(
         width: cells per line; one line if None.
     """
     prompt, answer = response.prompt_tokens, response.generation_tokens
-    line = f"prompt {counted(prompt, 'token')} at {digits(response.prompt_tps)} per second, answer {answer}"
+    line = f"prompt {counted(prompt, 'token')} at {digits(response.prompt_tps)} per second, answer {answer:,}"
     # The first token belongs to the prompt's time, so that one token alone has no rate.
     if answer > 1:
         line += f" at {digits(response.generation_tps)}"

@@ -257,15 +257,15 @@ def load(
     if announce is not None:
         announce(str(plan))
     _limit_memory(plan)
+    total = plan.dense + (plan.arena if plan.slots == experts else 0)
+    told = progress or (lambda done, total: None)
+    told(0, total)  # now: to take the memory is work, too
 
     store = ExpertStore(folder, manifest, experts_path, direct_reads or plan.direct, check_reads)
     arena = SlotArena(store, plan.slots)
     decode = Decode(arena, ReadAhead(arena) if read_ahead else None)
     model = arch.Model(settings, lambda layer: StreamedExperts(decode, layer), active)
     facts = Facts.of(manifest, weights)
-    total = plan.dense + (plan.arena if plan.slots == experts else 0)
-    told = progress or (lambda done, total: None)
-    told(0, total)
     _load_dense(model, manifest, weights, dtypes, folder, lambda done: told(done, total))
     tokenizer = _load_tokenizer(folder)
     if plan.slots == experts:

@@ -223,7 +223,7 @@ def test_figures_are_words_and_fit_the_window() -> None:
         "experts read 1.35 GB, 71% hits · peak memory 6.1 GB"
     )
     assert figures(response(prompt=12345, answer=2140), 135_000_000_000, 710, 290, width=80) == (
-        "prompt 12,345 tokens at 120 per second, answer 2140 at 5.21\n"
+        "prompt 12,345 tokens at 120 per second, answer 2,140 at 5.21\n"
         "experts read 135 GB, 71% hits · peak memory 6.1 GB"
     )
     # One token has no rate, and a model without routed experts no hit rate.

@@ -261,7 +261,7 @@ def test_config_and_manifest_must_agree(copy: Path) -> None:
 def test_loading_tells_of_every_byte_it_reads(
     folder: Path, resident: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expert_memory = "auto" if resident else 8 * load(folder)[0].plan.slot_bytes
+    expert_memory = "auto" if resident else 3 * load(folder)[0].plan.slot_bytes
     told: list[tuple[int, int]] = []
     model, _ = load(folder, expert_memory, progress=lambda done, total: told.append((done, total)))
     total = model.plan.dense + model.plan.arena * model.resident
