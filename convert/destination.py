@@ -104,7 +104,7 @@ class Destination:
             path = self.path(name)
             self._make_folder(path.parent.absolute())
             self._files[name] = OutputFile(path, size)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         return self._files[name]
 
     def write(self, name: str, data: bytes) -> None:
@@ -127,7 +127,7 @@ class Destination:
         with writing(self.folder):
             for name in self._to_move():
                 (self.state / MODEL / name).rename(self.folder / name)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
             manifest.save(self.folder)
         self.clean()
 
@@ -155,7 +155,7 @@ class Destination:
             for folder in reversed(missing):
                 folder.mkdir()
                 self._made_folders.append(folder)
-                _sync_folder(folder.parent)
+                sync_folder(folder.parent)
 
     def _take_lock(self) -> None:
         path = self.state / LOCK
@@ -247,7 +247,8 @@ def writing(path: Path) -> Iterator[None]:
         raise ConversionError(f"{path} cannot be written: {e.strerror}") from None
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Puts a folder's entries on the disk for good."""
     with writing(folder):
         fd = os.open(folder, os.O_RDONLY)
         try:

@@ -16,13 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from mlx_flashmoe.convert.hub import Download, Repository
+from mlx_flashmoe.convert.download import Connections, Download
+from mlx_flashmoe.convert.hub import Repository
 from mlx_flashmoe.convert.hub_cache import ADVICE, Snapshot
 from mlx_flashmoe.convert.journal import Beginning, Shard
+from mlx_flashmoe.convert.part import remove_record
 from mlx_flashmoe.convert.safetensors import Header, SafetensorsFile, Tensor
 from mlx_flashmoe.convert.weights import INDEX, choose, json_object
 from mlx_flashmoe.errors import ConversionError, SourceError
 from mlx_flashmoe.layout import MANIFEST
+from mlx_flashmoe.sizes import show_size
 
 # What is copied as published: settings, tokenizer, chat template, licence. Not the index, not the weights.
 _SIDE_FILES = re.compile(
@@ -102,7 +105,7 @@ class LocalFolder:
 
 
 class HubShards:
-    """Shards downloaded into ``folder`` one after the other, and removed."""
+    """Shards downloaded into ``folder``, one or two at a time, and removed."""
 
     temporary = True
 
@@ -111,6 +114,7 @@ class HubShards:
         self._folder = folder
         self._kept = kept  # in the hub's cache, which is not ours
         self._checked: set[str] = set()
+        self._connections = Connections()
         self._downloads: dict[str, Download] = {}
 
     def fetch(self, name: str, waiting: Waiting) -> None:
@@ -126,13 +130,15 @@ class HubShards:
         self.prefetch(name)
         download = self._downloads.get(name)
         while download is not None and not download.wait(0.5):
-            waiting(f"downloading {name}, {100 * download.received // max(file.size, 1)}%")
+            done = 100 * download.received // max(file.size, 1)
+            waiting(f"downloading {name}, {done}%, {show_size(download.rate)}/s")
 
     def prefetch(self, name: str) -> None:
         path = self._folder / name
         if name not in self._kept and name not in self._downloads and not path.exists():
             self._folder.mkdir(exist_ok=True)
-            self._downloads[name] = Download(self._repository, self._repository.files[name], path)
+            file = self._repository.files[name]
+            self._downloads[name] = Download(self._repository, file, path, self._connections)
 
     def may_drop(self, name: str) -> bool:
         return name not in self._kept
@@ -141,8 +147,10 @@ class HubShards:
         if name not in self._kept:
             self._downloads.pop(name, None)
             (self._folder / name).unlink(missing_ok=True)
+            remove_record(self._folder / name)
 
     def close(self) -> None:
+        self._connections.close()
         for download in self._downloads.values():
             download.stop()
 
