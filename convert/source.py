@@ -11,7 +11,6 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +21,7 @@ from mlx_flashmoe.convert.hub_cache import ADVICE, Snapshot
 from mlx_flashmoe.convert.journal import Beginning, Shard
 from mlx_flashmoe.convert.part import remove_record
 from mlx_flashmoe.convert.safetensors import Header, SafetensorsFile, Tensor
+from mlx_flashmoe.convert.side_by_side import side_by_side
 from mlx_flashmoe.convert.weights import INDEX, choose, json_object
 from mlx_flashmoe.errors import ConversionError, SourceError
 from mlx_flashmoe.layout import MANIFEST
@@ -306,8 +306,7 @@ def _open_repository(
     }:
         headers = {n: begun.shards[n].header for n in names}
     else:
-        with ThreadPoolExecutor(HEADER_THREADS) as pool:
-            headers = dict(zip(names, pool.map(header, names)))
+        headers = side_by_side(header, names, HEADER_THREADS)
     folder = Path(name) if downloads is None else downloads
     shards = {
         n: stack.enter_context(contextlib.closing(SafetensorsFile(cached.get(n, folder / n), headers[n])))

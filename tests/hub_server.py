@@ -29,10 +29,10 @@ class Hub:
         cut: path pattern -> bytes after which connections break, each of them.
         wrong: names of files served with a byte changed.
         ranges: whether range requests are heeded.
-        delay: seconds before an answer; ``rate``: bytes per second and connection, 0 for as fast as it goes.
+        delay: seconds before an answer, and ``delays`` more: path pattern -> seconds; ``rate``: bytes per second and connection, 0 for as fast as it goes.
         link_uses: large files are redirected to another origin, by links that are good for so many requests.
         troubles: what happens to the next requests for bytes of large files, in order.
-        pause: what a 429 or 503 among them asks to wait, in the words of Retry-After.
+        pause: what a 429 or 503 asks to wait, in the words of Retry-After.
         requests: (method, path, range), in order.
         leaked: requests that brought a token to the other origin.
         sent: bytes of files; ``busy``: answers with bytes of large files under way, and ``busiest`` their most.
@@ -46,6 +46,7 @@ class Hub:
     wrong: set[str] = field(default_factory=set)
     ranges: bool = True
     delay: float = 0.0
+    delays: dict[str, float] = field(default_factory=dict)
     rate: float = 0.0
     link_uses: int = 0
     troubles: list[str] = field(default_factory=list)
@@ -100,12 +101,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: bool) -> None:
         hub, path = self.hub, self.path.split("?")[0]
         asked = self.headers.get("Range", "")
-        time.sleep(hub.delay)
         with hub.lock:
             hub.requests.append((self.command, path, asked))
+        time.sleep(hub.delay + sum(more for pattern, more in hub.delays.items() if re.search(pattern, path)))
         for pattern, status in hub.refuse.items():
             if re.search(pattern, path):
-                self._send(status, b"", {"X-Error-Message": "refused"} if status != 401 else {})
+                headers = {"Retry-After": hub.pause} if status in (429, 503) else {"X-Error-Message": "refused"}
+                self._send(status, b"", headers if status != 401 else {})
                 return
         if path.startswith(f"/api/models/{hub.name}"):
             self._send(200, json.dumps(hub.info()).encode(), {"Content-Type": "application/json"})

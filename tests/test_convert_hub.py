@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -227,3 +228,32 @@ def test_the_command(tmp_path: Path, server: Hub) -> None:
     assert (
         done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: org/model")
     )
+
+
+@pytest.mark.parametrize("phase", ["headers", "shards", "refused"])
+def test_ctrl_c_waits_for_no_server(tmp_path: Path, server: Hub, phase: str) -> None:
+    """Headers that do not come, shards that come slowly, and a server that asks to wait."""
+    if phase == "headers":
+        server.delays = {r"\.safetensors$": 100.0}
+    elif phase == "shards":
+        server.rate = 100_000
+    else:
+        server.refuse, server.pause = {THIRD: 429}, "200"
+    env = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-m", "mlx_flashmoe", "convert", "--hf-path", "org/model"]
+    process = subprocess.Popen(
+        [*command, "--mlx-path", str(tmp_path / "out")], env=env, stderr=subprocess.PIPE, text=True
+    )
+    until = time.monotonic() + 60
+    while not (
+        any((tmp_path / "out/.conversion/shards").glob("*.part"))
+        if phase == "shards"
+        else any(path.endswith(THIRD) for _, path, _ in server.requests)
+    ):
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    process.communicate(timeout=30)
+    assert process.returncode == 130 and time.monotonic() - began < 3
