@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_flashmoe.errors import FlashMoEError, RequestError
 
 if TYPE_CHECKING:
+    from mlx_flashmoe.loader import StreamingModel
     from mlx_flashmoe.tokenizer import Tokenizer
 
 INTERRUPTED = 130  # as shells report a command ended by Ctrl-C …
@@ -305,40 +306,7 @@ def _add_generation_flags(parser: argparse.ArgumentParser, max_tokens: int) -> N
         metavar="N",
         help="stop after N tokens; -1 goes on until the model ends its answer (default: %(default)s)",
     )
-    parser.add_argument(
-        "--temp",
-        type=float,
-        default=0.0,
-        metavar="T",
-        help="sampling temperature; 0 always takes the most likely token (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="sample from the smallest set of tokens whose probabilities reach P (default: %(default)s, all)",
-    )
-    parser.add_argument(
-        "--min-p",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="leave out tokens less likely than P times the most likely one (default: %(default)s, none)",
-    )
-    parser.add_argument(
-        "--top-k",
-        type=int,
-        default=0,
-        metavar="K",
-        help="sample from the K most likely tokens (default: %(default)s, all)",
-    )
-    parser.add_argument(
-        "--repetition-penalty",
-        type=float,
-        metavar="R",
-        help="make the last 20 tokens less likely to come again; 1 changes nothing (default: off)",
-    )
+    _add_sampling_flags(parser)
     parser.add_argument("--seed", type=int, metavar="S", help="makes sampling reproducible")
     parser.add_argument(
         "--prefill-step-size",
@@ -356,20 +324,63 @@ def _add_generation_flags(parser: argparse.ArgumentParser, max_tokens: int) -> N
     )
 
 
-def _generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What ``_add_generation_flags`` has asked of ``stream_generate``. Raises RequestError for a value out of range."""
+_SAMPLING_FLAGS: tuple[tuple[str, type, str, str], ...] = (
+    ("temp", float, "T", "sampling temperature; 0 always takes the most likely token"),
+    ("top-p", float, "P", "sample from the smallest set of tokens whose probabilities reach P; 1 for all"),
+    ("min-p", float, "P", "leave out tokens less likely than P times the most likely one; 0 for none"),
+    ("top-k", int, "K", "sample from the K most likely tokens; 0 for all"),
+    ("repetition-penalty", float, "R", "make recent tokens less likely to come again; 1 changes nothing"),
+    ("repetition-context-size", int, "N", "recent tokens are the last N of prompt and answer; -1 for all"),
+    ("presence-penalty", float, "X", "lower the logit of each token that the answer has already by X"),
+    ("frequency-penalty", float, "X", "lower the logit of a token by X per occurrence in the answer"),
+)
+# What counts where neither the command line nor generation_config.json says anything.
+_SAMPLING_DEFAULTS = {"repetition-context-size": "20", "presence-penalty": "0", "frequency-penalty": "0"}
+
+
+def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    for name, number, metavar, text in _SAMPLING_FLAGS:
+        default = _SAMPLING_DEFAULTS.get(name, "the model's generation_config.json")
+        parser.add_argument(f"--{name}", type=number, metavar=metavar, help=f"{text} (default: {default})")
+
+
+def _sampling(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Arguments of ``picking``, from the command line or else the model's folder; and a line that says so.
+
+    Raises:
+        RequestError, FormatError: a value of the command line, or of the model's file, is out of range.
+    """
+    from pathlib import Path
+
+    from mlx_flashmoe.generation_config import describe, suggested_sampling
+    from mlx_flashmoe.sampling import picking
+
+    options = {name: getattr(arguments, name.replace("-", "_")) for name, *_ in _SAMPLING_FLAGS}
+    options = {name.replace("-", "_"): value for name, value in options.items() if value is not None}
+    picking(**options)
+    suggested = suggested_sampling(Path(arguments.model))
+    return {**suggested, **options}, describe(suggested, options)
+
+
+def _generation_options(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """What ``_add_generation_flags`` has asked of ``stream_generate``, and a line about the sampling.
+
+    Raises:
+        RequestError, FormatError: a value is out of range.
+    """
     from mlx_flashmoe.generate import check_counts
-    from mlx_flashmoe.sampling import make_logits_processors, make_sampler
+    from mlx_flashmoe.sampling import picking
 
     check_counts(arguments.max_tokens, arguments.prefill_step_size)
-    return {
+    sampling, line = _sampling(arguments)
+    sampler, processors = picking(**sampling, seed=arguments.seed)
+    options = {
         "max_tokens": arguments.max_tokens,
-        "sampler": make_sampler(
-            arguments.temp, arguments.top_p, arguments.min_p, top_k=arguments.top_k, seed=arguments.seed
-        ),
-        "logits_processors": make_logits_processors(arguments.repetition_penalty),
+        "sampler": sampler,
+        "logits_processors": processors,
         "prefill_step_size": arguments.prefill_step_size,
     }
+    return options, line
 
 
 def _load_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -397,7 +408,7 @@ def _json_object(text: str) -> dict[str, Any]:
 
 def _generate(arguments: argparse.Namespace) -> int:
     # What can be wrong with a request is found before a model is loaded for it.
-    options = _generation_options(arguments)
+    options, sampling = _generation_options(arguments)
     prompt = _read_stdin() if arguments.prompt == "-" else arguments.prompt
     if not prompt.strip():
         raise RequestError("the prompt is empty")
@@ -407,6 +418,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     from mlx_flashmoe.generate import answer_room, cut_off
 
     model, tokenizer = load(arguments.model, **_load_options(arguments), announce=print_note)
+    print_note(sampling)
     tokens = _prompt_tokens(arguments, tokenizer, prompt)
     model.reserve(len(tokens) + max(0, min(arguments.max_tokens, answer_room(model, len(tokens), -1))))
 
@@ -551,7 +563,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     from mlx_flashmoe.chat.view import chat_view
 
     # What can be wrong with the flags is found before a model is loaded.
-    options = _generation_options(arguments)
+    options, sampling = _generation_options(arguments)
     prefixes = _prefix_options(arguments)
     if arguments.allow and not arguments.shell:
         raise RequestError("--allow says which shell commands to run without asking: give --shell, too")
@@ -572,6 +584,7 @@ def _chat(arguments: argparse.Namespace) -> int:
         prefix_memory=prefixes["memory_bytes"],
         announce=print_note,
     )
+    print_note(sampling)
     if not tokenizer.has_chat_template:
         raise RequestError("the checkpoint has no chat template: use generate to go on from a text")
     reader = message_reader(data_directory() / "history", NAMES)
@@ -645,6 +658,7 @@ def _add_serve(commands: Any) -> None:
         metavar="N",
         help="requests that wait while one is answered; more are refused (default: %(default)s)",
     )
+    _add_sampling_flags(parser)
     parser.set_defaults(run=_serve)
 
 
@@ -656,7 +670,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from mlx_flashmoe.prefix_cache import PrefixCache
 
     try:
-        from mlx_flashmoe.server.app import serve, suggested_sampling
+        from mlx_flashmoe.server.app import serve
     except ModuleNotFoundError as e:
         raise RequestError(f"serve needs the extra: pip install 'mlx-flashmoe[server]' ({e})") from None
     if arguments.queue < 0:
@@ -665,8 +679,15 @@ def _serve(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.model)
     prefixes = _prefix_options(arguments)
     options = {**_load_options(arguments), "prefix_memory": prefixes["memory_bytes"]}
+    sampling, line = _sampling(arguments)
+
+    def loaded() -> tuple[StreamingModel, Tokenizer]:
+        made = load(folder, **options, announce=print_note)
+        print_note(line)
+        return made
+
     serve(
-        lambda: load(folder, **options, announce=print_note),
+        loaded,
         folder.resolve().name,
         host=arguments.host,
         port=arguments.port,
@@ -674,7 +695,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         without_key=arguments.without_api_key,
         origins=arguments.allow_origin,
         queue_size=arguments.queue,
-        sampling=suggested_sampling(folder),
+        sampling=sampling,
         make_prefix_cache=lambda model, tokenizer: PrefixCache(
             model.identity, tokenizer.message_start_id, **prefixes, note=print_note
         ),
@@ -824,8 +845,8 @@ def _add_doctor(commands: Any) -> None:
         allow_abbrev=False,
         help="what to expect of a model on this machine, or on another",
         description="Measure this machine (half a minute, and 256 MB on the disk in question meanwhile), read a "
-        "model's headers, and say what memory it takes and how fast it will be, with the arithmetic. Of a model on "
-        "the hub nothing but headers is fetched. Options --sim-... answer for another machine.",
+        "model's headers, and say how fast it will be, what it takes, and what to type. Of a model on the hub nothing "
+        "but headers is fetched. Options --sim-... answer for another machine.",
     )
     parser.add_argument(
         "model",
@@ -837,7 +858,7 @@ def _add_doctor(commands: Any) -> None:
         "--expert-memory",
         default="auto",
         metavar="SIZE",
-        help="as of generate; what the arithmetic is shown for (default: %(default)s)",
+        help="as of generate; auto stands for the best setting (default: %(default)s)",
     )
     parser.add_argument(
         "--context",
@@ -853,12 +874,14 @@ def _add_doctor(commands: Any) -> None:
         metavar="RATE",
         help="how fast its GPU reads memory, as 400GB/s; what else a Mac's speed depends on is then as published",
     )
+    parser.add_argument("--explain", action="store_true", help="show the arithmetic, and every prediction")
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
     parser.set_defaults(run=_doctor)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from mlx_flashmoe.doctor import report
+    from mlx_flashmoe.doctor.predictions import Other
     from mlx_flashmoe.memory import parse_size
 
     def given(flag: str, text: str | None, rate: bool) -> int | None:
@@ -869,10 +892,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
             raise RequestError(f"{flag} {text}: more than nothing is needed")
         return size
 
-    other = report.Other(
+    other = Other(
         given("--sim-memory", arguments.sim_memory, False),
         given("--sim-disk", arguments.sim_disk, True),
         given("--sim-bandwidth", arguments.sim_bandwidth, True),
     )
-    report.run(arguments.model, arguments.expert_memory, arguments.context, other, arguments.json)
+    report.run(
+        arguments.model, arguments.expert_memory, arguments.context, other, arguments.json, arguments.explain
+    )
     return 0

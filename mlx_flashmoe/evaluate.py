@@ -12,6 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import repeat
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -27,11 +28,11 @@ from mlx_flashmoe.loader import StreamingModel, load
 from mlx_flashmoe.models.moe import Experts
 from mlx_flashmoe.progress import Steps
 from mlx_flashmoe.reports import check_report, write_report
+from mlx_flashmoe.scoring import row_logprobs
 from mlx_flashmoe.tokenizer import Tokenizer
 from mlx_flashmoe.tools import CALL_START, Text, Tool, ToolCall, parameter_schemas, parse_answer
 
 CONTEXT = 512  # tokens of a chunk of text
-ROWS = 64  # tokens whose probabilities are in float32 at a time
 LONGEST_ANSWER = 1024  # tokens; one that is longer is cut off there
 
 
@@ -315,15 +316,12 @@ def evaluate_text(
     nats = kl = same = 0.0
     for begin in range(0, len(ids) - 1, CONTEXT):
         end = min(begin + CONTEXT, len(ids) - 1)
-        chunk, targets = tokens[begin:end][None], tokens[begin + 1 : end + 1]
-        logits = model(chunk, model.make_cache())[0]
-        others = other[0](chunk, other[0].make_cache())[0] if other is not None else None
-        for row in range(0, end - begin, ROWS):
-            rows = slice(row, row + ROWS)
-            logprobs = _log_softmax(logits[rows])
-            nats -= _number(mx.take_along_axis(logprobs, targets[rows][:, None], axis=-1).sum())
-            if others is not None:
-                reference = _log_softmax(others[rows])
+        chunk, targets = tokens[begin:end], tokens[begin + 1 : end + 1]
+        others = row_logprobs(other[0], chunk, other[0].make_cache()) if other is not None else repeat(None)
+        for logprobs, reference in zip(row_logprobs(model, chunk, model.make_cache()), others):
+            rows, targets = targets[: len(logprobs)], targets[len(logprobs) :]
+            nats -= _number(mx.take_along_axis(logprobs, rows[:, None], axis=-1).sum())
+            if reference is not None:
                 kl += _number((mx.exp(reference) * (reference - logprobs)).sum())
                 same += _number((reference.argmax(-1) == logprobs.argmax(-1)).sum())
         progress(end - begin)
@@ -336,11 +334,6 @@ def evaluate_text(
 
 def _number(scalar: mx.array) -> float:
     return float(np.asarray(scalar))
-
-
-def _log_softmax(logits: mx.array) -> mx.array:
-    logits = logits.astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 # Answers

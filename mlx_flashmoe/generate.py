@@ -107,7 +107,7 @@ def prefill(
     read = getattr(model, "read", model)
     for start in range(0, tokens.size, step_size):
         stop = min(start + step_size, tokens.size)
-        with _layers_told(model, start, stop, progress):
+        with layers_told(model, start, stop, progress):
             read(tokens[None, start:stop], cache)
             mx.eval([layer.state for layer in cache])
         mx.clear_cache()
@@ -116,7 +116,8 @@ def prefill(
 
 
 @contextmanager
-def _layers_told(model: Any, start: int, stop: int, progress: Callable[[int], None] | None) -> Iterator[None]:
+def layers_told(model: Any, start: int, stop: int, progress: Callable[[int], None] | None) -> Iterator[None]:
+    """Calls ``progress`` with tokens done, from ``start`` to ``stop``, as the layers of one call are done."""
     tell = getattr(model, "on_prefill_layer", None)
     if tell is None or progress is None:
         yield
@@ -136,6 +137,7 @@ def generate_step(
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
     prompt_cache: list[Any] | None = None,
+    prompt_read: int = 0,
     prefix_cache: PrefixCache | None = None,
     prefill_step_size: int | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
@@ -150,6 +152,7 @@ def generate_step(
         sampler: log-probabilities [1, V] -> token [1]; the most likely token by default.
         logits_processors: (tokens so far [N], logits [1, V]) -> logits [1, V], in this order.
         prompt_cache: from ``model.make_cache()``, with what came before the prompt; updated in place.
+        prompt_read: tokens of the prompt that ``prompt_cache`` has too; not all.
         prefix_cache: of this model. Goes on from the longest prefix of the prompt that was kept, and keeps the
             prompt's messages and the answer. Not together with ``prompt_cache``.
         prefill_step_size: prompt tokens in one call of the model; more are faster and take more memory. If None,
@@ -173,13 +176,13 @@ def generate_step(
         prefill_step_size = getattr(model, "prefill_chunk", PREFILL_STEP_SIZE)
     if prompt_cache is not None and prefix_cache is not None:
         raise ValueError("prompt_cache and prefix_cache cannot be used together")
-    max_tokens = answer_room(model, prompt.size + _seen(prompt_cache), max_tokens)
+    max_tokens = answer_room(model, prompt.size - prompt_read + _seen(prompt_cache), max_tokens)
     cache = model.make_cache() if prompt_cache is None else prompt_cache
     sampler = sampler or make_sampler()
     progress = prompt_progress_callback or (lambda done, total: None)
     total = prompt.size
 
-    done = 0
+    done = prompt_read
 
     def read_to(stop: int) -> None:
         nonlocal done
@@ -200,6 +203,9 @@ def generate_step(
     read_to(total - 1)  # the last token's logits are wanted: it goes through the model by itself
 
     tokens = prompt  # so far; only what logits processors look at
+    for processor in logits_processors or ():
+        if (begin := getattr(processor, "begin", None)) is not None:
+            begin(total)
 
     def step(inputs: mx.array) -> tuple[mx.array, mx.array]:
         nonlocal tokens
@@ -278,7 +284,8 @@ def stream_generate(
     prompt_seconds, cached = 0.0, 0
     prefix_cache: PrefixCache | None = kwargs.get("prefix_cache")
     check_counts(max_tokens, kwargs.get("prefill_step_size"))
-    max_tokens = answer_room(model, ids.size + _seen(kwargs.get("prompt_cache")), max_tokens)
+    seen = _seen(kwargs.get("prompt_cache")) - kwargs.get("prompt_read", 0)
+    max_tokens = answer_room(model, ids.size + seen, max_tokens)
     steps = generate_step(ids, model, max_tokens=max_tokens, **kwargs)
     with closing(steps):
         for count, (token, logprobs) in enumerate(steps, 1):

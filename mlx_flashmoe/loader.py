@@ -19,6 +19,7 @@ from mlx_flashmoe import memory
 from mlx_flashmoe.errors import FormatError, MemoryPlanError
 from mlx_flashmoe.experts import Decode, ExpertStore, ReadAhead, SlotArena, StreamedExperts
 from mlx_flashmoe.experts.store import reads_directly
+from mlx_flashmoe.facts import Facts
 from mlx_flashmoe.layout import Manifest, expert_files
 from mlx_flashmoe.models import architecture
 from mlx_flashmoe.models.cache import Cache
@@ -65,6 +66,7 @@ class StreamingModel:
         prefill_chunk: prompt tokens to give it at once, at most, if the plan is to hold.
         context_length: tokens of prompt and answer it was made for, at most; None if config.json does not say.
         identity: what its outputs depend on, bit for bit, as a hexadecimal digest.
+        facts: what it consists of.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class StreamingModel:
         kv_bytes: Callable[[int], int],
         context_length: int | None,
         identity: str,
+        facts: Facts,
     ):
         self.model = model
         self.arena = decode.arena
@@ -83,6 +86,7 @@ class StreamingModel:
         self.prefill_chunk = prefill_chunk
         self.context_length = context_length
         self.identity = identity
+        self.facts = facts
         self._decode = decode
         self._kv_bytes = kv_bytes
 
@@ -94,13 +98,17 @@ class StreamingModel:
         """
         return self.model(tokens, cache)
 
-    def read(self, tokens: mx.array, cache: list[Cache]) -> None:
-        """As a call, for what it does to ``cache``: on the CPU, which computes at once, nobody pays for logits.
+    def read(self, tokens: mx.array, cache: list[Cache]) -> mx.array:
+        """As a call, without the head: tokens [B, T] -> [B, T, hidden]. On the CPU logits would cost time.
 
         Raises:
             ReadError: as a call.
         """
-        self.model.model(tokens, cache)
+        return self.model.model(tokens, cache)
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """What ``read`` returned, or some of its tokens, [B, T, hidden] -> logits [B, T, vocab]."""
+        return self.model.head(hidden)
 
     @property
     def vocab_size(self) -> int:
@@ -250,13 +258,15 @@ def load(
     arena = SlotArena(store, plan.slots)
     decode = Decode(arena, ReadAhead(arena) if read_ahead else None)
     model = arch.Model(settings, lambda layer: StreamedExperts(decode, layer), active)
+    facts = Facts.of(manifest, weights)
     _load_dense(model, manifest, weights, dtypes, folder)
     tokenizer = _load_tokenizer(folder)
     if plan.slots == experts:
         arena.load_all()
     chunk = prefill_chunk(settings, dtype)
     identity = _identity(manifest, config, active, dtype)
-    return StreamingModel(model, decode, plan, chunk, kv_bytes, settings.context_length, identity), tokenizer
+    loaded = StreamingModel(model, decode, plan, chunk, kv_bytes, settings.context_length, identity, facts)
+    return loaded, tokenizer
 
 
 def prefill_chunk(settings: Any, dtype: mx.Dtype) -> int:

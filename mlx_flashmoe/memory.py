@@ -28,15 +28,25 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "
 
 
 def parse_size(text: str | int, flag: str = "--expert-memory", choices: str = ", or auto, or os") -> int:
-    """Bytes of "8GB" (10^9), "8GiB" (2^30), "800MB" or a plain number.
+    """Bytes of "8GB" (10^9), "8GiB" (2^30) or "800MB". A number of bytes stays what it is; text needs a unit.
 
     Args:
         flag, choices: for the error: where the size was given, and what else can be given there.
+
+    Raises:
+        MemoryPlanError: not a size, or text without a unit that is not "0".
     """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?I?)B?\s*", str(text).upper())
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?I?)(B?)\s*", text.upper())
     if not match or match[2] not in _UNITS:
         raise MemoryPlanError(f"{flag} {text!r} is not a size; give one like 8GB{choices}")
-    return int(float(match[1]) * _UNITS[match[2]])
+    number = float(match[1])
+    if number and not match[2] and not match[3]:
+        # 48 would be 48 bytes, which no user means. The unit is asked for, not guessed.
+        unit = "GB" if number < 10**6 else "B"
+        raise MemoryPlanError(f"{flag} {text.strip()}: give a unit, {match[1]}{unit}{choices}")
+    return int(number * _UNITS[match[2]])
 
 
 def physical_memory() -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import mlx.core as mx
 
@@ -18,7 +19,7 @@ Sampler = Callable[[mx.array], mx.array]
 """Log-probabilities [..., V] -> tokens [...]."""
 
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
-"""(tokens so far [N], logits [1, V]) -> logits [1, V]."""
+"""(tokens so far [N], logits [1, V]) -> logits [1, V]. A ``begin`` method, if there is one, is told of each answer."""
 
 
 def make_sampler(
@@ -67,14 +68,23 @@ def make_sampler(
 
 
 def make_logits_processors(
-    repetition_penalty: float | None = None, repetition_context_size: int = 20
+    repetition_penalty: float | None = None,
+    repetition_context_size: int = 20,
+    *,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logit_bias: Mapping[int, float] | None = None,
 ) -> list[LogitsProcessor]:
-    """The changes to the logits before a token is picked.
+    """The changes to the logits before a token is picked, in the order in which they apply.
 
     Args:
         repetition_penalty: divides positive logits of recent tokens and multiplies negative ones (Keskar et al.
             2019, https://arxiv.org/abs/1909.05858). None, 0 and 1: off.
-        repetition_context_size: how many of the last tokens, of the prompt and the answer, count as recent.
+        repetition_context_size: how many of the last tokens, of the prompt and the answer, count as recent; -1
+            for all of them.
+        presence_penalty: subtracted from the logit of a token that the answer has, the prompt not included. 0: off.
+        frequency_penalty: subtracted once per occurrence of the token in the answer. 0: off.
+        logit_bias: token id -> number added to its logit. -100 bans a token, 100 allows no other.
 
     Raises:
         RequestError: a value out of range; the message names it and its flag.
@@ -84,18 +94,85 @@ def make_logits_processors(
     _check(
         "repetition_context_size",
         repetition_context_size,
-        repetition_context_size > 0,
-        "a whole number of at least 1",
+        repetition_context_size > 0 or repetition_context_size == -1,
+        "a whole number of at least 1, or -1 for the whole context",
     )
-    if penalty == 1:
-        return []
+    for name, value in (("presence_penalty", presence_penalty), ("frequency_penalty", frequency_penalty)):
+        _check(name, value, math.isfinite(value), "a number")
+    processors: list[LogitsProcessor] = []
+    if logit_bias:
+        processors.append(_biases(logit_bias))
+    if penalty != 1:
+        processors.append(_repetition(penalty, repetition_context_size))
+    if presence_penalty or frequency_penalty:
+        processors.append(AnswerPenalty(presence_penalty, frequency_penalty))
+    return processors
 
+
+def picking(
+    *,
+    repetition_penalty: float | None = None,
+    repetition_context_size: int = 20,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logit_bias: Mapping[int, float] | None = None,
+    **sampler: Any,
+) -> tuple[Sampler, list[LogitsProcessor]]:
+    """The sampler and the logits processors of one set of arguments.
+
+    Args:
+        sampler: arguments of :func:`make_sampler`; the others are those of :func:`make_logits_processors`.
+
+    Raises:
+        RequestError: a value out of range; the message names it and its flag.
+    """
+    processors = make_logits_processors(
+        repetition_penalty,
+        repetition_context_size,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=logit_bias,
+    )
+    return make_sampler(**sampler), processors
+
+
+def _biases(biases: Mapping[int, float]) -> LogitsProcessor:
+    tokens = mx.array(list(biases), mx.int32)
+    values = mx.array(list(biases.values()), mx.float32)
+
+    def bias(_: mx.array, logits: mx.array) -> mx.array:
+        return logits.at[:, tokens].add(values.astype(logits.dtype))
+
+    return bias
+
+
+def _repetition(penalty: float, window: int) -> LogitsProcessor:
     def penalize(tokens: mx.array, logits: mx.array) -> mx.array:
-        recent = mx.array(tokens)[-repetition_context_size:][None]
+        recent = mx.array(tokens)[None]
+        recent = recent if window == -1 else recent[:, -window:]
         seen = mx.take_along_axis(logits, recent, axis=-1)
         return mx.put_along_axis(logits, recent, mx.where(seen < 0, seen * penalty, seen / penalty), axis=-1)
 
-    return [penalize]
+    return penalize
+
+
+class AnswerPenalty:
+    """OpenAI's presence and frequency penalties: they count the tokens of the answer, never those of the prompt."""
+
+    def __init__(self, presence: float, frequency: float) -> None:
+        self._presence, self._frequency = presence, frequency
+        self._prompt = 0
+
+    def begin(self, prompt_tokens: int) -> None:
+        """An answer begins, after so many tokens. The token loop calls this before the first step."""
+        self._prompt = prompt_tokens
+
+    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        answer = tokens[self._prompt :]
+        if answer.size == 0:
+            return logits
+        counts = mx.zeros((logits.shape[-1],), logits.dtype).at[answer].add(1)
+        return logits - self._frequency * counts - self._presence * (counts > 0)
 
 
 def apply_top_p(logprobs: mx.array, top_p: float) -> mx.array:

@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_flashmoe.facts import Facts
 from mlx_flashmoe.loader import Stats
 from mlx_flashmoe.models.cache import Cache
 from mlx_flashmoe.tokenizer import Tokenizer
@@ -38,6 +39,7 @@ class FakeModel:
     vocab = 768
     context_length = 4096
     plan = "memory: none"
+    facts = Facts("fake_moe", 1_800_000, 4, 1_000_000)
 
     def __init__(self) -> None:
         self.calls: list[int] = []

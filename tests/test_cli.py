@@ -150,6 +150,7 @@ def test_a_pipe_gets_exactly_what_python_gets(model: Path, greedy_text: str) -> 
     done = run("generate", "--model", model, *GREEDY)
     assert done.returncode == 0
     assert done.stdout == greedy_text
+    assert "sampling: the most likely token (generation_config.json" in done.stderr
     assert re.search(
         r"^prompt \d+ tokens, \S+ tok/s · generation 12 tokens, \S+ tok/s · experts read .* · peak memory .*$",
         done.stderr,

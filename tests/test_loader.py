@@ -278,7 +278,16 @@ def test_token_ids_outside_the_vocabulary_are_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("8GB", 8 * 10**9), ("8GiB", 8 * 2**30), ("1.5 gb", 15 * 10**8), ("700mb", 7 * 10**8), (12345, 12345)],
+    [
+        *[
+            ("8GB", 8 * 10**9),
+            ("8GiB", 8 * 2**30),
+            ("1.5 gb", 15 * 10**8),
+            ("700mb", 7 * 10**8),
+            (12345, 12345),
+        ],
+        *[("4096B", 4096), ("0", 0), (" 0.0 ", 0), ("0GB", 0), (0, 0)],
+    ],
 )
 def test_sizes(text: str | int, size: int) -> None:
     assert parse_size(text) == size
@@ -288,6 +297,17 @@ def test_sizes(text: str | int, size: int) -> None:
 def test_what_is_not_a_size(text: str) -> None:
     with pytest.raises(MemoryPlanError, match="is not a size"):
         parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("48", "48GB"), (" 1.5 ", "1.5GB"), ("999999", "999999GB"), ("8000000000", "8000000000B")],
+)
+def test_text_without_a_unit_is_refused_with_the_unit_that_may_be_meant(text: str, says: str) -> None:
+    for flag, choices in (("--sim-disk", "/s"), ("--prefix-memory", "")):
+        with pytest.raises(MemoryPlanError) as error:
+            parse_size(text, flag, choices)
+        assert str(error.value) == f"{flag} {text.strip()}: give a unit, {says}{choices}"
 
 
 def test_sizes_for_people() -> None:

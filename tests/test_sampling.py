@@ -5,16 +5,19 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
+from fakes import HashModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_flashmoe.errors import RequestError
+from mlx_flashmoe.generate import generate_step
 from mlx_flashmoe.sampling import (
     apply_min_p,
     apply_top_k,
     apply_top_p,
     make_logits_processors,
     make_sampler,
+    picking,
 )
 
 seeds = st.integers(0, 2**32 - 1)
@@ -173,8 +176,84 @@ def test_no_penalty_is_no_processor(penalty: float | None) -> None:
         ({"repetition_penalty": -1.0}, "--repetition-penalty"),
         ({"repetition_penalty": math.nan}, "--repetition-penalty"),
         ({"repetition_penalty": 1.1, "repetition_context_size": 0}, "--repetition-context-size"),
+        ({"repetition_context_size": -2}, "--repetition-context-size"),
+        ({"presence_penalty": math.nan}, "--presence-penalty"),
+        ({"frequency_penalty": math.inf}, "--frequency-penalty"),
     ],
 )
 def test_penalties_out_of_range_name_the_flag(options: dict, flag: str) -> None:
     with pytest.raises(RequestError, match=flag):
         make_logits_processors(**options)
+
+
+tokens = st.lists(st.integers(0, 49), min_size=1, max_size=40)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, tokens, st.integers(1, 45))
+def test_a_window_counts_the_last_tokens_and_minus_one_counts_all(
+    seed: int, seen: list[int], size: int
+) -> None:
+    lp = mx.array(logprobs(seed))[None]
+
+    def penalized(window: int) -> set[int]:
+        (penalize,) = make_logits_processors(1.5, window)
+        return set(np.flatnonzero(np.array(penalize(mx.array(seen), lp) != lp)[0]).tolist())
+
+    assert penalized(size) == set(seen[-size:])
+    assert penalized(-1) == set(seen)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, tokens, st.lists(st.integers(0, 49), max_size=40), st.floats(-2, 2), st.floats(-2, 2))
+def test_penalties_count_the_answer_alone(
+    seed: int, prompt: list[int], answer: list[int], presence: float, frequency: float
+) -> None:
+    lp = logprobs(seed)
+    changed = mx.array(lp)[None]
+    for processor in make_logits_processors(presence_penalty=presence, frequency_penalty=frequency):
+        processor.begin(len(prompt))  # type: ignore[attr-defined]
+        changed = processor(mx.array(prompt + answer), changed)
+    counts = np.bincount(answer, minlength=50) if answer else np.zeros(50)
+    np.testing.assert_allclose(changed[0], lp - frequency * counts - presence * (counts > 0), atol=1e-4)
+
+
+def test_each_answer_of_a_conversation_is_counted_anew() -> None:
+    _, processors = picking(presence_penalty=1000.0)
+    answers = [
+        [
+            token
+            for token, _ in generate_step(prompt, HashModel(), max_tokens=30, logits_processors=processors)
+        ]
+        for prompt in (mx.array([1, 2, 3]), mx.array([5] * 20), mx.array([1, 2, 3]))
+    ]
+    assert all(len(set(answer)) == 30 for answer in answers)  # no token twice
+    assert answers[0] == answers[2]  # as if there had been no other
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.integers(0, 49), st.integers(0, 49))
+def test_a_bias_of_100_always_comes_and_of_minus_100_never(seed: int, wanted: int, banned: int) -> None:
+    (bias,) = make_logits_processors(logit_bias={wanted: 100})
+    assert set(
+        draws(
+            make_sampler(2.0, seed=seed), np.array(bias(mx.array([0]), mx.array(logprobs(seed))[None]))[0], 20
+        )
+    ) == {wanted}
+    (ban,) = make_logits_processors(logit_bias={banned: -100})
+    assert banned not in draws(
+        make_sampler(2.0, seed=seed), np.array(ban(mx.array([0]), mx.array(logprobs(seed))[None]))[0], 50
+    )
+
+
+def test_biases_come_first_and_penalties_after_them() -> None:
+    _, processors = picking(
+        logit_bias={0: 6.0}, repetition_penalty=2.0, presence_penalty=1.0, frequency_penalty=0.5
+    )
+    logits = mx.array([[2.0, 1.0, -1.0]])
+    for processor in processors:
+        if begin := getattr(processor, "begin", None):
+            begin(1)
+        logits = processor(mx.array([2, 0, 0]), logits)
+    # (2 + 6) / 2 - 1 - 2 * 0.5, untouched, and the prompt's own: only repetition counts it.
+    assert logits.tolist() == [[2.0, 1.0, -2.0]]

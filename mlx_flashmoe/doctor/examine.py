@@ -14,11 +14,13 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_flashmoe.convert.estimate import disk_needs
 from mlx_flashmoe.convert.families import bind
 from mlx_flashmoe.convert.plan import make_plan
 from mlx_flashmoe.convert.recipe import Recipe
 from mlx_flashmoe.convert.safetensors import DTYPE_BITS, SafetensorsFile
 from mlx_flashmoe.convert.source import Checkpoint, open_checkpoint
+from mlx_flashmoe.convert.units import cut
 from mlx_flashmoe.layout import MANIFEST, STATE, BlobLayout, Manifest, Quantization
 from mlx_flashmoe.loader import read_config
 from mlx_flashmoe.models import architecture
@@ -40,6 +42,8 @@ class Needs:
         dense_in_memory: bytes, as they are held.
         dense_read: bytes of them that a token goes through, and ``dense_parameters`` numbers.
         converted: whether it is in a folder that can be run.
+        download: bytes that convert would fetch from the hub; files in the hub's cache are not fetched.
+        conversion_space: bytes of free disk that convert needs at its worst moment.
         notes: lines about what is unusual.
     """
 
@@ -54,6 +58,8 @@ class Needs:
     dense_read: int
     dense_parameters: int
     converted: bool
+    download: int = 0
+    conversion_space: int = 0
     notes: tuple[str, ...] = ()
 
 
@@ -113,7 +119,14 @@ def _to_convert(checkpoint: Checkpoint, dtype: mx.Dtype) -> Needs:
         dtype,
         converted=False,
     )
-    return replace(needs, notes=tuple(checkpoint.notes))
+    units, storage = cut(plan, list(checkpoint.shards)), checkpoint.storage
+    shards = {name for unit in units for name in unit.shards if storage.temporary and storage.may_drop(name)}
+    return replace(
+        needs,
+        download=sum(checkpoint.shards[name].header.file_size for name in shards),
+        conversion_space=disk_needs(units, checkpoint, other_files=0).peak,
+        notes=tuple(checkpoint.notes),
+    )
 
 
 def _needs(

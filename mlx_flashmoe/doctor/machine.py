@@ -133,9 +133,9 @@ def measure_rates(model_type: str, settings: Any, layout: BlobLayout, active: in
     disk, page_cache = measure_reads(layout, active, folder)
     dense, dense_flops = _dense_products(max(settings.hidden_size, LEAST_WIDTH), dtype)
     experts, expert_flops = _expert_products(layout, active, dtype)
-    rates = Rates(disk, page_cache, dense, experts, dense_flops, expert_flops, layer=0.0, prompt_token=0.0)
-    layer, prompt_token = _layers(model_type, settings, active, dtype, rates)
-    return replace(rates, layer=layer, prompt_token=prompt_token)
+    rates = Rates(disk, page_cache, dense, experts, dense_flops, expert_flops, 0.0, 0.0, 0.0)
+    layer, resident_layer, prompt_token = _layers(model_type, settings, active, dtype, rates)
+    return replace(rates, layer=layer, resident_layer=resident_layer, prompt_token=prompt_token)
 
 
 def _has_room(folder: Path, nbytes: int) -> bool:
@@ -199,8 +199,9 @@ def _reads(store: ExpertStore, active: int, from_disk: bool) -> float:
 
 def _layers(
     model_type: str, settings: Any, active: int, dtype: mx.Dtype, rates: Rates
-) -> tuple[float, float]:
-    """Seconds of a layer for one token, and for each token of a prompt, beyond what its weights take at ``rates``."""
+) -> tuple[float, float, float]:
+    """Seconds of a layer beyond what its weights take at ``rates``: for one token when experts may be missing, the
+    same when all are known to be resident, and for each token of a prompt."""
     count = max(FEW_EXPERTS, active)
     few = {
         "vocab_size": SMALL_VOCABULARY,
@@ -247,6 +248,11 @@ def _layers(
         mx.eval(model(mx.zeros((1, 1), mx.int32), cache))
         return (perf_counter() - started) / layers
 
+    def tokens(resident: bool) -> float:
+        arena.resident = resident
+        token()
+        return _median(token, 10 * REPEATS)
+
     prompt(), token()
     dense: list[mx.array] = [
         a for path, a in cast(Any, tree_flatten(model.parameters())) if "embed" not in path
@@ -258,7 +264,8 @@ def _layers(
         2 * active * routed / rates.expert_flops
     )
     return (
-        max(0.0, _median(token, 10 * REPEATS) - seconds),
+        max(0.0, tokens(resident=False) - seconds),
+        max(0.0, tokens(resident=True) - seconds),
         max(0.0, _median(prompt, PROMPT_REPEATS) - prompt_seconds),
     )
 

@@ -7,6 +7,9 @@ A token of an answer takes, one after the other,
     + layers x active experts x bytes of an expert / the same of experts
     + bytes of experts not in the arena / the rate at which they are read, from the page cache or from disk.
 
+Where the arena holds every expert, nothing is read and the router's choice does not come to the host: a layer then
+takes its launches instead of the first term's time.
+
 How many are in the arena and in the page cache is an assumption about routing, a ``Curve``: the share of routed
 experts found when so large a share of all experts, the most used ones, is kept. Nothing overlaps here, so reading
 ahead, and a GPU's work meanwhile, can only make it faster.
@@ -29,8 +32,12 @@ Curve = Callable[[float], float]
 _EXPERT = 7_077_888
 PUBLISHED_SHARE, PUBLISHED_HITS = 35e9 / (60 * 512 * _EXPERT), 0.71
 PUBLISHED_LAYER = 1.22e-3 + 0.55e-3 - (5.5e9 / 60 + 4 * _EXPERT) / 400e9  # 1.47 ms: without the weights' time
-# How its 2.41 ms divide was not published. At what four threads copy out of a page cache elsewhere, disk reads were
-# a third as fast as in sequence.
+# That program streams: it reads and waits in every layer, so the constant is no measure of a model that fits in memory.
+# There, ours: each further layer of that shape took 0.42 ms with all experts in an NVIDIA H200's memory, of 4.8 TB/s
+# (docs/performance.md). The host's launches bound it; of a Mac's nothing was measured.
+RESIDENT_LAYER = 0.42e-3 - (5.5e9 / 60 + 10 * _EXPERT) / 4.8e12
+# How the 2.41 ms of reading divide was not published. At what four threads copy out of a page cache elsewhere, disk
+# reads were a third as fast as in sequence.
 PAGE_CACHE = 20e9
 _DISK_SECONDS = 2.41e-3 - 0.71 * 4 * _EXPERT / PAGE_CACHE
 SEQUENTIAL_SHARE = 0.29 * 4 * _EXPERT / _DISK_SECONDS / 17.5e9
@@ -57,7 +64,8 @@ class Rates:
         disk, page_cache: bytes of experts read, as many at a time as a token needs of a layer.
         dense, experts: bytes of weights that products with one token go through.
         dense_flops, expert_flops: additions and multiplications of products with many tokens.
-        layer: seconds of a layer for one token, apart from its weights.
+        layer: seconds of a layer for one token, apart from its weights, when experts may be missing.
+        resident_layer: the same when none can be.
         prompt_token: seconds of a layer for each token of a prompt, apart from its products.
     """
 
@@ -68,11 +76,12 @@ class Rates:
     dense_flops: float
     expert_flops: float
     layer: float
+    resident_layer: float
     prompt_token: float
 
 
 def simulated(disk: float, bandwidth: float) -> Rates:
-    """A Mac's, from two figures of its data sheet, bytes a second; the rest as published of the one above.
+    """A Mac's, from two figures of its data sheet, bytes per second; the rest is assumed, as said above.
 
     Args:
         disk: of sequential reads.
@@ -85,6 +94,7 @@ def simulated(disk: float, bandwidth: float) -> Rates:
         dense_flops=OPERATIONS_A_BYTE * bandwidth,
         expert_flops=OPERATIONS_A_BYTE * bandwidth,
         layer=PUBLISHED_LAYER,
+        resident_layer=RESIDENT_LAYER,
         prompt_token=0.0,
     )
 
@@ -120,6 +130,11 @@ class Found:
     page_cache: float
     disk: float
 
+    @property
+    def resident(self) -> bool:
+        """Every expert of the model is in the arena."""
+        return self.arena == 1.0
+
 
 def found(work: Work, slots: int, page_cache_bytes: float, curve: Curve) -> Found:
     """The arena keeps the most used experts, the page cache the next.
@@ -152,7 +167,7 @@ class TokenTime:
 def token_time(rates: Rates, work: Work, where: Found) -> TokenTime:
     routed = work.layers * work.active * work.expert_bytes
     return TokenTime(
-        layers=work.layers * rates.layer,
+        layers=work.layers * (rates.resident_layer if where.resident else rates.layer),
         dense=(work.dense_bytes + work.kv_bytes) / rates.dense,
         experts=routed / rates.experts,
         page_cache=routed * where.page_cache / rates.page_cache,
@@ -167,13 +182,14 @@ def prompt_seconds(rates: Rates, work: Work, tokens: int, resident: bool = False
         resident: all of them are, since the model was loaded.
     """
     seconds = 0.0
+    layer = rates.resident_layer if resident else rates.layer
     for start in range(0, tokens - 1, work.chunk):
         chunk = min(work.chunk, tokens - 1 - start)
         distinct = work.experts * (1 - (1 - work.active / work.experts) ** chunk)
         reading = 0.0 if resident else distinct * work.expert_bytes / rates.disk
         computing = 2 * chunk * work.active * work.expert_parameters / rates.expert_flops
         dense = 2 * chunk * work.dense_parameters / rates.dense_flops
-        besides = work.layers * max(rates.layer, chunk * rates.prompt_token)
+        besides = work.layers * max(layer, chunk * rates.prompt_token)
         seconds += dense + besides + work.layers * max(reading, computing)
     # The last token goes through by itself; its experts have mostly just been read.
     return seconds + token_time(rates, work, Found(1, 0, 0) if resident else Found(0, 1, 0)).seconds

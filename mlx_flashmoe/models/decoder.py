@@ -105,7 +105,10 @@ class CausalLM(nn.Module):
 
     def __call__(self, tokens: mx.array, cache: list[Cache] | None = None) -> mx.array:
         """tokens [B, T] -> logits [B, T, vocab]; ``cache`` (of ``make_cache``) is updated."""
-        x = self.model(tokens, cache)
+        return self.head(self.model(tokens, cache))
+
+    def head(self, x: mx.array) -> mx.array:
+        """Outputs of ``model`` [B, T, hidden] -> logits [B, T, vocab]."""
         return self.model.embed_tokens.as_linear(x) if self.config.tie_word_embeddings else self.lm_head(x)
 
     def make_cache(self) -> list[Cache]:

@@ -12,6 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
+from mlx_flashmoe.server import settings
 from mlx_flashmoe.server.anthropic_messages import conversation
 from mlx_flashmoe.server.engine import Answer, Ask, Engine
 from mlx_flashmoe.server.errors import anthropic_body
@@ -26,12 +27,11 @@ async def messages(request: Request) -> Response:
     body = await read_body(request, VALIDATORS["message"])
     engine: Engine = request.app.state.engine
     ask = _ask(body)
-    ask.max_tokens = int(body["max_tokens"])
-    ask.stop = body.get("stop_sequences", [])
-    names = {"temperature": "temp", "top_p": "top_p", "top_k": "top_k"}
-    ask.sampling = {ours: body[name] for name, ours in names.items() if name in body}
-    if "top_k" in ask.sampling:
-        ask.sampling["top_k"] = int(ask.sampling["top_k"])  # 40.0 is an integer to JSON
+    settings.check_supported(body)
+    ask.max_tokens = settings.max_tokens(body)
+    ask.stop = settings.stop(body)
+    ask.sampling = settings.sampling(body)
+    ask.schema = settings.answer_schema(body)
     answer = engine.submit(await run_in_threadpool(engine.prepare, ask))
     head = {
         "id": f"msg_{secrets.token_hex(12)}",
@@ -70,19 +70,14 @@ def _ask(body: dict[str, Any]) -> Ask:
     return Ask(
         messages=messages,
         continues=messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1],
-        template=_template(body),
+        # A client that does not ask for thinking does not expect any.
+        template={"enable_thinking": False, **settings.thinking(body)},
         tools=[] if choice["type"] == "none" else offered.tools,
         loaded=[] if choice["type"] == "none" else loaded,
         left_out=offered.left_out,
         required=required,
         several=not choice.get("disable_parallel_tool_use") and choice["type"] != "tool",
     )
-
-
-def _template(body: dict[str, Any]) -> dict[str, Any]:
-    """Variables of the chat template. A client that does not ask for thinking does not expect any."""
-    wanted = body.get("thinking", {}).get("type", "disabled") != "disabled"
-    return {"enable_thinking": wanted, **body.get("chat_template_kwargs", {})}
 
 
 # Answers

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-import json
 import socket
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -25,12 +23,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_flashmoe.errors import FlashMoEError, RequestError
 from mlx_flashmoe.prefix_cache import PrefixCache
-from mlx_flashmoe.server import anthropic, openai
+from mlx_flashmoe.server import (
+    anthropic,
+    models,
+    ollama,
+    ollama_models,
+    openai,
+    responses,
+    tokenizing,
+)
 from mlx_flashmoe.server.engine import Engine
-from mlx_flashmoe.server.errors import ApiError, anthropic_body, as_api_error, openai_body
+from mlx_flashmoe.server.errors import ApiError, anthropic_body, as_api_error, ollama_body, openai_body
 from mlx_flashmoe.server.http import JSON
 from mlx_flashmoe.server.log import UNLOGGED, line
 from mlx_flashmoe.server.metrics import Metrics
+from mlx_flashmoe.server.responses_store import ResponseStore
 from mlx_flashmoe.server.schemas import openapi
 from mlx_flashmoe.server.worker import Worker
 from mlx_flashmoe.tokenizer import Tokenizer
@@ -63,7 +70,7 @@ def serve(
         without_key: do without a key even where other machines can connect.
         origins: web pages that may call, as "https://example.org"; "*" for all.
         queue_size: requests that wait while one is answered; more are refused.
-        sampling: arguments of ``make_sampler`` for requests that do not say.
+        sampling: arguments of ``picking`` for requests that do not say.
         make_prefix_cache: see ``Worker``.
         announce: is told the address when the server can be used.
         log: is given a line for each request; see ``server.log``.
@@ -114,17 +121,6 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def suggested_sampling(folder: Path) -> dict[str, Any]:
-    """What generation_config.json suggests, as arguments of ``make_sampler``; else what the APIs say."""
-    try:
-        config = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = {}
-    names = {"temp": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
-    given = {ours: config[theirs] for ours, theirs in names.items() if config.get(theirs) is not None}
-    return {"temp": 1.0, **given}
-
-
 def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -155,10 +151,28 @@ def build(
         Route("/health", _health),
         Route("/metrics", _metrics),
         Route("/openapi.json", _openapi),
-        Route("/v1/models", openai.models),
-        Route("/v1/models/{model:path}", openai.model),
+        Route("/", ollama_models.root),
+        Route("/v1/models", models.models),
+        Route("/v1/models/{model:path}", models.model),
+        Route("/api/v0/models", models.lm_studio_models),
+        Route("/api/v0/models/{model:path}", models.lm_studio_model),
+        Route("/api/chat", ollama.chat, methods=["POST"]),
+        Route("/api/generate", ollama.generate, methods=["POST"]),
+        Route("/api/tags", ollama_models.tags),
+        Route("/api/ps", ollama_models.ps),
+        Route("/api/show", ollama_models.show, methods=["POST"]),
+        Route("/api/pull", ollama_models.pull, methods=["POST"]),
+        Route("/api/version", ollama_models.version),
+        Route("/api/embed", ollama_models.embed, methods=["POST"]),
+        Route("/api/embeddings", ollama_models.embed, methods=["POST"]),
         Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
         Route("/v1/completions", openai.completions, methods=["POST"]),
+        Route("/v1/responses", responses.create, methods=["POST"]),
+        Route("/v1/responses/{id}", responses.retrieve),
+        Route("/v1/responses/{id}", responses.delete, methods=["DELETE"]),
+        Route("/tokenizer_info", tokenizing.tokenizer_info),
+        Route("/tokenize", tokenizing.tokenize, methods=["POST"]),
+        Route("/detokenize", tokenizing.detokenize, methods=["POST"]),
         Route("/v1/messages", anthropic.messages, methods=["POST"]),
         Route("/v1/messages/count_tokens", anthropic.count_tokens, methods=["POST"]),
     ]
@@ -181,6 +195,7 @@ def build(
     )
     app.state.engine = engine
     app.state.metrics = metrics
+    app.state.responses = ResponseStore()
     app.state.started = int(time.time())
     app.state.keyed = api_key is not None
     return app
@@ -200,14 +215,20 @@ async def _metrics(request: Request) -> Response:
 
 
 async def _openapi(request: Request) -> Response:
-    return JSON(openapi("mlx-flashmoe", version("mlx-flashmoe"), request.app.state.keyed))
+    described = {
+        **responses.OPERATIONS,
+        **models.OPERATIONS,
+        **ollama.OPERATIONS,
+        **ollama_models.OPERATIONS,
+    }
+    return JSON(openapi("mlx-flashmoe", version("mlx-flashmoe"), request.app.state.keyed, described))
 
 
 # Errors
 
 
 def _failed(request: Request, error: Exception) -> Response:
-    return _error_response(request.url.path, as_api_error(error))
+    return _error_response(request.url.path, request.headers, as_api_error(error))
 
 
 def _not_served(request: Request, error: Exception) -> Response:
@@ -215,12 +236,20 @@ def _not_served(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
     return _error_response(
-        request.url.path, ApiError(error.status_code, message, headers=dict(error.headers or {}))
+        request.url.path,
+        request.headers,
+        ApiError(error.status_code, message, headers=dict(error.headers or {})),
     )
 
 
-def _error_response(path: str, error: ApiError) -> Response:
-    body = anthropic_body(error) if path.startswith("/v1/messages") else openai_body(error)
+def _error_response(path: str, headers: Headers, error: ApiError) -> Response:
+    """An error as the API says it that the request was made to."""
+    if path.startswith("/v1/messages") or (path.startswith("/v1/models") and "anthropic-version" in headers):
+        body = anthropic_body(error)
+    elif path.startswith("/api/") and not path.startswith("/api/v0/"):
+        body = ollama_body(error)
+    else:
+        body = openai_body(error)
     return JSON(body, error.status, headers=error.headers)
 
 
@@ -265,8 +294,9 @@ class _Guarded:
         self._app, self._key, self._origins = app, api_key, origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (error := self._refusal(scope["path"], Headers(scope=scope))):
-            await _error_response(scope["path"], error)(scope, receive, send)
+        headers = Headers(scope=scope)
+        if scope["type"] == "http" and (error := self._refusal(scope["path"], headers)):
+            await _error_response(scope["path"], headers, error)(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 

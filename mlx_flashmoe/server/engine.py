@@ -14,9 +14,10 @@ from starlette.requests import Request
 
 from mlx_flashmoe.chat_template import fit
 from mlx_flashmoe.grammar import Constrainer
-from mlx_flashmoe.sampling import make_logits_processors, make_sampler
+from mlx_flashmoe.sampling import LogitsProcessor, Sampler, picking
+from mlx_flashmoe.scoring import TokenInfo
 from mlx_flashmoe.server.errors import ApiError, as_api_error
-from mlx_flashmoe.server.worker import End, Job, Part, TokenInfo, Worker
+from mlx_flashmoe.server.worker import End, Job, Part, Worker
 from mlx_flashmoe.tokenizer import Tokenizer
 from mlx_flashmoe.tools import AnswerParser, Event
 
@@ -40,8 +41,9 @@ class Ask:
         required: the answer is a call, of one of these tools; without it, None.
         several: it may be several calls.
         schema: the answer is JSON of this schema; None for no such wish.
-        sampling: arguments of ``make_sampler`` and ``make_logits_processors`` that were given.
+        sampling: arguments of ``picking`` that were given.
         max_tokens: None for as many as there is room for.
+        echo: the answer begins with the prompt.
     """
 
     messages: list[dict[str, Any]] | None = None
@@ -58,6 +60,7 @@ class Ask:
     max_tokens: int | None = None
     stop: Sequence[str] = ()
     top_logprobs: int | None = None
+    echo: bool = False
 
 
 _RESERVED = {
@@ -124,8 +127,7 @@ class Engine:
         if not all(0 <= token < vocabulary for token in prompt):
             raise ApiError(400, f"the prompt has token ids outside 0 to {vocabulary - 1}")
         max_tokens = self._room(len(prompt), ask.max_tokens)
-        sampling = {**self._sampling, **ask.sampling}
-        processors = make_logits_processors(sampling.pop("repetition_penalty", None))
+        sampler, processors = self._picking(ask.sampling)
         thinking = ask.messages is not None and self.tokenizer.opens_thinking(prompt)
         if ask.required is not None or ask.schema is not None:
             # Last: no other change of the logits may bring back what the grammar forbids.
@@ -140,24 +142,33 @@ class Engine:
         return Job(
             prompt=prompt,
             max_tokens=max_tokens,
-            sampler=make_sampler(**sampling),
+            sampler=sampler,
             processors=processors,
             parser=None if ask.messages is None else AnswerParser([*ask.tools, *ask.loaded], thinking),
             stop=ask.stop,
             top_logprobs=ask.top_logprobs,
+            echo=(ask.prompt if isinstance(ask.prompt, str) else self.tokenizer.decode(prompt))
+            if ask.echo
+            else None,
         )
 
+    def _picking(self, asked: dict[str, Any]) -> tuple[Sampler, list[LogitsProcessor]]:
+        vocabulary = self.worker.model.vocab_size
+        for token in asked.get("logit_bias", ()):
+            if token >= vocabulary:
+                raise ApiError(400, f"logit_bias: {token} is not a token id: they are 0 to {vocabulary - 1}")
+        return picking(**{**self._sampling, **asked})
+
     def _room(self, prompt: int, wanted: int | None) -> int:
-        """The number of tokens an answer may have."""
+        """The number of tokens an answer may have: as many as are wanted, or as the context has left."""
         most = self.worker.model.max_context
-        if prompt + (wanted or 1) > most:
-            answer = "" if wanted is None else f" and an answer of up to {wanted}"
+        if prompt + (1 if wanted is None else min(wanted, 1)) > most:
             raise ApiError(
                 400,
-                f"a prompt of {prompt} tokens{answer} does not fit into the context of {most} tokens",
+                f"a prompt of {prompt} tokens and an answer do not fit into the context of {most} tokens",
                 code="context_length_exceeded",
             )
-        return int(wanted or most - prompt)  # 5.0 is an integer to JSON
+        return most - prompt if wanted is None else min(wanted, most - prompt)
 
     def _constraints(self) -> Constrainer:
         with self._lock:
@@ -165,10 +176,14 @@ class Engine:
                 self._constrainer = Constrainer(self.tokenizer, self.worker.model.vocab_size)
             return self._constrainer
 
-    def submit(self, job: Job) -> Answer:
-        """Raises ApiError, status 429, if the queue is full."""
+    def submit(self, job: Job, follows: bool = False) -> Answer:
+        """Raises ApiError, status 429, if the queue is full.
+
+        Args:
+            follows: the job is one more answer to a request that had a place in the queue, and needs none.
+        """
         answer = Answer(self.worker, job)
-        if not self.worker.submit(job):
+        if not self.worker.submit(job, follows):
             raise self._refusal()
         return answer
 

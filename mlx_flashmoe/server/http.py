@@ -96,7 +96,7 @@ def _refuse(constant: str) -> None:
 def event_stream(
     events: AsyncGenerator[str, None],
     error_event: Callable[[ApiError], str],
-    sign_of_life: str,
+    sign_of_life: str | Callable[[], str],
     media_type: str = "text/event-stream",
 ) -> StreamingResponse:
     """A stream of events. An error on the way is the last of them.
@@ -104,7 +104,7 @@ def event_stream(
     Args:
         error_event: writes an error as an event.
         sign_of_life: sent whenever nothing else was for ``engine.KEEP_ALIVE`` seconds, whatever the reason. Clients
-            count events, not comments.
+            count events, not comments. A function makes a new one each time.
     """
 
     async def guarded() -> AsyncGenerator[str, None]:
@@ -120,7 +120,7 @@ def event_stream(
 
 
 async def kept_alive(
-    lines: AsyncGenerator[str, None], sign_of_life: str, seconds: float
+    lines: AsyncGenerator[str, None], sign_of_life: str | Callable[[], str], seconds: float
 ) -> AsyncGenerator[str, None]:
     """The lines, and a sign of life after each silence of some seconds."""
     following: asyncio.Future[str] | None = None
@@ -129,7 +129,7 @@ async def kept_alive(
             following = following or asyncio.ensure_future(anext(lines))
             done, _ = await asyncio.wait([following], timeout=seconds)
             if not done:
-                yield sign_of_life
+                yield sign_of_life if isinstance(sign_of_life, str) else sign_of_life()
                 continue
             try:
                 line = following.result()

@@ -1,91 +1,73 @@
-"""OpenAI's API: /v1/chat/completions, /v1/completions and /v1/models."""
+"""OpenAI's API: /v1/chat/completions and /v1/completions."""
 
 from __future__ import annotations
 
 import json
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
+from mlx_flashmoe.scoring import TokenInfo
+from mlx_flashmoe.server import settings
 from mlx_flashmoe.server.engine import Answer, Ask, Engine
-from mlx_flashmoe.server.errors import ApiError, openai_body
+from mlx_flashmoe.server.errors import openai_body
 from mlx_flashmoe.server.http import JSON, event, event_stream, read_body
 from mlx_flashmoe.server.offered import Offered
 from mlx_flashmoe.server.openai_messages import conversation
 from mlx_flashmoe.server.schemas import VALIDATORS
-from mlx_flashmoe.server.worker import End, Part, TokenInfo
+from mlx_flashmoe.server.worker import End, Job, Part
 from mlx_flashmoe.tokenizer import Tokenizer
 from mlx_flashmoe.tools import Event, Text, Thinking, ToolCall
 
 UNLIKELY = -9999.0  # what stands for a log-probability of minus infinity
 
 
-async def models(request: Request) -> Response:
-    return JSON({"object": "list", "data": [_model(request.app.state)]})
-
-
-async def model(request: Request) -> Response:
-    state = request.app.state
-    if request.path_params["model"] != state.engine.name:
-        raise ApiError(404, f"there is no such model here, only {state.engine.name}", code="model_not_found")
-    return JSON(_model(state))
-
-
-def _model(state: Any) -> dict[str, Any]:
-    return {
-        "id": state.engine.name,
-        "object": "model",
-        "created": state.started,
-        "owned_by": "mlx-flashmoe",
-    }
+def _logprob(value: float | None) -> float | None:
+    return None if value is None else max(value, UNLIKELY)
 
 
 async def chat_completions(request: Request) -> Response:
     body = await read_body(request, VALIDATORS["chat_completion"])
-    return await _respond(request, body, _chat_ask(body), Chat)
+    return await _respond(request, body, [_chat_ask(body)], Chat)
 
 
 async def completions(request: Request) -> Response:
     body = await read_body(request, VALIDATORS["completion"])
-    return await _respond(request, body, _completion_ask(body), Completion)
+    return await _respond(request, body, _completion_asks(body), Completion)
 
 
 # Requests
 
 
 def _chat_ask(body: dict[str, Any]) -> Ask:
-    template = dict(body.get("chat_template_kwargs", {}))
-    if body.get("reasoning_effort") == "none":
-        template["enable_thinking"] = False
-    offered = Offered(body.get("tools"))
-    required = _required(offered, choice := body.get("tool_choice", "auto"))
-    form = body.get("response_format", {"type": "text"})
-    schema = {"json_object": {"type": "object"}, "text": None}.get(form["type"])
-    if form["type"] == "json_schema":
-        schema = form["json_schema"]["schema"]
+    settings.check_supported(body)
+    tools, choice = settings.tools(body)
+    offered = Offered(tools)
     top_logprobs = body.get("top_logprobs", 0) if body.get("logprobs") else None
     return Ask(
         messages=conversation(body["messages"]),
-        template=template,
+        template=settings.thinking(body),
         tools=[] if choice == "none" else offered.tools,
         left_out=offered.left_out,
-        required=required,
+        required=required_tools(offered, choice),
         several=body.get("parallel_tool_calls", True) and not isinstance(choice, dict),
-        schema=schema,
-        sampling=_sampling(body),
-        max_tokens=body.get("max_completion_tokens", body.get("max_tokens")),
-        stop=_stop(body),
+        schema=settings.answer_schema(body),
+        sampling=settings.sampling(body),
+        max_tokens=settings.max_tokens(body),
+        stop=settings.stop(body),
         top_logprobs=None if top_logprobs is None else int(top_logprobs),
     )
 
 
-def _required(offered: Offered, choice: Any) -> list[dict[str, Any]] | None:
+def required_tools(offered: Offered, choice: Any) -> list[dict[str, Any]] | None:
     """The tools of which one has to be called, by ``tool_choice``."""
     if choice in ("required", "any"):
         return offered.required(None)
@@ -98,33 +80,39 @@ def _required(offered: Offered, choice: Any) -> list[dict[str, Any]] | None:
     return offered.required([str((choice.get("function") or choice).get("name"))])
 
 
-def _completion_ask(body: dict[str, Any]) -> Ask:
-    prompt = body["prompt"]
-    if isinstance(prompt, list) and not isinstance(prompt[0], int | float):
-        prompt = prompt[0]
-    return Ask(
-        prompt=prompt if isinstance(prompt, str) else [int(token) for token in prompt],
-        sampling=_sampling(body),
-        max_tokens=body.get("max_tokens", 16),  # the API's own default
-        stop=_stop(body),
+def _completion_asks(body: dict[str, Any]) -> list[Ask]:
+    """One per prompt."""
+    settings.check_supported(body)
+    prompt, echo = body["prompt"], body.get("echo", False)
+    several = isinstance(prompt, list) and not isinstance(prompt[0], int | float)
+    prompts = prompt if several else [prompt]
+    settings.choices(body, len(prompts))  # before there are too many
+    limited = any(body.get(field) is not None for field in settings.LENGTHS)
+    ask = Ask(
+        schema=settings.answer_schema(body),
+        sampling=settings.sampling(body),
+        # 16 is the API's own default.
+        max_tokens=settings.max_tokens(body, 0 if echo else 1) if limited else 16,
+        stop=settings.stop(body),
         top_logprobs=int(body["logprobs"]) if "logprobs" in body else None,
+        echo=echo,
     )
+    return [replace(ask, prompt=p if isinstance(p, str) else [int(token) for token in p]) for p in prompts]
 
 
-def _sampling(body: dict[str, Any]) -> dict[str, Any]:
-    names = {"temperature": "temp", "seed": "seed", "top_k": "top_k"}
-    names |= {name: name for name in ("top_p", "min_p", "repetition_penalty")}
-    sampling = {ours: body[name] for name, ours in names.items() if name in body}
-    if "top_k" in sampling:
-        sampling["top_k"] = int(sampling["top_k"])  # 40.0 is an integer to JSON
-    if "seed" in sampling:
-        sampling["seed"] = int(sampling["seed"]) % 2**64
-    return sampling
+def _repeated(asks: list[Ask], body: dict[str, Any]) -> list[Ask]:
+    """As many of each as the request wants answers. A seed is another one for each of them."""
+    count = settings.choices(body, len(asks))
+    return [_numbered(ask, i) for ask in asks for i in range(count)]
 
 
-def _stop(body: dict[str, Any]) -> list[str]:
-    stop = body.get("stop", [])
-    return [stop] if isinstance(stop, str) else stop
+def _numbered(ask: Ask, number: int) -> Ask:
+    if number == 0:
+        return ask
+    sampling = ask.sampling
+    if (seed := sampling.get("seed")) is not None:
+        sampling = {**sampling, "seed": (seed + number) % 2**64}
+    return replace(ask, sampling=sampling, left_out=Counter())  # tools that were left out count once
 
 
 # Answers
@@ -204,10 +192,10 @@ class Chat(Shape):
         return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
     def logprobs(self, infos: list[TokenInfo]) -> dict[str, Any]:
-        def entry(token: int, logprob: float) -> dict[str, Any]:
+        def entry(token: int, logprob: float | None) -> dict[str, Any]:
             return {
                 "token": self._text(token),
-                "logprob": max(logprob, UNLIKELY),
+                "logprob": _logprob(logprob),
                 "bytes": list(self._tokenizer.token_bytes(token)),
             }
 
@@ -244,61 +232,107 @@ class Completion(Shape):
             self._offset += len(text)
         return {
             "tokens": texts,
-            "token_logprobs": [max(info.logprob, UNLIKELY) for info in infos],
-            "top_logprobs": [{self._text(t): max(v, UNLIKELY) for t, v in info.top} for info in infos],
+            "token_logprobs": [_logprob(info.logprob) for info in infos],
+            "top_logprobs": [self._top(info) for info in infos],
             "text_offset": offsets,
         }
 
+    def _top(self, info: TokenInfo) -> dict[str, float | None] | None:
+        if info.logprob is None:
+            return None
+        top: dict[str, float | None] = {}
+        for token, value in info.top:
+            # Different tokens may have the same text: the likeliest of them counts.
+            top.setdefault(self._text(token), _logprob(value))
+        return top
 
-async def _respond(request: Request, body: dict[str, Any], ask: Ask, shape_of: type[Shape]) -> Response:
+
+async def _respond(
+    request: Request, body: dict[str, Any], asks: list[Ask], shape_of: type[Shape]
+) -> Response:
     engine: Engine = request.app.state.engine
-    answer = engine.submit(await run_in_threadpool(engine.prepare, ask))
-    shape = shape_of(engine.tokenizer)
+    prompts, asks = len(asks), _repeated(asks, body)
+    jobs = await run_in_threadpool(lambda: [engine.prepare(ask) for ask in asks])
+    answers = _in_turn(request, engine, engine.submit(jobs[0]), jobs[1:])
+    shapes = [shape_of(engine.tokenizer) for _ in jobs]
     head = {
-        "id": f"{shape.prefix}-{secrets.token_hex(12)}",
-        "object": shape.object,
+        "id": f"{shape_of.prefix}-{secrets.token_hex(12)}",
+        "object": shape_of.object,
         "created": int(time.time()),
         "model": engine.name,
     }
+    each = len(asks) // prompts
     if body.get("stream"):
+        if shape_of is Chat:
+            head["object"] = "chat.completion.chunk"
         usage = (body.get("stream_options") or {}).get("include_usage")
-        chunks = _chunks(request, answer, shape, head, bool(usage))
-        idle = {**head, "choices": [{"index": 0, **shape.closing(), "logprobs": None, "finish_reason": None}]}
-        if shape.object == Chat.object:
-            idle["object"] = "chat.completion.chunk"
-        return event_stream(chunks, lambda error: event(openai_body(error)), event(idle))
+        chunks = _chunks(request, answers, shapes, head, each if usage else None)
+        idle = {"index": 0, **shapes[0].closing(), "logprobs": None, "finish_reason": None}
+        return event_stream(
+            chunks, lambda error: event(openai_body(error)), event({**head, "choices": [idle]})
+        )
 
-    events, infos, end = await answer.whole(request)
-    choice = {"index": 0, **shape.whole(events, infos), "finish_reason": _finish_reason(shape, end)}
-    return JSON({**head, "choices": [choice], "usage": _usage(answer, end)})
+    choices: list[dict[str, Any]] = []
+    ended: list[tuple[Job, End]] = []
+    async with aclosing(answers):
+        async for answer in answers:
+            shape = shapes[len(choices)]
+            events, infos, end = await answer.whole(request)
+            choice = {"index": len(choices), **shape.whole(events, infos)}
+            choices.append({**choice, "finish_reason": _finish_reason(shape, end)})
+            ended.append((answer.job, end))
+    return JSON({**head, "choices": choices, "usage": _usage(ended, each)})
+
+
+async def _in_turn(
+    request: Request, engine: Engine, first: Answer, others: list[Job]
+) -> AsyncGenerator[Answer, None]:
+    """The answers to one request, one after the other in its one place of the queue."""
+    yield first
+    for job in others:
+        if await request.is_disconnected():
+            return
+        yield engine.submit(job, follows=True)
 
 
 async def _chunks(
-    request: Request, answer: Answer, shape: Shape, head: dict[str, Any], usage: bool
+    request: Request,
+    answers: AsyncGenerator[Answer, None],
+    shapes: list[Shape],
+    head: dict[str, Any],
+    each: int | None,
 ) -> AsyncGenerator[str, None]:
-    if shape.object == Chat.object:
-        head = {**head, "object": "chat.completion.chunk"}
+    """The events of a stream.
+
+    Args:
+        each: answers per prompt, for the count of tokens at the end; None for no count.
+    """
 
     def chunk(choice: dict[str, Any], finish_reason: str | None = None) -> str:
-        choice = {"index": 0, **choice, "logprobs": None, "finish_reason": finish_reason}
+        choice = {"index": len(ended), **choice, "logprobs": None, "finish_reason": finish_reason}
         if infos:
             choice["logprobs"] = shape.logprobs(infos)
             infos.clear()
-        return event({**head, "choices": [choice], **({"usage": None} if usage else {})})
+        return event({**head, "choices": [choice], **({"usage": None} if each else {})})
 
     infos: list[TokenInfo] = []
-    for choice in shape.opening():
-        yield chunk(choice)
-    async with aclosing(answer.parts(request)) as parts:
-        async for part in parts:
-            if isinstance(part, Part):
-                infos += [part.info] if part.info is not None else []
-                for piece in part.events:
-                    yield chunk(shape.piece(piece))
-            else:
-                yield chunk(shape.closing(), _finish_reason(shape, part))
-                if usage:
-                    yield event({**head, "choices": [], "usage": _usage(answer, part)})
+    ended: list[tuple[Job, End]] = []
+    async with aclosing(answers):
+        async for answer in answers:
+            shape = shapes[len(ended)]
+            for choice in shape.opening():
+                yield chunk(choice)
+            async with aclosing(answer.parts(request)) as parts:
+                async for part in parts:
+                    if isinstance(part, Part):
+                        infos += [part.info] if part.info is not None else []
+                        for piece in part.events:
+                            yield chunk(shape.piece(piece))
+                    else:
+                        yield chunk(shape.closing(), _finish_reason(shape, part))
+                        ended.append((answer.job, part))
+    if each:
+        yield event({**head, "choices": [], "usage": _usage(ended, each)})
     yield event("[DONE]")
 
 
@@ -306,11 +340,13 @@ def _finish_reason(shape: Shape, end: End) -> str:
     return "length" if end.reason == "length" else shape.finish_reason
 
 
-def _usage(answer: Answer, end: End) -> dict[str, Any]:
-    prompt = len(answer.job.prompt)
+def _usage(ended: list[tuple[Job, End]], each: int) -> dict[str, Any]:
+    """Tokens of all answers, and of their prompts, of which each has as many answers as ``each`` says."""
+    prompt = sum(len(job.prompt) for job, _ in ended[::each])
+    generated = sum(end.generated_tokens for _, end in ended)
     return {
         "prompt_tokens": prompt,
-        "completion_tokens": end.generated_tokens,
-        "total_tokens": prompt + end.generated_tokens,
-        "prompt_tokens_details": {"cached_tokens": end.cached_tokens},
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+        "prompt_tokens_details": {"cached_tokens": sum(end.cached_tokens for _, end in ended[::each])},
     }

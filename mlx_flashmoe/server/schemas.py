@@ -6,8 +6,8 @@ supported, are refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
@@ -44,19 +44,26 @@ def items(schema: Schema, **limits: int) -> Schema:
 # What both APIs have, and what is added to them under the names that other servers use.
 SAMPLING: dict[str, Schema] = {
     "temperature": {"type": "number", "minimum": 0, "maximum": 2},
-    "top_p": {"type": "number", "minimum": 0, "maximum": 1},
-    "top_k": {"type": "integer", "minimum": 0, "maximum": 2**31},
+    "top_p": {"type": "number", "minimum": -1, "maximum": 1},
+    "top_k": {"type": "integer", "minimum": -1, "maximum": 2**31},
 }
+PENALTY: Schema = {"type": "number", "minimum": -2, "maximum": 2}
+REPETITION: Schema = {"type": "number", "minimum": 0, "maximum": 100}
+WINDOW: Schema = {"type": "integer", "minimum": -1, "maximum": 2**31}
 OPENAI_SAMPLING: dict[str, Schema] = {
     **SAMPLING,
-    "min_p": {"type": "number", "minimum": 0, "maximum": 1},
-    "repetition_penalty": {"type": "number", "exclusiveMinimum": 0, "maximum": 100},
+    "min_p": {"type": "number", "minimum": -1, "maximum": 1},
+    "repetition_penalty": REPETITION,
+    "repeat_penalty": REPETITION,
+    "repetition_context_size": WINDOW,
+    "repeat_last_n": WINDOW,
+    "presence_penalty": PENALTY,
+    "frequency_penalty": PENALTY,
+    "logit_bias": {"type": "object"},
     "seed": {"type": "integer"},
-    # Not supported, and so only as what changes nothing.
-    "presence_penalty": {"const": 0},
-    "frequency_penalty": {"const": 0},
-    "logit_bias": {"type": "object", "maxProperties": 0},
-    "n": {"const": 1},
+    "n": {"type": "integer", "minimum": 1},
+    "max_tokens": {"type": "integer"},
+    "max_completion_tokens": {"type": "integer"},
 }
 STREAM: dict[str, Schema] = {
     "stream": {"type": "boolean"},
@@ -75,18 +82,12 @@ OPENAI_MESSAGE = record(
 TOOLS = items({"type": "object"})
 OPENAI_CHOICE: Schema = {"anyOf": [{"enum": ["none", "auto", "required", "any"]}, {"type": "object"}]}
 RESPONSE_FORMAT: Schema = {
-    "anyOf": [
-        kind("text"),
-        kind("json_object"),
-        kind("json_schema", {"json_schema": record({"schema": {"type": "object"}}, {"name": TEXT})}),
-    ]
+    "description": "text, json_object (with or without a schema) or json_schema, as the object's type"
 }
 CHAT_COMPLETION = record(
     {"messages": items(OPENAI_MESSAGE, minItems=1)},
     {
         "model": TEXT,
-        "max_tokens": COUNT,
-        "max_completion_tokens": COUNT,
         **OPENAI_SAMPLING,
         **STREAM,
         "stop": STOP,
@@ -97,33 +98,38 @@ CHAT_COMPLETION = record(
         "parallel_tool_calls": {"type": "boolean"},
         "response_format": RESPONSE_FORMAT,
         "reasoning_effort": TEXT,
+        "enable_thinking": {"type": "boolean"},
         "chat_template_kwargs": {"type": "object"},
     },
 )
 TOKENS = items({"type": "integer", "minimum": 0, "maximum": 2**31 - 1}, minItems=1)
-COMPLETION = record(
-    {
-        "prompt": {
-            "anyOf": [
-                TEXT,
-                TOKENS,
-                items(TEXT, minItems=1, maxItems=1),
-                items(TOKENS, minItems=1, maxItems=1),
-            ]
-        }
+# By the first item, so that what is wrong with a later one can be named.
+PROMPT: Schema = {
+    "if": {"type": "array"},
+    "then": {
+        "if": {"prefixItems": [TEXT]},
+        "then": items(TEXT, minItems=1),
+        "else": {"if": {"prefixItems": [{"type": "array"}]}, "then": items(TOKENS), "else": TOKENS},
     },
+    "else": TEXT,
+}
+COMPLETION = record(
+    {"prompt": PROMPT},
     {
         "model": TEXT,
-        "max_tokens": COUNT,
         **OPENAI_SAMPLING,
         **STREAM,
         "stop": STOP,
         "logprobs": {"type": "integer", "minimum": 0, "maximum": 20},
-        "echo": {"const": False},
-        "suffix": {"const": ""},
-        "best_of": {"const": 1},
+        "response_format": RESPONSE_FORMAT,
+        "echo": {"type": "boolean"},
+        "suffix": TEXT,
+        "best_of": {"type": "integer"},
     },
 )
+
+TOKENIZE = record({"prompt": TEXT}, {"model": TEXT, "add_special_tokens": {"type": "boolean"}})
+DETOKENIZE = record({"tokens": {**TOKENS, "minItems": 0}}, {"model": TEXT})
 
 # Anthropic
 
@@ -137,13 +143,13 @@ ANTHROPIC_CHOICE: Schema = {
         kind("none"),
     ]
 }
-THINKING = record({"type": TEXT})
 CONVERSATION = {
     "model": TEXT,
     "system": CONTENT,
     "tools": TOOLS,
     "tool_choice": ANTHROPIC_CHOICE,
-    "thinking": THINKING,
+    "thinking": {"anyOf": [{"type": "object"}, {"type": "boolean"}, TEXT]},
+    "output_config": {"type": "object"},
 }
 MESSAGE = record(
     {"messages": items(ANTHROPIC_MESSAGE, minItems=1), "max_tokens": COUNT},
@@ -237,28 +243,64 @@ _Validator = extend(
     },
 )
 
+
+def validator(schema: Schema) -> Draft202012Validator:
+    """What checks request bodies."""
+    return _Validator(schema)
+
+
 VALIDATORS = {
-    schema_name: _Validator(schema)
+    schema_name: validator(schema)
     for schema_name, schema in (
         ("chat_completion", CHAT_COMPLETION),
         ("completion", COMPLETION),
+        ("tokenize", TOKENIZE),
+        ("detokenize", DETOKENIZE),
         ("message", MESSAGE),
         ("count_tokens", COUNT_TOKENS),
     )
 }
 
 
-def openapi(title: str, version: str, keyed: bool) -> dict[str, Any]:
+OPENAI_ERROR = record({"error": record({"message": TEXT, "type": TEXT})})
+
+
+class Operation(NamedTuple):
+    """A method of a path, for the description of the server.
+
+    Attributes:
+        request: the body; None for a method without one.
+        error: the answer where it fails.
+        name: of the path's one parameter, if it has one; status 404 says that there is no such thing.
+        stream: the media type of a streamed answer; None if it never is one.
+    """
+
+    summary: str
+    answer: Schema
+    request: Schema | None = None
+    error: Schema = OPENAI_ERROR
+    name: str | None = None
+    stream: str | None = "text/event-stream"
+
+
+def openapi(
+    title: str, version: str, keyed: bool, more: Mapping[str, Mapping[str, Operation]]
+) -> dict[str, Any]:
     """The OpenAPI description of the server.
 
     Args:
         keyed: it asks for a key.
+        more: operations by path and method, of APIs that describe themselves.
     """
-    openai_error = record({"error": record({"message": TEXT, "type": TEXT})})
     anthropic_error = record({"type": {"const": "error"}, "error": record({"message": TEXT, "type": TEXT})})
 
     def operation(
-        summary: str, answer: Schema, request: Schema | None = None, error: Schema = openai_error
+        summary: str,
+        answer: Schema,
+        request: Schema | None = None,
+        error: Schema = OPENAI_ERROR,
+        name: str | None = None,
+        stream: str | None = "text/event-stream",
     ) -> Schema:
         media = "text/plain" if answer == TEXT else "application/json"
         content: dict[str, Any] = {media: {"schema": answer}}
@@ -269,13 +311,19 @@ def openapi(title: str, version: str, keyed: bool) -> dict[str, Any]:
         }
         codes = {"401": "The key is missing or wrong"} if keyed else {}
         if request is not None:
-            content["text/event-stream"] = {"schema": record({"data": TEXT}, {"event": TEXT})}
+            if stream is not None:
+                sent = record({"data": TEXT}, {"event": TEXT}) if stream == "text/event-stream" else answer
+                content[stream] = {"schema": sent}
             out["requestBody"] = {"required": True, "content": {"application/json": {"schema": request}}}
             codes |= {
                 "400": "The request cannot be served as it is",
                 "413": "The request is too large",
                 "429": "The queue is full; Retry-After says when to try again",
             }
+        if name is not None:
+            codes["404"] = "There is no such thing"
+            schema = {**TEXT, "minLength": 1}
+            out["parameters"] = [{"name": name, "in": "path", "required": True, "schema": schema}]
         out["responses"] |= {code: {"description": text, **refused} for code, text in codes.items()}
         return out
 
@@ -284,23 +332,24 @@ def openapi(title: str, version: str, keyed: bool) -> dict[str, Any]:
     )
     completion = record({"id": TEXT, "choices": items({"type": "object"}), "usage": {"type": "object"}})
     message = record({"id": TEXT, "type": {"const": "message"}, "content": items({"type": "object"})})
-    one_model = operation("The model", listed)
-    one_model["responses"]["404"] = {
-        "description": "There is no such model",
-        "content": {"application/json": {"schema": openai_error}},
-    }
-    one_model["parameters"] = [
-        {"name": "model", "in": "path", "required": True, "schema": {**TEXT, "minLength": 1}}
-    ]
     paths = {
         "/health": {"get": operation("Whether the model can answer", record({"status": TEXT}))},
         "/metrics": {"get": operation("Counts, for Prometheus", TEXT)},
         "/v1/models": {"get": operation("The model that is served", record({"data": items(listed)}))},
-        "/v1/models/{model}": {"get": one_model},
+        "/v1/models/{model}": {"get": operation("The model", listed, name="model")},
         "/v1/chat/completions": {
             "post": operation("An answer in a conversation", completion, CHAT_COMPLETION)
         },
         "/v1/completions": {"post": operation("The continuation of a text", completion, COMPLETION)},
+        "/tokenizer_info": {
+            "get": operation("Special tokens and chat template", record({}, {"eos_token": TEXT}))
+        },
+        "/tokenize": {
+            "post": operation("The tokens of a text", record({"tokens": TOKENS}), TOKENIZE),
+        },
+        "/detokenize": {
+            "post": operation("The text of tokens", record({"prompt": TEXT}), DETOKENIZE),
+        },
         "/v1/messages": {
             "post": operation("An answer in a conversation", message, MESSAGE, anthropic_error),
         },
@@ -313,6 +362,8 @@ def openapi(title: str, version: str, keyed: bool) -> dict[str, Any]:
             ),
         },
     }
+    for path, methods in more.items():
+        paths[path] = {method: operation(*described) for method, described in methods.items()}
     description: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": title, "version": version},

@@ -21,6 +21,7 @@ from mlx_flashmoe.errors import FlashMoEError
 from mlx_flashmoe.generate import GenerationResponse, stream_generate
 from mlx_flashmoe.prefix_cache import PrefixCache
 from mlx_flashmoe.sampling import LogitsProcessor, Sampler
+from mlx_flashmoe.scoring import TokenInfo, prompt_infos, token_infos
 from mlx_flashmoe.server.errors import ApiError
 from mlx_flashmoe.server.metrics import Metrics
 from mlx_flashmoe.server.stops import StopFinder
@@ -28,19 +29,6 @@ from mlx_flashmoe.tokenizer import Tokenizer
 from mlx_flashmoe.tools import AnswerParser, Event, Text
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TokenInfo:
-    """A generated token and its likelihood.
-
-    Attributes:
-        top: the most likely tokens and their log-probabilities, best first.
-    """
-
-    token: int
-    logprob: float
-    top: list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -79,6 +67,7 @@ class Job:
         parser: tells what the answer's text is; if None, it is text.
         stop: sequences that end the answer where they begin, if they occur in its text.
         top_logprobs: how many of the most likely tokens to tell of; None for no log-probabilities at all.
+        echo: the prompt's text, sent before the answer, with the likelihood of its tokens if there is any; or None.
         generated, cached: tokens so far: of the answer, and of the prompt those kept from before.
         prompt_seconds, answer_seconds: the model's time to the first token, and after it.
         given_up: the client did not wait for its end.
@@ -93,6 +82,7 @@ class Job:
     parser: AnswerParser | None = None
     stop: Sequence[str] = ()
     top_logprobs: int | None = None
+    echo: str | None = None
     emit: Callable[[Part | End], None] = lambda part: None
     generated: int = 0
     cached: int = 0
@@ -194,12 +184,19 @@ class Worker:
         """Whole seconds after which there may be a place, going by how long answers took so far."""
         return max(1, min(60, round(self.metrics.mean_seconds)))
 
-    def submit(self, job: Job) -> bool:
-        """Puts a request into the queue, if it is not full."""
+    def submit(self, job: Job, follows: bool = False) -> bool:
+        """Puts a request into the queue, if it is not full.
+
+        Args:
+            follows: the job is one more answer to a request that has had its turn: it comes first, in any case.
+        """
         with self._changed:
-            if self.full:
+            if self._closed or (self.full and not follows):
                 return False
-            self._waiting.append(job)
+            if follows:
+                self._waiting.appendleft(job)
+            else:
+                self._waiting.append(job)
             self._changed.notify()
             return True
 
@@ -265,6 +262,9 @@ class Worker:
         start = time.perf_counter()
         self.model.reserve(len(job.prompt) + job.max_tokens)
         stops = StopFinder(job.stop)
+        known = self._echo(job, check)
+        if job.max_tokens == 0:
+            return End("length")
         responses = stream_generate(
             self.model,
             self.tokenizer,
@@ -272,8 +272,8 @@ class Worker:
             max_tokens=job.max_tokens,
             sampler=job.sampler,
             logits_processors=job.processors,
-            prefix_cache=self._prefix_cache,
             prompt_progress_callback=check,
+            **known,
         )
         with closing(responses):
             for response in responses:
@@ -294,6 +294,20 @@ class Worker:
                     )
         raise AssertionError("an answer has a last token")
 
+    def _echo(self, job: Job, check: Callable[[int], None]) -> dict[str, Any]:
+        """Sends the prompt, if the job wants it. Returns what the token loop then need not read again."""
+        known: dict[str, Any] = {"prefix_cache": self._prefix_cache}
+        if job.echo is None:
+            return known
+        if job.top_logprobs is not None:
+            # Kept states would leave out tokens whose likelihood is wanted.
+            cache = self.model.make_cache()
+            for info in prompt_infos(self.model, job.prompt, cache, job.top_logprobs, check):
+                job.emit(Part([], info))
+            known = {"prompt_cache": cache, "prompt_read": len(job.prompt) - 1}
+        job.emit(Part([Text(job.echo)]))
+        return known
+
     def _events(self, job: Job, response: GenerationResponse) -> list[Event]:
         if job.parser is not None:
             return job.parser.feed(response.text)
@@ -302,11 +316,4 @@ class Worker:
     def _info(self, job: Job, response: GenerationResponse) -> TokenInfo | None:
         if job.top_logprobs is None:
             return None
-        top: list[tuple[int, float]] = []
-        if job.top_logprobs:
-            best = mx.argsort(-response.logprobs)[: job.top_logprobs]
-            values: Any = response.logprobs[best].tolist()
-            tokens: Any = best.tolist()
-            top = [(int(t), float(v)) for t, v in zip(tokens, values)]
-        logprob: Any = response.logprobs[response.token].item()
-        return TokenInfo(response.token, float(logprob), top)
+        return token_infos(response.logprobs[None], mx.array([response.token]), job.top_logprobs)[0]
