@@ -29,7 +29,8 @@ class Hub:
         cut: path pattern -> bytes after which connections break, each of them.
         wrong: names of files served with a byte changed.
         ranges: whether range requests are heeded.
-        delay: seconds before an answer, and ``delays`` more: path pattern -> seconds; ``rate``: bytes per second and connection, 0 for as fast as it goes.
+        delay: seconds before an answer, and ``delays`` more: path pattern -> seconds.
+        rate: bytes per second and connection, 0 for as fast as it goes.
         link_uses: large files are redirected to another origin, by links that are good for so many requests.
         troubles: what happens to the next requests for bytes of large files, in order.
         pause: what a 429 or 503 asks to wait, in the words of Retry-After.
