@@ -24,7 +24,7 @@ from mlx_flashmoe.convert.safetensors import Header, SafetensorsFile, Tensor
 from mlx_flashmoe.convert.side_by_side import side_by_side
 from mlx_flashmoe.convert.weights import INDEX, choose, json_object
 from mlx_flashmoe.errors import ConversionError, SourceError
-from mlx_flashmoe.layout import MANIFEST
+from mlx_flashmoe.layout import MANIFEST, REPOSITORY
 from mlx_flashmoe.sizes import show_size
 
 # What is copied as published: settings, tokenizer, chat template, licence. Not the index, not the weights.
@@ -284,6 +284,10 @@ def _open_repository(
     repository = Snapshot(name, commit) if offline else Repository(name, commit)
     files = repository.files
     advice = ADVICE if offline else "the repository is incomplete"
+    if MANIFEST in files:
+        raise SourceError(
+            f"{name} is a converted model already ({MANIFEST} is in it); --model {name} fetches it and uses it"
+        )
     if "config.json" not in files:
         raise SourceError(f"{name}: config.json is missing; a checkpoint needs it; {advice}")
     if offline and not any(n.endswith(".safetensors") for n in files):
@@ -343,6 +347,6 @@ def _repository_id(hf_path: str | os.PathLike[str]) -> str:
     if Path(hf_path).exists():
         raise SourceError(f"{hf_path} is a file; give the checkpoint's folder")
     name = str(hf_path)
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+    if not REPOSITORY.fullmatch(name):
         raise SourceError(f"{name}: no such folder, and not a Hugging Face id (org/name)")
     return name

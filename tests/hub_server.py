@@ -107,7 +107,9 @@ class _Handler(BaseHTTPRequestHandler):
         time.sleep(hub.delay + sum(more for pattern, more in hub.delays.items() if re.search(pattern, path)))
         for pattern, status in hub.refuse.items():
             if re.search(pattern, path):
-                headers = {"Retry-After": hub.pause} if status in (429, 503) else {"X-Error-Message": "refused"}
+                headers = (
+                    {"Retry-After": hub.pause} if status in (429, 503) else {"X-Error-Message": "refused"}
+                )
                 self._send(status, b"", headers if status != 401 else {})
                 return
         if path.startswith(f"/api/models/{hub.name}"):
