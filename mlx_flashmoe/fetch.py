@@ -81,7 +81,7 @@ def _fetch(name: str, folder: Path, announce: Callable[[str], None], progress: P
             return  # another process was faster
         repository = _repository(name, out)
         manifest = read_manifest(repository)
-        wanted = {file.name: file for file in _wanted(repository, manifest)}
+        wanted = {file.name: file for file in wanted_files(repository, manifest)}
         made = out.state / MODEL
         there = [file for file in wanted.values() if _is_there(out, file)]
         needed = sum(f.size - _allocated(made / f.name) for f in wanted.values() if f not in there)
@@ -135,6 +135,20 @@ def _pin(out: Destination, commit: str) -> None:
         os.fsync(f.fileno())
         os.replace(f.name, path)
         sync_folder(out.state)
+
+
+def published(model: str) -> Repository | None:
+    """The repository of a converted model that is on the hub, and not here; None if ``model`` is anything else.
+
+    Raises:
+        SourceError: there is no such repository, or it cannot be read.
+    """
+    from huggingface_hub import constants
+
+    if find(model) is not None or constants.HF_HUB_OFFLINE:
+        return None
+    repository = Repository(model, None)
+    return repository if MANIFEST in repository.files else None
 
 
 def read_manifest(repository: Repository) -> Manifest:
@@ -207,8 +221,12 @@ class _Hasher:
                 self._piece, self._done, self._crc = self._piece + 1, 0, 0
 
 
-def _wanted(repository: Repository, manifest: Manifest) -> Iterator[_Listed]:
-    """The files of a model. Raises FormatError if the repository lacks one, or has it in another size."""
+def wanted_files(repository: Repository, manifest: Manifest) -> Iterator[_Listed]:
+    """The files of a model, without its manifest.
+
+    Raises:
+        FormatError: the repository lacks one, or has it in another size.
+    """
 
     def listed(file: str, size: int | None, pieces: list[tuple[str, int, int]]) -> _Listed:
         known = repository.files.get(file)
