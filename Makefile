@@ -15,14 +15,15 @@ PROJECT := .$(if $(BACKEND),[$(BACKEND)])
 comma := ,
 PROJECT_WITH = .[$(if $(BACKEND),$(BACKEND)$(comma))$(1)]
 
-.PHONY: help demo test lint reference clean
+.PHONY: help demo test lint reference clients clean
 
 help:
 	@echo "make demo       set up .venv, convert a small trained model, hold a short conversation"
 	@echo "make test       run the tests"
 	@echo "make lint       ruff and mypy"
 	@echo "make reference  compare with transformers and mlx-lm (installs torch), then the slow tests"
-	@echo "make clean      remove .venv and demo"
+	@echo "make clients    agents and packages as they come, against the server (needs node and git; 4 GB)"
+	@echo "make clean      remove .venv, .clients and demo"
 
 # The model is a small one, trained on what examples/small_moe generates; its README says what it can do.
 demo: demo/small_moe/flashmoe.json
@@ -44,8 +45,12 @@ reference: $(VENV)/installed-test $(VENV)/installed-reference
 	$(RUN) -m pytest -o addopts=-q tests/reference $(ARGS)
 	$(RUN) -m pytest -m slow
 
+# FLASHMOE_RECORD=folder keeps every request that the clients send.
+clients: $(VENV)/installed-test $(addprefix .clients/,$(addsuffix /installed,npm aider lm_eval packages))
+	$(RUN) -m pytest -o addopts=-q -m clients tests/clients $(ARGS)
+
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) .clients demo
 
 # Environments. The project is installed in place, so that changes to it need no installation.
 
@@ -59,4 +64,17 @@ $(VENV)/installed: pyproject.toml
 
 $(VENV)/installed-%: $(VENV)/installed
 	@$(PIP) --editable '$(call PROJECT_WITH,$*)'
+	@touch $@
+
+# Clients: those that cannot stand together are installed apart.
+
+.clients/npm/installed: tests/clients/package.json
+	@mkdir -p $(@D)
+	@cp $< $(@D)
+	npm install --prefix $(@D) --no-fund --no-audit --loglevel error
+	@touch $@
+
+.clients/%/installed: tests/clients/requirements/%.txt
+	@$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@

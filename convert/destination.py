@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,13 +74,21 @@ class Destination:
         self._leave()
 
     def keep(self) -> None:
-        """What is in the folder stays, whatever happens."""
+        """Has what is in the folder stay, whatever happens."""
         self._kept = True
 
     def check_empty(self) -> None:
         """Raises ConversionError if there is anything in the folder that is no conversion's."""
         if any(path.name != STATE for path in self.folder.iterdir()):
-            raise ConversionError(f"{self.folder} is not empty; choose another folder, or remove it first")
+            if is_checkpoint(self.folder):
+                raise ConversionError(
+                    f"{self.folder} is a checkpoint: it goes after --hf-path, and --mlx-path takes a new folder, for "
+                    f"example {new_folder(self.folder)}"
+                )
+            example = shlex.quote(str(self.folder / "NAME"))
+            raise ConversionError(
+                f"{self.folder} is not empty: --mlx-path takes a new folder, for example {example}"
+            )
 
     def path(self, name: str) -> Path:
         """Where the model's file of that relative path is, or will be made."""
@@ -87,7 +96,7 @@ class Destination:
         return self.folder / name if self.moving and not made.exists() else made
 
     def has(self, name: str, size: int) -> bool:
-        """Whether that file is there, and that long."""
+        """Tells if that file is there, and that long."""
         path = self.path(name)
         return path.is_file() and path.stat().st_size == size
 
@@ -110,6 +119,37 @@ class Destination:
             self._files[name] = OutputFile(path, size)
             sync_folder(path.parent)
         return self._files[name]
+
+    def aside(self, name: str, size: int, *, keep: bool = False) -> OutputFile:
+        """A file that is to take the place of the model's file of that relative path: see ``place``.
+
+        Args:
+            keep: begin with what is there now, if that is a file of the folder's own; it is no part of the model
+                from here on.
+        """
+        path, there = self.state / MODEL / name, self.folder / name
+        self._make_folder(path.parent.absolute())
+        if keep and not path.exists() and there.is_file() and not there.is_symlink():
+            self._move(there, path)
+        self._files[name] = OutputFile(path, size)
+        sync_folder(path.parent)
+        return self._files[name]
+
+    def place(self, name: str) -> None:
+        """Gives a file that was made aside its place."""
+        self._make_folder((self.folder / name).parent.absolute())
+        self._move(self.state / MODEL / name, self.folder / name)
+
+    def discard(self, name: str) -> None:
+        """Removes a file that was made aside."""
+        with writing(self.state / MODEL / name):
+            (self.state / MODEL / name).unlink()
+
+    def _move(self, source: Path, target: Path) -> None:
+        with writing(target):
+            os.replace(source, target)
+        sync_folder(target.parent)
+        sync_folder(source.parent)
 
     def write(self, name: str, data: bytes) -> None:
         """A small file, as a whole."""
@@ -237,6 +277,16 @@ class OutputFile:
             os.close(fd)
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Tells a folder with weights to convert from any other."""
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors*"))
+
+
+def new_folder(source: Path) -> str:
+    """A name for a conversion of a checkpoint, quoted for a shell."""
+    return shlex.quote(f"{source.resolve().name}-4bit")
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turns what the system says about writing ``path`` into a ConversionError of one line."""
@@ -245,8 +295,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ConversionError(
-                f"{path}: no space left on the disk; free some, and start the same conversion again: "
-                "it goes on where it was"
+                f"{path}: no space left on the disk; free some, and start the same conversion again: it resumes"
             ) from None
         raise ConversionError(f"{path} cannot be written: {e.strerror}") from None
 

@@ -217,6 +217,10 @@ def _origin(url: Any) -> tuple[str, str, int | None]:
     return url.scheme, url.host, url.port
 
 
+class Unreachable(SourceError):
+    """The network or the hub failed: trying again may help."""
+
+
 class Stopped(Exception):
     """A download is given up."""
 
@@ -295,7 +299,7 @@ def hub_errors(what: str) -> Iterator[None]:
         raise SourceError(f"{what}: the repository has no such revision") from None
     except errors.HfHubHTTPError as e:
         if e.response.status_code not in (401, 403):
-            raise SourceError(_failed(what, e)) from None
+            raise Unreachable(_failed(what, e)) from None
         raise SourceError(
             f"{what}: the hub refuses access ({e.response.status_code}): misspelt, or private, which needs "
             "`hf auth login`"
@@ -304,12 +308,9 @@ def hub_errors(what: str) -> Iterator[None]:
     except Exception as e:
         if _is_disk(e):
             raise
-        raise SourceError(_failed(what, e)) from None
+        raise Unreachable(_failed(what, e)) from None
 
 
 def _failed(what: str, error: Exception) -> str:
     reason = " ".join(str(error).split())
-    return (
-        f"{what}: downloading from the hub failed: {type(error).__name__}: {reason[:200]}; "
-        "the same command again goes on where it was"
-    )
+    return f"{what}: downloading from the hub failed: {type(error).__name__}: {reason[:200]}; try again"

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,7 +81,7 @@ class LocalFolder:
         for name in names:
             if (self._folder / name).is_symlink():
                 raise ConversionError(
-                    f"{self._folder / name} is a link: removing it would free nothing; leave delete_source out"
+                    f"{self._folder / name} is a link: removing it would free nothing; leave --delete-source out"
                 )
         self._removable = names
 
@@ -132,6 +133,10 @@ class HubShards:
         while download is not None and not download.wait(0.5):
             done = 100 * download.received // max(file.size, 1)
             waiting(f"downloading {name}, {done}%, {show_size(download.rate)}/s")
+
+    def reader(self, name: str) -> Callable[[int, int], bytes] | None:
+        """Reads bytes [start, stop) of a shard without the rest; None for a shard that is on the disk."""
+        return None if name in self._kept else partial(self._repository.read_range, name)
 
     def prefetch(self, name: str) -> None:
         path = self._folder / name

@@ -21,7 +21,7 @@ from typing import Any
 
 from mlx_flashmoe.convert.destination import MODEL, Destination, sync_folder, writing
 from mlx_flashmoe.convert.download import Connections, Download
-from mlx_flashmoe.convert.hub import HubFile, Repository
+from mlx_flashmoe.convert.hub import HubFile, Repository, Unreachable
 from mlx_flashmoe.convert.part import remove_record
 from mlx_flashmoe.convert.source import is_side_file
 from mlx_flashmoe.errors import FormatError, SourceError
@@ -97,7 +97,10 @@ def _fetch(name: str, folder: Path, announce: Callable[[str], None], progress: P
             with writing(path):
                 path.mkdir(parents=True, exist_ok=True)
         done = sum(file.size for file in there)
-        _download(repository, [f for f in wanted.values() if f not in there], made, done, total, progress)
+        try:
+            _download(repository, [f for f in wanted.values() if f not in there], made, done, total, progress)
+        except Unreachable as e:
+            raise Unreachable(f"{e}: the same command resumes") from None
         for file in wanted:
             remove_record(made / file)
         out.complete(manifest)
