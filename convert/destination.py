@@ -29,6 +29,9 @@ class Destination:
 
     Left before ``keep`` is called, it removes the folders it made.
 
+    Args:
+        what: fills it, for the message to a second process.
+
     Attributes:
         moving: files of the model may have moved up already.
 
@@ -36,8 +39,9 @@ class Destination:
         ConversionError: DST is in use, or cannot be written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, what: str = "conversion") -> None:
         self.folder = folder
+        self._what = what
         self.state = folder / STATE
         self.moving = False
         self._made_folders: list[Path] = []
@@ -208,7 +212,7 @@ class Destination:
                     holder = os.read(fd, 20).decode(errors="replace").strip() or "unknown"
                     os.close(fd)
                     raise ConversionError(
-                        f"{self.folder}: another conversion is writing there (process {holder}); wait for it, "
+                        f"{self.folder}: another {self._what} is writing there (process {holder}); wait for it, "
                         "or choose another folder"
                     ) from None
                 # Whoever had it may have finished, and removed the file, before this process got it.

@@ -12,13 +12,15 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flashmoe.convert.destination import Destination, writing
+from mlx_flashmoe.convert.download import CONNECTIONS
+from mlx_flashmoe.convert.side_by_side import side_by_side
 from mlx_flashmoe.convert.source import Checkpoint, HubShards
 from mlx_flashmoe.convert.units import FLUSHING, Unit
 from mlx_flashmoe.sizes import show_duration, show_size
 
 WORTH_MEASURING = 10**8  # bytes; fewer are converted, or downloaded, before an estimate is read
 PROBE = 64 << 20  # bytes read, and written, to measure a rate, at most
-DOWNLOAD_PROBE = 8 << 20
+DOWNLOAD_PROBE = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def expected_time(
     if nbytes > WORTH_MEASURING:
         largest = max(lacking, key=lambda n: checkpoint.shards[n].header.file_size)
         rate = _downloading_rate(checkpoint, largest)
-        rates.insert(0, f"{show_size(rate)}/s of downloading over one connection")
+        rates.insert(0, f"{show_size(rate)}/s of downloading")
         seconds = max(seconds, nbytes / rate)
     elif nbytes:
         besides = f" and the download of {show_size(nbytes)}"
@@ -118,8 +120,11 @@ def _downloading_rate(checkpoint: Checkpoint, shard: str) -> float:
     assert read is not None
     middle = checkpoint.shards[shard].header.file_size // 2
     nbytes = min(DOWNLOAD_PROBE, middle)
+    # Over as many connections as the download will have.
+    piece = -(-nbytes // CONNECTIONS)
+    starts = range(middle, middle + nbytes, piece)
     started = time.perf_counter()
-    read(middle, middle + nbytes)
+    side_by_side(lambda start: read(start, min(start + piece, middle + nbytes)), starts, CONNECTIONS)
     return nbytes / (time.perf_counter() - started)
 
 

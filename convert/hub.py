@@ -1,28 +1,27 @@
-"""One commit of a Hugging Face repository: what is in it, its headers, and its shards, one at a time.
+"""One commit of a Hugging Face repository: what is in it, and bytes of its files.
 
 The revision is resolved once, to a commit. Everything that is kept is checked against the hashes that the hub has
-of that commit: sha256 of large files, git's own sha1 of small ones. A shard's download goes on where it was broken
-off, in this process or in a later one; the hub's own client begins it again.
+of that commit: sha256 of large files, git's own sha1 of small ones. How a large file comes in: download.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import email.utils
 import hashlib
-import os
-import threading
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_flashmoe.convert.destination import writing
 from mlx_flashmoe.convert.safetensors import Header, header_length
 from mlx_flashmoe.errors import SourceError
 
 ATTEMPTS = 5  # in a row without a byte
 PAUSE = 1.0  # seconds before the first of them; each next waits twice as long
+LONGEST_PAUSE = 300.0  # seconds that a server may ask for; the hub counts requests in windows of this length
 TIMEOUT = 30.0  # seconds without a byte
 CHUNK = 1 << 20
 FIRST_READ = 256 << 10  # of a header: most are smaller
@@ -79,10 +78,13 @@ class Repository:
         from huggingface_hub import HfApi
 
         self.name = name
-        with _hub_errors(name):
+        with hub_errors(name):
             info = HfApi().model_info(name, revision=revision, files_metadata=True)
         self.commit = str(info.sha)
         self.files: dict[str, HubFile] = {}
+        self._links: dict[
+            str, str
+        ] = {}  # file -> where the hub sends who asks for it: signed, and valid for a while
         for s in info.siblings or []:
             sha256 = s.lfs.sha256 if s.lfs is not None else None
             if s.size is not None and (sha256 or s.blob_id):
@@ -92,7 +94,7 @@ class Repository:
         """A file such as config.json, in the hub's cache."""
         from huggingface_hub import hf_hub_download
 
-        with _hub_errors(f"{self.name}: {name}"):
+        with hub_errors(f"{self.name}: {name}"):
             path = Path(hf_hub_download(self.name, name, revision=self.commit))
         self.files[name].check(path)
         return path
@@ -118,135 +120,120 @@ class Repository:
     def read_range(self, name: str, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of a file."""
         data = bytearray()
-        with _hub_errors(f"{self.name}: {name}"):
-            _retried(
-                lambda: len(data),
-                lambda: self._stream(name, start + len(data), stop, data.extend, data.clear),
-            )
+
+        def attempt() -> None:
+            with self.ask(name, start + len(data), stop) as answer:
+                answer.into(data.extend, lambda: stop - start - len(data))
+
+        with hub_errors(f"{self.name}: {name}"):
+            retried(lambda: len(data), attempt, time.sleep)
         return bytes(data)
 
-    def _stream(
-        self, name: str, start: int, stop: int, take: Callable[[bytes], object], restart: Callable[[], object]
-    ) -> None:
-        """One request for bytes [start, stop); ``restart`` is called first if they come from the file's beginning."""
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+    @contextlib.contextmanager
+    def ask(self, name: str, start: int, stop: int) -> Iterator[Answer]:
+        """One request for bytes [start, stop) of a file. From any thread.
 
-        url = hf_hub_url(self.name, name, revision=self.commit)
-        headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT) as response:
+        Raises:
+            Exception: whatever the hub's client, its HTTP library and the system raise; ``retried`` and
+                ``hub_errors`` know them.
+        """
+        from huggingface_hub.utils import hf_raise_for_status
+
+        headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        with contextlib.ExitStack() as stack:
+            response = self._open(name, headers, stack)
             hf_raise_for_status(response)
-            left = stop - start
-            if response.status_code != 206:
-                restart()
-                left = stop
+            ranged = response.status_code == 206
+            if ranged:
+                _check_range(response.headers.get("Content-Range", ""), start, self.files[name].size)
             # As it comes: a chunk that is waited for would be lost with the connection.
-            for chunk in response.iter_bytes():
-                take(chunk[:left])
-                left -= len(chunk)
-                if left <= 0:
-                    break
-        if left > 0:
-            raise ConnectionError(f"the connection ended {left} bytes early")
+            yield Answer(ranged, _without(0 if ranged else start, response.iter_bytes()))
+
+    def _open(self, name: str, headers: dict[str, str], stack: contextlib.ExitStack) -> Any:
+        """The answer to a request. The hub's redirect is followed once; where it led is asked from then on."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, get_session
+
+        link = self._links.get(name)
+        if link is not None:
+            # Somebody else's server: it gets no token.
+            own = {**build_hf_headers(token=False), **headers}
+            response = stack.enter_context(get_session().stream("GET", link, headers=own, timeout=TIMEOUT))
+            if not _lasting(response.status_code):
+                return response
+            response.close()  # the link has expired
+            self._links.pop(name, None)
+        url = hf_hub_url(self.name, name, revision=self.commit)
+        own = {**build_hf_headers(), **headers}
+        response = stack.enter_context(get_session().stream("GET", url, headers=own, timeout=TIMEOUT))
+        if (
+            response.history
+            and response.is_success
+            and _origin(response.url) != _origin(response.history[0].url)
+        ):
+            self._links[name] = str(response.url)
+        return response
 
 
-class Download:
-    """A shard on its way to ``path``, in a thread of its own.
+@dataclass(frozen=True)
+class Answer:
+    """The bytes of a file from where they were asked for.
 
     Attributes:
-        received: bytes of it that are there.
+        ranged: whether they end where they were asked to; a server that ignores ranges sends the file to its end.
     """
 
-    def __init__(self, repository: Repository, file: HubFile, path: Path) -> None:
-        self.file = file
-        self.path = path
-        self.received = 0
-        self._repository = repository
-        self._stopped = False
-        self._error: BaseException | None = None
-        # A daemon: a process that ends does not wait for it.
-        self._thread = threading.Thread(target=self._run, name="download", daemon=True)
-        self._thread.start()
+    ranged: bool
+    chunks: Iterator[bytes]
 
-    def wait(self, seconds: float) -> bool:
-        """Whether it is complete within that time. Raises what went wrong."""
-        self._thread.join(seconds)
-        if self._error is not None:
-            raise self._error
-        return not self._thread.is_alive()
+    def into(self, take: Callable[[bytes], object], left: Callable[[], int]) -> None:
+        """Gives what comes to ``take``, until no bytes are ``left``. Raises ConnectionError if it ends before."""
+        # An answer that is read to its end leaves the connection free for the next request.
+        for chunk in self.chunks:
+            if not left():
+                break  # more than was asked for
+            take(chunk[: left()])
+        if left():
+            raise ConnectionError(f"the connection ended {left()} bytes early")
 
-    def stop(self) -> None:
-        """Gives it up; returns when nothing is written any more."""
-        self._stopped = True
-        self._thread.join()
 
-    def _run(self) -> None:
-        try:
-            for attempt in (1, 2):
-                if self._fetch():
-                    return
-                if attempt == 2:
-                    raise SourceError(
-                        f"{self._repository.name}: {self.file.name}: downloaded twice, and twice it was not the file "
-                        f"that the hub has ({self.file.stamp})"
-                    )
-        except BaseException as e:
-            self._error = e
+def _without(skipped: int, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """What follows the first ``skipped`` bytes."""
+    for chunk in chunks:
+        if len(chunk) > skipped:
+            yield chunk[skipped:]
+        skipped = max(0, skipped - len(chunk))
 
-    def _fetch(self) -> bool:
-        """Brings the file in; False, and what came is removed, if it is not what the hub has."""
-        part = self.path.with_name(self.path.name + ".part")
-        hasher = self.file.hasher()
-        with writing(part), open(part, "a+b") as f:
-            self.received = 0
-            f.seek(0)
-            while data := f.read(CHUNK):  # what an earlier attempt brought
-                hasher.update(data)
-                self.received += len(data)
-            if self.received > self.file.size:
-                part.unlink()
-                return False
 
-            def take(chunk: bytes) -> None:
-                if self._stopped:
-                    raise _Stopped
-                f.write(chunk)
-                hasher.update(chunk)
-                self.received += len(chunk)
+def _check_range(text: str, start: int, size: int) -> None:
+    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", text.strip())
+    if match is None or int(match[1]) != start or match[2] not in ("*", str(size)):
+        raise ConnectionError(
+            f"bytes from {start} of {size} were asked for, and the answer is {text or 'not said'}"
+        )
 
-            def restart() -> None:
-                nonlocal hasher
-                f.truncate(0)
-                hasher, self.received = self.file.hasher(), 0
 
-            with _hub_errors(f"{self._repository.name}: {self.file.name}"):
-                _retried(
-                    lambda: self.received,
-                    lambda: (
-                        self._repository._stream(self.file.name, self.received, self.file.size, take, restart)
-                        if self.received < self.file.size
-                        else None
-                    ),
-                )
-            f.flush()
-            if not self.file.matches(hasher):
-                part.unlink()
-                return False
-            os.fsync(f.fileno())
-            part.rename(self.path)
-        return True
+def _origin(url: Any) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port
 
 
 class Unreachable(SourceError):
     """The network or the hub failed: trying again may help."""
 
 
-class _Stopped(Exception):
+class Stopped(Exception):
     """A download is given up."""
 
 
-def _retried(received: Callable[[], int], attempt: Callable[[], None]) -> None:
-    """Calls ``attempt`` until it succeeds, or fails ATTEMPTS times in a row without bringing anything."""
+def retried(
+    received: Callable[[], int], attempt: Callable[[], None], pause: Callable[[float], object]
+) -> None:
+    """Calls ``attempt`` until it succeeds, or fails ATTEMPTS times in a row without bringing anything.
+
+    Args:
+        received: bytes that have come; never fewer than before.
+        pause: waits so many seconds before the next attempt: longer each time, and at least as long as the server asks.
+    """
     from huggingface_hub.errors import HfHubHTTPError
 
     failures, before = 0, received()
@@ -254,13 +241,32 @@ def _retried(received: Callable[[], int], attempt: Callable[[], None]) -> None:
         try:
             return attempt()
         except Exception as e:
-            status = e.response.status_code if isinstance(e, HfHubHTTPError) else None
-            lasting = status is not None and status < 500 and status not in (408, 429)
+            response = e.response if isinstance(e, HfHubHTTPError) else None
+            lasting = response is not None and _lasting(response.status_code)
             failures = 1 if received() > before else failures + 1
-            if isinstance(e, (_Stopped, SourceError)) or _is_disk(e) or lasting or failures == ATTEMPTS:
+            if isinstance(e, (Stopped, SourceError)) or _is_disk(e) or lasting or failures == ATTEMPTS:
                 raise
             before = received()
-            time.sleep(PAUSE * 2 ** (failures - 1))
+            asked = _asked_pause(response.headers) if response is not None else 0.0
+            pause(max(PAUSE * 2 ** (failures - 1), asked))
+
+
+def _lasting(status: int) -> bool:
+    """Whether the same request will be answered so again."""
+    return 400 <= status < 500 and status not in (408, 429)
+
+
+def _asked_pause(headers: Any) -> float:
+    """Seconds that an answer asks to wait: Retry-After has a number or a date, the hub's own RateLimit has t=."""
+    text = headers.get("Retry-After", "").strip()
+    limit = re.search(r"\br=0\b.*\bt=(\d+)", headers.get("RateLimit", "").replace(" ", ""))
+    seconds = float(limit[1]) if limit else 0.0
+    if text.isdecimal():
+        seconds = float(text)
+    elif text:
+        with contextlib.suppress(ValueError):
+            seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+    return min(max(seconds, 0.0), LONGEST_PAUSE)
 
 
 def _is_disk(error: Exception) -> bool:
@@ -273,13 +279,13 @@ def _is_disk(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def _hub_errors(what: str) -> Iterator[None]:
+def hub_errors(what: str) -> Iterator[None]:
     """Turns whatever the hub's client raises into a SourceError of one line."""
     from huggingface_hub import errors
 
     try:
         yield
-    except (SourceError, _Stopped):
+    except (SourceError, Stopped):
         raise
     except errors.GatedRepoError:
         raise SourceError(

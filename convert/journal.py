@@ -109,7 +109,7 @@ class Journal:
             self._fd = -1
 
     def _append(self, *records: dict[str, Any]) -> None:
-        data = memoryview(b"".join(map(_line, records)))
+        data = memoryview(b"".join(map(record_line, records)))
         end = self._end
         with writing(self._path):
             # What a torn line left behind must not follow this one.
@@ -128,7 +128,7 @@ class Journal:
         shards: dict[str, Shard] = {}
         end = 0
         for line in data.splitlines(keepends=True):
-            record = _parse(line)
+            record = read_record(line)
             if record is None:
                 break
             end += len(line)
@@ -147,12 +147,13 @@ class Journal:
         return end
 
 
-def _line(record: dict[str, Any]) -> bytes:
+def record_line(record: dict[str, Any]) -> bytes:
+    """The line that holds a record."""
     text = json.dumps(record, separators=(",", ":")).encode()
     return b"%08x %b\n" % (zlib.crc32(text), text)
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def read_record(line: bytes) -> dict[str, Any] | None:
     """The record of a line; None unless the line is whole."""
     crc, _, text = line.removesuffix(b"\n").partition(b" ")
     if not line.endswith(b"\n") or crc != b"%08x" % zlib.crc32(text):

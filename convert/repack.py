@@ -349,12 +349,13 @@ class _Run:
             for shard in unit.shards:
                 if order.index(shard) < fetched:
                     continue
-                storage.fetch(shard, lambda what: self._report(0, what))
                 fetched = order.index(shard) + 1
-                if storage.temporary and fetched < len(order):
+                if storage.temporary:
                     # Before another comes, those that are done with must be gone.
                     self._drain(0, 0)
-                    storage.prefetch(order[fetched])
+                    for name in order[fetched - 1 : fetched + 1]:
+                        storage.prefetch(name)
+                storage.fetch(shard, lambda what: self._report(0, what))
             for job in unit.jobs:
                 self._drain(WORKERS + 1, FLUSHING)
                 self._jobs.append((unit, job, self._pool.submit(self._work, unit, job)))

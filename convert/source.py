@@ -11,19 +11,22 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from mlx_flashmoe.convert.hub import Download, Repository
+from mlx_flashmoe.convert.download import Connections, Download
+from mlx_flashmoe.convert.hub import Repository
 from mlx_flashmoe.convert.hub_cache import ADVICE, Snapshot
 from mlx_flashmoe.convert.journal import Beginning, Shard
+from mlx_flashmoe.convert.part import remove_record
 from mlx_flashmoe.convert.safetensors import Header, SafetensorsFile, Tensor
+from mlx_flashmoe.convert.side_by_side import side_by_side
 from mlx_flashmoe.convert.weights import INDEX, choose, json_object
 from mlx_flashmoe.errors import ConversionError, SourceError
-from mlx_flashmoe.layout import MANIFEST
+from mlx_flashmoe.layout import MANIFEST, REPOSITORY
+from mlx_flashmoe.sizes import show_size
 
 # What is copied as published: settings, tokenizer, chat template, licence. Not the index, not the weights.
 _SIDE_FILES = re.compile(
@@ -103,7 +106,7 @@ class LocalFolder:
 
 
 class HubShards:
-    """Shards downloaded into ``folder`` one after the other, and removed."""
+    """Shards downloaded into ``folder``, one or two at a time, and removed."""
 
     temporary = True
 
@@ -112,6 +115,7 @@ class HubShards:
         self._folder = folder
         self._kept = kept  # in the hub's cache, which is not ours
         self._checked: set[str] = set()
+        self._connections = Connections()
         self._downloads: dict[str, Download] = {}
 
     def fetch(self, name: str, waiting: Waiting) -> None:
@@ -127,7 +131,8 @@ class HubShards:
         self.prefetch(name)
         download = self._downloads.get(name)
         while download is not None and not download.wait(0.5):
-            waiting(f"downloading {name}, {100 * download.received // max(file.size, 1)}%")
+            done = 100 * download.received // max(file.size, 1)
+            waiting(f"downloading {name}, {done}%, {show_size(download.rate)}/s")
 
     def reader(self, name: str) -> Callable[[int, int], bytes] | None:
         """Reads bytes [start, stop) of a shard without the rest; None for a shard that is on the disk."""
@@ -137,7 +142,8 @@ class HubShards:
         path = self._folder / name
         if name not in self._kept and name not in self._downloads and not path.exists():
             self._folder.mkdir(exist_ok=True)
-            self._downloads[name] = Download(self._repository, self._repository.files[name], path)
+            file = self._repository.files[name]
+            self._downloads[name] = Download(self._repository, file, path, self._connections)
 
     def may_drop(self, name: str) -> bool:
         return name not in self._kept
@@ -146,8 +152,10 @@ class HubShards:
         if name not in self._kept:
             self._downloads.pop(name, None)
             (self._folder / name).unlink(missing_ok=True)
+            remove_record(self._folder / name)
 
     def close(self) -> None:
+        self._connections.close()
         for download in self._downloads.values():
             download.stop()
 
@@ -281,6 +289,10 @@ def _open_repository(
     repository = Snapshot(name, commit) if offline else Repository(name, commit)
     files = repository.files
     advice = ADVICE if offline else "the repository is incomplete"
+    if MANIFEST in files:
+        raise SourceError(
+            f"{name} is a converted model already ({MANIFEST} is in it); --model {name} fetches it and uses it"
+        )
     if "config.json" not in files:
         raise SourceError(f"{name}: config.json is missing; a checkpoint needs it; {advice}")
     if offline and not any(n.endswith(".safetensors") for n in files):
@@ -303,8 +315,7 @@ def _open_repository(
     }:
         headers = {n: begun.shards[n].header for n in names}
     else:
-        with ThreadPoolExecutor(HEADER_THREADS) as pool:
-            headers = dict(zip(names, pool.map(header, names)))
+        headers = side_by_side(header, names, HEADER_THREADS)
     folder = Path(name) if downloads is None else downloads
     shards = {
         n: stack.enter_context(contextlib.closing(SafetensorsFile(cached.get(n, folder / n), headers[n])))
@@ -341,6 +352,6 @@ def _repository_id(hf_path: str | os.PathLike[str]) -> str:
     if Path(hf_path).exists():
         raise SourceError(f"{hf_path} is a file; give the checkpoint's folder")
     name = str(hf_path)
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+    if not REPOSITORY.fullmatch(name):
         raise SourceError(f"{name}: no such folder, and not a Hugging Face id (org/name)")
     return name

@@ -236,7 +236,7 @@ def _add_verify(commands: Any) -> None:
         "has kept, or with the checkpoint it was made from. Says what is damaged or missing, of config.json, the "
         "tokenizer's files and the chat template too, and the command that mends it.",
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="a folder that convert has written")
+    parser.add_argument("--model", required=True, metavar="DIR_OR_ID", help="as of generate")
     parser.add_argument(
         "--against",
         metavar="ID_OR_DIR",
@@ -258,6 +258,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     from mlx_flashmoe.convert import verify
     from mlx_flashmoe.sizes import show_size
 
+    _fetch_model(arguments)
     started = time.perf_counter()
     with ConversionProgress() as display:
         compared = verify(
@@ -305,7 +306,12 @@ def _add_generate(commands: Any) -> None:
 
 
 def _add_model_flags(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    parser.add_argument("--model", required=required, metavar="DIR", help="a folder that convert has written")
+    parser.add_argument(
+        "--model",
+        required=required,
+        metavar="DIR_OR_ID",
+        help="a folder that convert has written, or the name of a repository on the hub with such a folder's files",
+    )
     parser.add_argument(
         "--expert-memory",
         default="auto",
@@ -432,6 +438,7 @@ def _sampling(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     options = {name: getattr(arguments, name.replace("-", "_")) for name, *_ in _SAMPLING_FLAGS}
     options = {name.replace("-", "_"): value for name, value in options.items() if value is not None}
     picking(**options)
+    _fetch_model(arguments)
     suggested = suggested_sampling(Path(arguments.model))
     return {**suggested, **options}, describe(suggested, options)
 
@@ -466,6 +473,23 @@ def _load_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "direct_reads": arguments.direct_reads,
         "check_reads": arguments.check_reads,
     }
+
+
+def _fetch_model(arguments: argparse.Namespace) -> None:
+    """Has --model name a folder: a converted repository on the hub is fetched into one."""
+    from mlx_flashmoe.fetch import find, model_folder
+
+    folder = find(arguments.model)
+    if folder is None:
+        from mlx_flashmoe.console import ConversionProgress
+
+        with ConversionProgress() as display:
+            try:
+                folder = model_folder(arguments.model, display.note, display.progress)
+            except KeyboardInterrupt:
+                display.note("interrupted; the same command resumes")
+                raise
+    arguments.model = str(folder)
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -777,10 +801,10 @@ def _serve(arguments: argparse.Namespace) -> int:
     if arguments.queue < 0:
         raise RequestError(f"--queue should be at least 0, but is {arguments.queue}")
 
-    folder = Path(arguments.model)
     prefixes = _prefix_options(arguments)
     options = {**_load_options(arguments), "prefix_memory": prefixes["memory_bytes"]}
     sampling, line = _sampling(arguments)
+    folder = Path(arguments.model)
 
     def loaded() -> tuple[StreamingModel, Tokenizer]:
         with closing(loading_bar()) as bar:
@@ -838,6 +862,7 @@ def _add_eval(commands: Any) -> None:
 def _eval(arguments: argparse.Namespace) -> int:
     from mlx_flashmoe import evaluate
 
+    _fetch_model(arguments)
     evaluate.run(
         arguments.model,
         text=arguments.text,
@@ -920,6 +945,7 @@ def _bench_model(arguments: argparse.Namespace) -> int:
 
     if arguments.model is None:
         raise RequestError("bench needs --model DIR, or: bench kernels")
+    _fetch_model(arguments)
     options = {**_load_options(arguments), "read_ahead": not arguments.no_read_ahead}
     model.run(arguments.model, arguments.prompts, arguments.tokens, arguments.json, **options)
     return 0

@@ -229,20 +229,27 @@ def expert_files(
     return [path for path in paths if path.exists()] or paths[:1]
 
 
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # the name of one on the hub
+
+
+def convert_command(source: str | os.PathLike[str]) -> str:
+    """The command that converts a checkpoint: a folder, or a repository on the hub."""
+    made = f"{Path(source).resolve().name}-4bit"
+    return (
+        f"python -m mlx_flashmoe convert --hf-path {shlex.quote(str(source))} --mlx-path {shlex.quote(made)}"
+    )
 
 
 def _advice(folder: Path) -> str:
     """Why a path is not a converted folder, and the command that makes one of what it is."""
-    convert = "python -m mlx_flashmoe convert --hf-path {} --mlx-path {}"
-    source, made = shlex.quote(str(folder)), shlex.quote(f"{folder.resolve().name}-4bit")
     if (folder / "config.json").is_file() and any(folder.glob("*.safetensors*")):
-        return f"it is a checkpoint: convert it first, {convert.format(source, made)}"
+        return f"it is a checkpoint: convert it first, {convert_command(folder)}"
     if folder.is_dir():
         return f"no {MANIFEST} in it, and no checkpoint that could be converted"
-    if _REPOSITORY.fullmatch(str(folder)):
-        return f"no such folder; to convert the repository of that name on the hub: {convert.format(source, made)}"
-    return f"no such folder; make one with: {convert.format('SRC', source)}"
+    if REPOSITORY.fullmatch(str(folder)):
+        return f"no such folder; to convert the repository of that name on the hub: {convert_command(folder)}"
+    made = shlex.quote(str(folder))
+    return f"no such folder; make one with: python -m mlx_flashmoe convert --hf-path SRC --mlx-path {made}"
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from mlx_flashmoe.errors import FormatError, MemoryPlanError
 from mlx_flashmoe.experts import Decode, ExpertStore, ReadAhead, SlotArena, StreamedExperts
 from mlx_flashmoe.experts.store import reads_directly
 from mlx_flashmoe.facts import Facts
+from mlx_flashmoe.fetch import model_folder
 from mlx_flashmoe.layout import Manifest, expert_files
 from mlx_flashmoe.models import architecture
 from mlx_flashmoe.models.cache import Cache
@@ -183,12 +184,13 @@ def load(
     """Loads a converted folder. One without a tokenizer.json loads too; its tokenizer raises when used.
 
     Args:
-        path: what ``convert`` made.
+        path: what ``convert`` made: a folder, or a repository of it on the hub ("org/name"), which is fetched once
+            (fetch.py).
         expert_memory: memory for experts: "8GB" or a number of bytes; "auto" picks from the machine's memory;
             "os" keeps slots only for the layer at work and leaves caching to the operating system.
         active_experts: routed experts a token uses; the checkpoint's own number if None.
         dtype: of the activations; the checkpoint's own on a GPU and float32 on a CPU if None.
-        announce: is given the memory plan, a line, before memory is taken.
+        announce: is given a line about what is fetched, if anything, and the memory plan, before memory is taken.
         read_ahead: read the next layer's likely experts while this one computes, as long as that pays.
         experts_path: more folders that hold copies of some or all of the expert files, best on other disks:
             reads are spread over all copies, and ``path`` itself need not have those that are elsewhere.
@@ -201,8 +203,9 @@ def load(
     Raises:
         FormatError: not a complete converted folder, or its parts contradict each other.
         MemoryPlanError: it does not fit in memory as asked.
+        SourceError, ConversionError: a repository cannot be fetched, or not be written.
     """
-    folder = Path(path)
+    folder = model_folder(path, announce)
     manifest = Manifest.load(folder, experts_path)
     for other in experts_path:
         if not any((Path(other) / entry.file).exists() for entry in manifest.layers):

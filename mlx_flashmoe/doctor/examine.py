@@ -6,6 +6,7 @@ the index and the headers are fetched, over HTTP range requests.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -16,14 +17,19 @@ import mlx.core as mx
 
 from mlx_flashmoe.convert.estimate import disk_needs
 from mlx_flashmoe.convert.families import bind
+from mlx_flashmoe.convert.hub import Repository
 from mlx_flashmoe.convert.plan import make_plan
 from mlx_flashmoe.convert.recipe import Recipe
-from mlx_flashmoe.convert.safetensors import DTYPE_BITS, SafetensorsFile
+from mlx_flashmoe.convert.safetensors import DTYPE_BITS, Header, SafetensorsFile
 from mlx_flashmoe.convert.source import Checkpoint, open_checkpoint
 from mlx_flashmoe.convert.units import cut
+from mlx_flashmoe.convert.weights import json_object
+from mlx_flashmoe.errors import FormatError
+from mlx_flashmoe.fetch import published, read_manifest, wanted_files
 from mlx_flashmoe.layout import MANIFEST, STATE, BlobLayout, Manifest, Quantization
 from mlx_flashmoe.loader import read_config
 from mlx_flashmoe.models import architecture
+from mlx_flashmoe.sizes import show_size
 
 FLOATS = ("F32", "F16", "BF16")
 EMBEDDING = "model.embed_tokens."  # a token reads one row of it
@@ -41,8 +47,8 @@ class Needs:
         expert_bytes, dense_bytes: on disk.
         dense_in_memory: bytes, as they are held.
         dense_read: bytes of them that a token goes through, and ``dense_parameters`` numbers.
-        converted: whether it is in a folder that can be run.
-        download: bytes that convert would fetch from the hub; files in the hub's cache are not fetched.
+        converted: whether it can be run as it is, from a folder or fetched from the hub.
+        download: bytes that convert, or --model, would fetch from the hub; files in the hub's cache are not fetched.
         conversion_space: bytes of free disk that convert needs at its worst moment.
         notes: lines about what is unusual.
     """
@@ -74,22 +80,45 @@ def examine(model: str, dtype: mx.Dtype) -> Needs:
     """
     folder = Path(model)
     if (folder / MANIFEST).exists() or (folder / STATE).exists():
-        return _converted(folder, dtype)
+        return _in_folder(folder, dtype)
+    if (repository := published(model)) is not None:
+        return _on_hub(repository, dtype)
     with open_checkpoint(model) as checkpoint:
         return _to_convert(checkpoint, dtype)
 
 
-def _converted(folder: Path, dtype: mx.Dtype) -> Needs:
+def _in_folder(folder: Path, dtype: mx.Dtype) -> Needs:
     manifest = Manifest.load(folder)
-    tensors = []
+    headers = []
     for entry in manifest.dense:
-        file = SafetensorsFile(folder / entry.file)
-        tensors += [(t.name, t.dtype, t.shape) for t in file.tensors.values()]
-        file.close()
+        with contextlib.closing(SafetensorsFile(folder / entry.file)) as file:
+            headers.append(file.header)
+    return _converted(manifest, headers, read_config(folder), dtype)
+
+
+def _on_hub(repository: Repository, dtype: mx.Dtype) -> Needs:
+    manifest = read_manifest(repository)
+    names = [file.name for file in wanted_files(repository, manifest)]
+    if "config.json" not in names:
+        raise FormatError(f"{repository.name}: config.json is not among the files of the model")
+    headers = [repository.header(entry.file) for entry in manifest.dense]
+    config = json_object(repository.small_file("config.json"), "")
+    needs = _converted(manifest, headers, config, dtype)
+    size = sum(repository.files[name].size for name in names)
+    return replace(needs, state=f"converted, on the hub: {show_size(size)} to fetch", download=size)
+
+
+def _converted(manifest: Manifest, headers: list[Header], config: dict[str, Any], dtype: mx.Dtype) -> Needs:
+    files = zip(manifest.dense, headers)
+    tensors = [
+        (t.name, t.dtype, t.shape)
+        for entry, header in files
+        for t in SafetensorsFile(Path(entry.file), header).tensors.values()
+    ]
     return _needs(
         manifest.model_type,
         "converted",
-        read_config(folder),
+        config,
         tensors,
         manifest.dense_quantization,
         manifest.layouts,

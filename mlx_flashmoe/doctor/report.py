@@ -30,6 +30,7 @@ from mlx_flashmoe.doctor.predictions import (
 from mlx_flashmoe.doctor.verdict import choose, commands, figure, verdict
 from mlx_flashmoe.errors import MemoryPlanError, RequestError
 from mlx_flashmoe.experts.store import reads_directly
+from mlx_flashmoe.fetch import find
 from mlx_flashmoe.layout import PROJECTIONS, BlobLayout, Quantization, expert_file
 from mlx_flashmoe.loader import PLANNED_CONTEXT
 from mlx_flashmoe.reports import check_report, write_report
@@ -79,6 +80,8 @@ def run(
     # A machine of which the bandwidth is given computes on a GPU, in bfloat16.
     on_gpu = mx.default_device() == mx.gpu or other.bandwidth is not None
     dtype = mx.bfloat16 if on_gpu else mx.float32
+    if not Path(model).exists():
+        model = str(find(model) or model)  # what was fetched of a repository
     needs = examine(model, dtype)
     total, usable = memory_of(other)
     impossible = why_nothing_fits(model, needs, context, usable, dtype)
@@ -86,7 +89,7 @@ def run(
         raise MemoryPlanError(impossible)
     folder = Path(model) if Path(model).is_dir() else Path.cwd()
     rates = rates_of(needs, folder, other)
-    here = needs.converted and not other.described
+    here = needs.converted and Path(model).is_dir() and not other.described
     may_read_directly = here and reads_directly(folder / expert_file(0))
     largest = None if other.described else memory.largest_buffer()
     rows = list(

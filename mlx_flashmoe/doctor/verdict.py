@@ -66,6 +66,8 @@ def verdict(needs: Needs, row: Row, fits: bool, prompt: int, free: int | None) -
         lines.append(f"Fits in memory (mlx-lm also runs it), but is streamed with {_setting(row)}.")
     else:
         lines.append("Does not fit in memory: streamed.")
+    if needs.converted and needs.download:
+        lines[1] += f" Download {show_size(needs.download)}, on first use."
     if not needs.converted:
         space = f"disk {show_size(needs.conversion_space)}"
         lines[1] += f" Download {show_size(needs.download)}; {space}" if needs.download else f" D{space[1:]}"
