@@ -5,7 +5,7 @@ The right one explains the rest of the answer best. Every way to read the text h
 - a closing mark that is left over in the text between calls costs 2 (a value that was taken to end too early);
 - a mark within a value that has no partner there costs 1 (a value that was taken to end too late);
 - a call in a sentence or in a code fence costs 1 if it is no call;
-- a mark that is not on a line of its own, where the call's others are, costs 2;
+- a mark that is not on a line of its own, where the call's others are, costs 3;
 - a missing mark costs 3, and so does a new parameter's mark, without an end before it, that is taken for text;
 - the end of a value with a new parameter of the schema after it costs 5 if it is taken for text, and so does the end
   of a call with another call after it.
@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 
 from mlx_flashmoe.tools.marks import Mark, TagMarks
 
-LEFT_OVER, ALONE, CRAMMED, MISSING, PASSED, PROSE, UNREAD = 2, 1, 2, 3, 5, 1, 1000
+LEFT_OVER, ALONE, CRAMMED, MISSING, PASSED, PROSE, UNREAD = 2, 1, 3, 3, 5, 1, 1000
 
 
 class Partners:
