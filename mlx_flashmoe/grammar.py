@@ -4,8 +4,8 @@ The grammar engine is llguidance (the extra ``grammar``). Here stands what the g
 tools or JSON of a schema, and how an answer keeps to one within its number of tokens:
 
 - Thinking comes before the grammar: it is free until ``</think>``, but may not be all there is.
-- A call has the form that the model was trained on, tags around plain text, if its values' schemas can be kept
-  to in plain text; else it is a JSON object, which every schema can.
+- A call has the checkpoint's syntax. In Qwen's it is in tags around plain text, if its values' schemas can be kept
+  to in plain text, or a JSON object, which can hold every value: the model chooses. Other syntaxes have JSON only.
 - When tokens run short, thinking is ended, and a token is only let through if the rest of the answer still fits
   after it. So an answer is complete, if its shortest form fits at all.
 """
@@ -23,9 +23,7 @@ import numpy as np
 from mlx_flashmoe.errors import RequestError
 from mlx_flashmoe.schema import referred, value_types
 from mlx_flashmoe.tokenizer import Tokenizer
-from mlx_flashmoe.tools.events import Tool, parameter_schemas
-
-CALL_START, CALL_END = "<tool_call>", "</tool_call>"
+from mlx_flashmoe.tools import Tool, parameter_schemas
 
 # JSON as the chat template writes it. Free whitespace would let an unsure model write nothing else.
 _JSON_STYLE = {
@@ -45,9 +43,11 @@ _PLAIN_OBJECT = (
     {"type", "properties", "required", "additionalProperties", "$schema", "strict"} | _REMARKS | _DEFINITIONS
 )
 _PLAIN_TEXT = {"type", "enum", "const", "minLength", "maxLength"} | _REMARKS
-# What text in tags cannot hold, because the parser would take it for the end.
-_TEXT_MARKS = ("</parameter>", CALL_END)
+# What plain text in tags may not hold: where it would end, and what opens another mark. The JSON form can hold it.
+_BOUNDARY = r"<\/parameter>[ \t\r\n]*(<parameter=|<\/function>)"
+_FORBIDDEN = rf"{_BOUNDARY}|<parameter=|<function=|<tool_call>"
 _VALUE_END = "\n</parameter>\n"
+_NEXT, _LAST = "<parameter=", "</function>"
 
 
 class Constrainer:
@@ -210,8 +210,21 @@ class _Ends:
     """Finds a short way to the end of an answer: by what usually ends a thing, not by a search."""
 
     # What ends things, first what ends most. Within a string, where all of them are text, only its own end does.
-    TEXT_ENDS = (_VALUE_END, '"')
-    OTHER_ENDS = (_VALUE_END, "}", "]", ", ", "0", '"', "null", "true", "[", "{")
+    TEXT_ENDS = (_VALUE_END + _LAST, _VALUE_END + _NEXT, '"')
+    OTHER_ENDS = (
+        _LAST,
+        _VALUE_END + _LAST,
+        _VALUE_END + _NEXT,
+        "}",
+        "]",
+        ", ",
+        "0",
+        '"',
+        "null",
+        "true",
+        "[",
+        "{",
+    )
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         def encode(text: str) -> list[int]:
@@ -257,9 +270,12 @@ class _Rules:
     def start(self, tools: Sequence[Tool], several: bool, schema: Any) -> str:
         ways = []
         if tools:
+            json = self._tokenizer.tool_syntax.json
+            several = several and self._tokenizer.tool_syntax.several
             calls = [self._call(name, parameters) for name, parameters in parameter_schemas(tools).items()]
             call = self._rule("call", " | ".join(calls))
-            ways.append(f'{call} ("\\n" {call})*' if several else call)
+            again = f"({self._marked(json.between)} {call})*" if several else ""
+            ways.append(f"{self._marked(json.start)} {call} {again} {self._marked(json.end)}")
         if schema is not None:
             ways.append(self._json(schema, {}))
         return self._rule("answer", " | ".join(ways))
@@ -274,23 +290,36 @@ class _Rules:
         token = self._tokenizer.token_id(text)
         return _literal(text) if token is None else f"<[{token}]>"
 
+    def _marked(self, text: str) -> str:
+        """Text that may have marks in it."""
+        marks = self._tokenizer.tool_syntax.marks
+        parts = re.split("(" + "|".join(map(re.escape, sorted(marks, key=len, reverse=True))) + ")", text)
+        return " ".join(self._mark(part) if part in marks else _literal(part) for part in parts if part)
+
     def _call(self, name: str, schema: dict[str, Any]) -> str:
-        parameters = self._parameters(name, schema)
-        if parameters is None:
-            call = {
-                "type": "object",
-                "properties": {"name": {"const": name}, "arguments": {"type": "object", **schema}},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-            body = f'"\\n" {self._json(call, schema)} "\\n"'
-        else:
-            head = _literal(f"\n<function={name}>\n")
-            body = f'{head} {parameters} "</function>\\n"'
-        return self._rule("call", f"{self._mark(CALL_START)} {body} {self._mark(CALL_END)}")
+        syntax = self._tokenizer.tool_syntax
+        arguments = {"type": "object", **schema}
+        if syntax.json.before_name is not None:
+            before, after = syntax.json.before_name + name + syntax.json.after_name, syntax.json.after_call
+            return self._rule(
+                "call", f"{self._marked(before)} {self._json(arguments, schema)} {self._marked(after)}"
+            )
+        call = {
+            "type": "object",
+            "properties": {"name": {"const": name}, "arguments": arguments},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        start, end = self._mark("<tool_call>"), self._mark("</tool_call>")
+        ways = [f'"\\n" {self._json(call, schema)} "\\n"']
+        parameters = self._parameters(name, schema) if syntax.tags else None
+        if parameters is not None:
+            ways.insert(0, f'{_literal(f"{chr(10)}<function={name}>{chr(10)}")} {parameters} "\\n"')
+        return self._rule("call", f"{start} ({' | '.join(ways)}) {end}")
 
     def _parameters(self, name: str, schema: dict[str, Any]) -> str | None:
-        """The rule for a call's parameters in tags; None if the schema asks for more than tags can promise."""
+        """The rule for a call's parameters in tags, and for the function's end; None if the schema asks for more
+        than tags can promise."""
         properties, required = schema.get("properties", {}), schema.get("required", [])
         if not (
             schema.keys() <= _PLAIN_OBJECT
@@ -301,47 +330,62 @@ class _Rules:
             and all(_NAME.fullmatch(n) for n in [name, *properties])
         ):
             return None
-        parts = []
-        for key, value in properties.items():
-            rule = self._value(value, schema)
+        # From the last parameter to the first: what may follow each. Its end tells which of both it is.
+        following: list[str] = []
+        may_end = True
+        for key, value in reversed(properties.items()):
+            rule = self._value(value, schema, " | ".join(following), may_end)
             if rule is None:
                 return None
-            head = _literal(f"<parameter={key}>\n")
-            parameter = self._rule("parameter", f"{head} {rule}")
-            parts.append(parameter if key in required else f"{parameter}?")
-        return " ".join(parts)
+            parameter = self._rule("parameter", f"{_literal(key + '>' + chr(10))} {rule}")
+            following = [parameter] if key in required else [parameter, *following]
+            may_end = may_end and key not in required
+        ways = [f"{_literal(_NEXT)} ({' | '.join(following)})"] if following else []
+        return f"({' | '.join([*ways, *([_literal(_LAST)] if may_end else [])])})"
 
-    def _value(self, schema: Any, root: dict[str, Any]) -> str | None:
-        """The rule for a value in tags and the tag that ends it: text as it is, everything else as JSON."""
+    def _value(self, schema: Any, root: dict[str, Any], following: str, may_end: bool) -> str | None:
+        """The rule for a value in tags, its end and what follows: text as it is, everything else as JSON.
+
+        Args:
+            following: the parameters that may follow; "" if none may.
+            may_end: the function may end after the value.
+        """
         for _ in range(8):  # which may name one another, and in a circle
             if isinstance(schema, dict) and schema.keys() - _REMARKS == {"$ref"}:
                 schema = referred(schema, root)
         types = value_types(schema, root)
+        ends = [(_NEXT, f"({following})")] if following else []
+        ends += [(_LAST, "")] if may_end else []
         if types and "string" not in types:
-            return f"{self._json(schema, root)} {_literal(_VALUE_END)}"
+            ways = [f"{_literal(_VALUE_END + end)} {then}" for end, then in ends]
+            return f"{self._json(schema, root)} ({' | '.join(ways)})"
         if schema is True or schema == {}:
-            return self._text({})
+            return self._text({}, ends)
         if not isinstance(schema, dict):
             return None
         if types <= {"string"} and schema.keys() <= _PLAIN_TEXT:
-            return self._text(schema)
+            return self._text(schema, ends)
         # Text that reads as a number becomes one where numbers are allowed: well, if any number is.
-        ways = [{k: v for k, v in schema.items() if k != "anyOf"}, *schema.get("anyOf", [])]
-        plain = all(isinstance(way, dict) and way.keys() <= {"type"} | _REMARKS for way in ways)
-        return self._text({}) if plain else None
+        parts = [{k: v for k, v in schema.items() if k != "anyOf"}, *schema.get("anyOf", [])]
+        plain = all(isinstance(part, dict) and part.keys() <= {"type"} | _REMARKS for part in parts)
+        return self._text({}, ends) if plain else None
 
-    def _text(self, schema: dict[str, Any]) -> str | None:
+    def _text(self, schema: dict[str, Any], ends: list[tuple[str, str]]) -> str | None:
         values = [schema["const"]] if "const" in schema else schema.get("enum")
         if values is not None:
-            plain = all(isinstance(v, str) and not any(m in v for m in (*_TEXT_MARKS, "\0")) for v in values)
-            return f"({' | '.join(_literal(v + _VALUE_END) for v in values)})" if plain and values else None
-        marks, end = ("|".join(map(_pattern, _TEXT_MARKS)), _pattern(_VALUE_END))
-        terminal = f"/(?s:.*){end}/ & ~/(?s:.*)({marks})(?s:.*){end}/"
+            plain = all(isinstance(v, str) and not re.search(_FORBIDDEN + "|\0", v) for v in values)
+            ways = [f"{_literal(v + _VALUE_END + end)} {then}" for v in values for end, then in ends]
+            return f"({' | '.join(ways)})" if plain and values else None
         least, most = schema.get("minLength", 0), schema.get("maxLength", "")
-        if least or most != "":
-            terminal += f" & /(?s:.{{{least},{most}}}){end}/"
-        # Lazy: text ends at the first end tag. Else it would swallow the tag, being text as well.
-        return self._rule("text", self._rule("TEXT", terminal), "[lazy]")
+        ways = []
+        for end, then in ends:
+            close = _pattern(_VALUE_END + end)
+            terminal = f"/(?s:.*){close}/ & ~/(?s:.*)({_FORBIDDEN})(?s:.*){close}/"
+            if least or most != "":
+                terminal += f" & /(?s:.{{{least},{most}}}){close}/"
+            # Lazy: text ends at the first end. Else it would swallow it, being text as well.
+            ways.append(f"{self._rule('text', self._rule('TEXT', terminal), '[lazy]')} {then}")
+        return f"({' | '.join(ways)})"
 
     def _json(self, schema: Any, root: dict[str, Any]) -> str:
         if not isinstance(schema, dict):

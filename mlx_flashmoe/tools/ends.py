@@ -4,7 +4,11 @@ The right one explains the rest of the answer best. Every way to read the text h
 
 - a closing mark that is left over in the text between calls costs 2 (a value that was taken to end too early);
 - a mark within a value that has no partner there costs 1 (a value that was taken to end too late);
-- a missing mark costs 3, and so does a new parameter of the schema that is taken for text of a value.
+- a call in a sentence or in a code fence costs 1 if it is no call;
+- a mark that is not on a line of its own, where the call's others are, costs 3;
+- a missing mark costs 3, and so does a new parameter's mark, without an end before it, that is taken for text;
+- the end of a value with a new parameter of the schema after it costs 5 if it is taken for text, and so does the end
+  of a call with another call after it.
 
 Of ways that cost the same, the one that ends values first is taken. So a value that quotes whole calls, or a single
 mark, is whole. One thing cannot be told apart: a value that holds closing marks and then a whole call reads, byte for
@@ -20,7 +24,7 @@ from dataclasses import dataclass, field
 
 from mlx_flashmoe.tools.marks import Mark, TagMarks
 
-LEFT_OVER, ALONE, MISSING, PASSED, UNREAD = 2, 1, 3, 3, 1000
+LEFT_OVER, ALONE, CRAMMED, MISSING, PASSED, PROSE, UNREAD = 2, 1, 3, 3, 5, 1, 1000
 
 
 class Partners:
@@ -84,6 +88,9 @@ class Region:
         last: the answer ends with the text. Else another call follows it.
         alone: no text stands before the call on its line.
         fenced: the call stands in a code fence that was open before it.
+        before: the character before the text.
+        filled: the begun value has text before this text.
+        lines: the call has its marks on lines of their own so far.
     """
 
     form: TagMarks
@@ -96,6 +103,9 @@ class Region:
     last: bool
     alone: bool = True
     fenced: bool = False
+    lines: bool = False
+    before: str = "\n"
+    filled: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,6 +144,8 @@ class _Search:
         else:
             heapq.heappush(self.ways, first)
         heapq.heappush(self.ways, _Way(UNREAD, (len(r.marks) + 1,), _State("end")))
+        if not r.alone or r.fenced:
+            heapq.heappush(self.ways, _Way(PROSE, (), _State("text")))
         while self.ways:
             way = heapq.heappop(self.ways)
             if way.state in self.seen:
@@ -182,18 +194,25 @@ class _Search:
         r, state = self.r, way.state
         own_value = state.first and state.place == 0 and r.partners is not None
         partners = r.partners.copy() if own_value and r.partners else Partners()
-        passed = 0
+        passed, quoted, names = 0, 0, set(state.keys)  # a value may quote many calls: that costs once
         for q in range(state.place, len(r.marks)):
             mark, after = r.marks[q], self._next(q)
-            cost = partners.alone * ALONE + passed
+            cost = partners.alone * ALONE + passed + quoted
             before = r.marks[q - 1].kind if q > state.place and self._next(q - 1) else ""
             if mark.kind == "/parameter" and after == "parameter":
-                following = r.marks[q + 1]
-                if following.name not in state.keys:
-                    self._parameter(way, q + 1, mark.start, cost)
-                    passed += PASSED * (following.name in r.properties)
+                name = r.marks[q + 1].name
+                if name not in state.keys:
+                    crammed = self._crammed(q, q + 1)
+                    self._parameter(way, q + 1, mark.start, cost + crammed + (name not in r.properties))
+                    passed += PASSED * (name in r.properties and name not in names and not crammed)
+                    names.add(name)
             elif mark.kind == "/parameter" and after == "/function":
-                self._function_end(way, q + 1, cost, mark.start, partners.quoting)
+                last = q + 2 if self._next(q + 1) == "/section" else q + 1
+                crammed = self._crammed(q, last)
+                self._function_end(way, q + 1, cost + crammed, mark.start, partners.quoting)
+                again = last + 1 < len(r.marks) and opens(r, last + 1) is not None
+                if again and not crammed:
+                    quoted, passed = (PASSED, passed) if partners.quoting else (quoted, passed + PASSED)
             elif not r.last:
                 pass  # nothing but a section's mark may be missing before the answer has ended
             elif mark.kind == "/parameter" and after == "/section":
@@ -203,11 +222,22 @@ class _Search:
             elif mark.kind == "/section" and before not in ("/parameter", "/function"):
                 self._end(way, q, cost + 2 * MISSING, mark.start, strict=False)
             elif mark.kind == "parameter" and before != "/parameter" and not any(partners.open.values()):
+                begin = r.marks[q - 1].end if q else 0
+                filled = (
+                    q > state.place or (own_value and r.filled) or bool(r.text[begin : mark.start].strip())
+                )
                 new = mark.name in r.properties and mark.name not in state.keys
-                if new and r.text[mark.start - 1 : mark.start] == "\n":
+                if new and filled and on_line(r.text, mark, r.before):
                     self._parameter(way, q, mark.start, cost + MISSING)
-                    passed += PASSED
+                    passed += MISSING
             partners.add(mark.kind)
+
+    def _crammed(self, first: int, last: int) -> int:
+        """The cost of marks that are not on lines of their own."""
+        marks = self.r.marks[first : last + 1]
+        return CRAMMED * (
+            self.r.lines and not all(on_line(self.r.text, mark, self.r.before) for mark in marks)
+        )
 
     def _parameter(self, way: _Way, place: int, value_end: int, cost: int) -> None:
         """The value ends, and the parameter at ``place`` begins."""
@@ -305,6 +335,12 @@ def opens(region: Region, place: int) -> int | None:
     if text[function.end : marks[place + 1].start].strip():
         return None
     return place + 1 if marks[place + 1].kind in ("parameter", "/function", "/section") else None
+
+
+def on_line(text: str, mark: Mark, before: str = "\n") -> bool:
+    """The mark has a line of its own. ``before``: the character before the text."""
+    left = text[mark.start - 1] if mark.start else before
+    return left == "\n" and text[mark.end : mark.end + 1] in ("", "\n")
 
 
 def closes_fence(text: str) -> bool:

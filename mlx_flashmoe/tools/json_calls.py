@@ -23,13 +23,18 @@ class JsonForm:
         openings: what comes before the object, and its brace. A field "name" is the function's name; without one,
             the object is ``{"name": …, "arguments": {…}}``.
         endings: marks that follow the object, in order; each may be missing.
+        certain: no prose has these marks, because they are tokens of their own: a call is one anywhere.
         bare: an object that begins so at the start of a line is a call as well, if the first ending follows it.
     """
 
     def __init__(
-        self, openings: Sequence[Pattern], endings: Sequence[str], bare: Pattern | None = None
+        self,
+        openings: Sequence[Pattern],
+        endings: Sequence[str],
+        bare: Pattern | None = None,
+        certain: bool = False,
     ) -> None:
-        self._openings, self.endings, self._bare = openings, endings, bare
+        self._openings, self._endings, self._bare, self._certain = openings, endings, bare, certain
 
     def openings(self) -> Sequence[Opening]:
         bare = [Opening(self._bare, bare=True)] if self._bare else []
@@ -37,7 +42,7 @@ class JsonForm:
 
     def reader(self, schemas: Mapping[str, Any], alone: bool, fenced: bool) -> Reader:
         openings = [re.compile(pattern.full()) for pattern in self._openings]
-        return JsonReader(openings, self.endings, schemas, alone and not fenced)
+        return JsonReader(openings, self._endings, schemas, self._certain or (alone and not fenced))
 
 
 class JsonReader:
@@ -73,10 +78,14 @@ class JsonReader:
             self._lead = text[: opening.end() - 1] if opening else ""
             text = text[len(self._lead) :]
             name = (opening.groupdict().get("name") or "").strip() if opening else ""
-            self._header = name
             self._sure = self._sure and opening is not None
-            self._stream = _Stream(self._schemas, name)
+            self.begin(self._lead, name)
         return self._read(text, last=False)
+
+    def begin(self, lead: str, name: str) -> None:
+        """The object follows ``lead``. ``name``: the function's, "" if the object has it."""
+        self._lead, self._header = lead, name
+        self._stream = _Stream(self._schemas, name)
 
     def finish(self) -> list[Reading]:
         events = self._read("", last=True)

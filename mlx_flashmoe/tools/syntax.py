@@ -29,7 +29,8 @@ class TagForm:
 class AnswerReader(Protocol):
     """Reads an answer whose thinking is told apart by other means than ``<think>``."""
 
-    in_call: bool
+    @property
+    def in_call(self) -> bool: ...
 
     def feed(self, text: str) -> list[Reading]: ...
 
@@ -65,6 +66,7 @@ class Syntax:
         json: how a call with JSON arguments is written; every schema can be kept to in it.
         tags: the marks of the form in plain text that the models were trained on, if it is one of the forms.
         reader: reads whole answers, where channels tell thinking from text.
+        several: an answer may have more than one call.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Syntax:
     json: Wrapping
     tags: TagMarks | None = None
     reader: Callable[[Mapping[str, Any]], AnswerReader] | None = None
+    several: bool = True
 
     def finder(self, schemas: Mapping[str, Any]) -> CallFinder:
         return CallFinder(self.forms, schemas)

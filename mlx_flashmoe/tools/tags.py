@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx_flashmoe.thinking import overlap
 from mlx_flashmoe.tools.arguments import ArgumentWriter, PlainValue
-from mlx_flashmoe.tools.ends import Partners, Plan, Region, choose, closes_fence, opens
+from mlx_flashmoe.tools.ends import Partners, Plan, Region, choose, closes_fence, on_line, opens
 from mlx_flashmoe.tools.events import Cut, Reading, Text
 from mlx_flashmoe.tools.marks import Mark, TagMarks
 
@@ -53,6 +53,7 @@ class TagReader:
         self._alone, self._fenced = alone, fenced
         self._settled: list[str] = []  # the call's text that is dealt with
         self._text = ""  # the rest of it, from which marks are read
+        self._before, self._filled = "\n", False  # the character before that; the value has text before that
         self._scanned = 0
         self._head: list[Mark] = []  # up to the function's mark
         self._name = ""
@@ -60,6 +61,7 @@ class TagReader:
         self._value: PlainValue | None = None
         self._partners: Partners | None = None  # of the value that is being shown
         self._keys: frozenset[str] = frozenset()
+        self._lines = True  # all marks so far that belong to the call have lines of their own
         self._held = False
         self._marks: list[Mark] = []  # that are not settled
         self._walk = Partners()  # of the value, if it does not end at any of these
@@ -76,7 +78,7 @@ class TagReader:
         plan, closing = None, self._form.section_end or ""
         # The answer may have been cut within the last mark.
         part = overlap(self._text, closing) if not self._text.endswith(closing) else 0
-        events = self._scan(len(self._text) - part)
+        events = self._scan(len(self._text) - part, last=True)
         if self.rest is not None:
             return events
         if self._head and self._head[-1].kind == "function":
@@ -91,10 +93,12 @@ class TagReader:
             return [*events, Cut("".join(self._settled) + self._text)]
         return events + self._prose(self._head[0].end if self._head else len(self._text))
 
-    def _scan(self, end: int) -> list[Reading]:
+    def _scan(self, end: int, last: bool = False) -> list[Reading]:
         events: list[Reading] = []
         while self.rest is None:
             mark = self._form.find(self._text, self._scanned, end)
+            if mark is not None and not last and mark.end == len(self._text):
+                end, mark = mark.start, None  # what follows a mark counts, too
             stop = mark.start if mark else max(end, self._scanned)
             if self._text[self._scanned : stop].strip():
                 shift = len(self._text)
@@ -142,6 +146,7 @@ class TagReader:
         self._head.append(mark)
         if mark.kind == "function" and mark.name in self._schemas:
             self._name, self._writer = mark.name, ArgumentWriter(mark.name)
+            self._lines = self._form.trim and all(on_line(self._text, m, self._before) for m in self._head)
         elif mark.kind != "section" or len(self._head) > 1:
             return self._prose(self._head[0].end)
         return []
@@ -149,6 +154,7 @@ class TagReader:
     def _begin(self, parameter: Mark) -> list[Reading]:
         assert self._writer is not None
         self.begun = True
+        self._lines = self._lines and on_line(self._text, parameter, self._before)
         return self._writer.start() + self._parameter(parameter)
 
     def _parameter(self, mark: Mark) -> list[Reading]:
@@ -158,6 +164,7 @@ class TagReader:
         self._keys |= {mark.name}
         self._partners, self._marks = Partners(), []
         self._settle(mark.end)
+        self._filled = False
         return []
 
     def _take_in_value(self, mark: Mark) -> list[Reading]:
@@ -174,12 +181,15 @@ class TagReader:
                 return events + self._hold_all()
             return events
         if mark.kind == "parameter" and mark.name not in self._keys:
-            if row == ("/parameter", "parameter") and not self._partners.alone:
+            follows = row == ("/parameter", "parameter") and not self._partners.alone
+            if follows and (
+                not self._lines or all(on_line(self._text, m, self._before) for m in (self._marks[0], mark))
+            ):
                 end = self._marks[0].start
                 return self._value.feed(self._text[:end]) + self._value.end() + self._parameter(mark)
             known = mark.name in self._schemas[self._name].get("properties", {})
-            first_on_line = self._text[mark.start - 1 : mark.start] == "\n"
-            bare = len(row) == 1 and known and first_on_line and not any(self._partners.open.values())
+            alone = on_line(self._text, mark, self._before) and not any(self._partners.open.values())
+            bare = len(row) == 1 and known and alone
             if row == ("/parameter", "parameter") or bare:
                 self._marks.append(mark)
                 return self._hold_all()
@@ -198,6 +208,8 @@ class TagReader:
 
     def _settle(self, end: int) -> None:
         self._settled.append(self._text[:end])
+        self._before = self._text[end - 1] if end else self._before
+        self._filled = self._filled or bool(self._text[:end].strip())
         self._text = self._text[end:]
         self._scanned = max(0, self._scanned - end)
 
@@ -243,18 +255,21 @@ class TagReader:
         self._marks.append(mark)
         count = len(self._marks)
         self._note_end()
-        limit = LIMIT if self.begun else _PROSE_LIMIT
-        if count > 2 and self._marks[-2].kind == "function":
+        if count > 2 and self._marks[-2].kind == "function" and not self._fenced:
             section = count > 3 and self._marks[-3].kind == "section"
             start = count - 3 if section else count - 2
+            ended = self._ended >= 0 or start == self._nearly
             whole = self._region(count, len(self._text), last=False)
-            if (self._ended >= 0 or start == self._nearly) and opens(whole, start) == count - 1:
-                plan = choose(self._region(start, self._marks[start].start, last=False))
-                return self._carry_out(plan) if plan else []
-        if count <= limit:
+            if (ended or not self.begun) and opens(whole, start) == count - 1:
+                cut = self._marks[start].start
+                plan = choose(self._region(start, cut, last=False)) if ended else None
+                if plan is not None:
+                    return self._carry_out(plan)
+                return [] if self.begun else self._prose(cut)
+        if count <= (LIMIT if self.begun else _PROSE_LIMIT):
             return []
         if not self.begun:
-            return self._prose(self._head[0].end)
+            return self._prose(self._head[0].end if self._fenced else mark.start)
         plan = choose(self._region(count, mark.end, last=False)) if self._ended >= 0 else None
         if plan is not None:
             return self._carry_out(plan)
@@ -294,6 +309,9 @@ class TagReader:
             last,
             self._alone,
             self._fenced,
+            self._lines,
+            self._before,
+            self._filled,
         )
 
     def _maybe_prose(self) -> list[Reading]:
