@@ -245,7 +245,7 @@ def test_a_terminal_shows_figures_under_the_answer() -> None:
 
 def piped(pieces: list[str], thinking: bool, verbatim: bool = False) -> str:
     out, err = io.StringIO(), io.StringIO()
-    view = PlainAnswer(out, err, thinking, verbatim)
+    view = PlainAnswer(out, err, thinking, verbatim=verbatim)
     for piece in pieces:
         view.feed(piece)
     view.close()
@@ -270,6 +270,16 @@ def test_a_pipe_gets_the_answer_and_the_thinking_on_request(
     for pieces in ([text], list(text)):
         assert piped(pieces, thinking) == answer
         assert piped(pieces, thinking, verbatim=True) == whole
+
+
+def test_only_the_token_itself_ends_the_thinking() -> None:
+    out, screen = io.StringIO(), Screen()
+    for view in (PlainAnswer(out, out, True, 7), TerminalAnswer(screen.console, True, 7)):
+        for text, token in (("the tag </think>", 1), (" is text", 2), ("</think>", 7), ("\n\nYes.", 3)):
+            view.feed(text, token)
+        view.close()
+    assert out.getvalue() == "Yes.\n"
+    assert screen.text == "Thinking\n  the tag </think> is text\n\nYes."
 
 
 # Resizing
