@@ -401,6 +401,20 @@ def test_a_conversion_on_a_terminal_is_a_bar() -> None:
     assert len(last) == 2 and screen.cursor
 
 
+def test_a_conversions_bar_leaves_no_copies_when_the_window_changes() -> None:
+    screen = Screen()
+    now = 0.0
+    with ConversionProgress(screen.console, clock=lambda: now) as display:
+        for done, width in enumerate((80, 50, 30, 100, 60)):
+            screen.resize(width)
+            display.progress(done * 10**9, 10**10, f"layer {done}")
+            now += 1
+            display.note(f"note {done}")
+    lines = screen.text.split("\n")
+    assert lines[:5] == [f"note {done}" for done in range(5)]
+    assert len(lines) == 6 and lines[5].startswith("layer 4 ") and screen.cursor
+
+
 def test_notes_of_a_conversion_break_between_words() -> None:
     screen = Screen(width=40)
     with ConversionProgress(screen.console) as display:
