@@ -534,7 +534,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     status = 0
     # A text that is continued is no answer: nothing is taken out of it.
     verbatim = arguments.show_thinking or arguments.ignore_chat_template or not tokenizer.has_chat_template
-    view = answer_view(tokenizer.opens_thinking(tokens), verbatim)
+    view = answer_view(tokenizer.opens_thinking(tokens), tokenizer.think_end_id, verbatim)
     progress = prompt_bar()
     try:
         for response in stream_generate(
@@ -544,7 +544,7 @@ def _generate(arguments: argparse.Namespace) -> int:
             **options,
             prompt_progress_callback=progress,
         ):
-            view.feed(response.text)
+            view.feed(response.text, response.token)
     except KeyboardInterrupt:
         status = INTERRUPTED
     finally:

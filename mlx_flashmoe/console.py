@@ -6,13 +6,13 @@ They go to stderr, except that a terminal shows the figures below the answer.
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from rich.constrain import Constrain
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -24,6 +24,7 @@ from rich.progress import (
 from rich.text import Text
 
 from mlx_flashmoe.sizes import counted, show_duration, show_size
+from mlx_flashmoe.terminal.region import Region, Rendered
 
 if TYPE_CHECKING:
     from mlx_flashmoe.generate import GenerationResponse
@@ -89,27 +90,11 @@ def joined(parts: Sequence[str], width: int | None) -> str:
     return "\n".join(lines)
 
 
-class _Bar(Progress):
-    """A bar that leaves room for the ^C of a terminal, which in the next line would keep the bar from being erased."""
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        yield _Narrower(self.make_tasks_table(self.tasks), len("^C"))
-
-
-class _Narrower:
-    """A renderable in a line that has so many columns less."""
-
-    def __init__(self, inner: RenderableType, columns: int) -> None:
-        self._inner, self._columns = inner, columns
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Constrain(self._inner, options.max_width - self._columns)
-
-
 class ConversionProgress:
     """A conversion's progress in bytes: a bar on a terminal, else a line every few seconds, on stderr."""
 
     EVERY = 5.0  # seconds between lines
+    FRAME = 0.1  # seconds between drawings of the bar, at least
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console or Console(stderr=True, soft_wrap=True, highlight=False)
@@ -118,8 +103,12 @@ class ConversionProgress:
         self._total = 0
         self._printed = clock()
         self._bar: Progress | None = None
+        self._region = Region(self._console)
+        self._due = 0.0
+        self._lock = threading.Lock()
         if self._console.is_terminal and not self._console.is_dumb_terminal:
-            self._bar = _Bar(
+            # Never started: it only says what to draw.
+            self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=None),
                 DownloadColumn(),
@@ -127,31 +116,38 @@ class ConversionProgress:
                 TimeRemainingColumn(compact=True),
                 console=self._console,
                 expand=True,
+                auto_refresh=False,
             )
 
     def __enter__(self) -> ConversionProgress:
-        if self._bar is not None:
-            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        with self._lock:
+            self._region.clear(self._rendered())
 
     def note(self, line: str) -> None:
         """A remark, above the bar: in one line, which a terminal breaks between words."""
-        self._console.print(Text(printable(line)), style="dim", soft_wrap=not self._console.is_terminal)
+        with self._lock:
+            self._region.clear()
+            self._console.print(Text(printable(line)), style="dim", soft_wrap=not self._console.is_terminal)
+            if self._bar is not None and self._bar.tasks:
+                self._region.draw(self._rendered())
 
     def progress(self, done: int, total: int, what: str) -> None:
         """``done`` of ``total`` bytes; ``what`` is being worked on."""
         if self._first is None or total != self._total:
             self._first, self._total = (self._clock(), done), total
         if self._bar is not None:
-            if not self._bar.tasks:
-                self._bar.add_task(what, total=total, completed=done)
-            self._bar.update(self._bar.tasks[0].id, completed=done, total=total, description=what)
+            with self._lock:
+                if not self._bar.tasks:
+                    self._bar.add_task(what, total=total, completed=done)
+                self._bar.update(self._bar.tasks[0].id, completed=done, total=total, description=what)
+                if self._clock() >= self._due:
+                    self._region.draw(self._rendered())
+                    self._due = self._clock() + self.FRAME
             return
         now = self._clock()
         if now - self._printed < self.EVERY and done != total:
@@ -163,3 +159,10 @@ class ConversionProgress:
         if rate > 0:
             line += f" · {show_size(rate)}/s · {show_duration((total - done) / rate)} left"
         self._console.print(Text(f"{line} · {what}"))
+
+    def _rendered(self) -> list[Rendered]:
+        if self._bar is None or not self._bar.tasks:
+            return []
+        # The terminal writes ^C after the bar: in the same line, so that it is erased with it.
+        options = self._console.options.update(max_width=self._console.width - len("^C"))
+        return self._console.render_lines(self._bar.get_renderable(), options, pad=False)

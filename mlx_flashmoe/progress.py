@@ -7,9 +7,10 @@ from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from mlx_flashmoe.sizes import show_duration
+from mlx_flashmoe.terminal.bars import Bar
 
 
 class Steps:
@@ -35,31 +36,34 @@ class Steps:
         self._clock = clock
         self._began = self._printed = clock()
         self._done = 0
-        self._bar: Progress | None = None
+        self._bar: Bar | None = None
         if self._console.is_terminal and not self._console.is_dumb_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
-            self._bar = Progress(
-                *columns, TextColumn(unit), TimeRemainingColumn(compact=True), console=self._console,
-                expand=True, transient=True,
-            )  # fmt: skip
+            self._bar = Bar(
+                TextColumn(what),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn(unit),
+                TimeRemainingColumn(compact=True),
+                console=self._console,
+                delay=0,
+            )
 
     def __enter__(self) -> Steps:
         if self._bar is not None:
-            self._bar.add_task(self._what, total=self._total)
-            self._bar.start()
+            self._bar(0, self._total)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            self._bar.close()
 
     def advance(self, steps: int = 1) -> None:
         """So many more are done."""
         self._done += steps
         if self._bar is not None:
-            self._bar.update(self._bar.tasks[0].id, completed=self._done)
+            self._bar(self._done, self._total)
             return
         now = self._clock()
         if now - self._printed < self.EVERY:

@@ -245,7 +245,7 @@ def test_a_terminal_shows_figures_under_the_answer() -> None:
 
 def piped(pieces: list[str], thinking: bool, verbatim: bool = False) -> str:
     out, err = io.StringIO(), io.StringIO()
-    view = PlainAnswer(out, err, thinking, verbatim)
+    view = PlainAnswer(out, err, thinking, verbatim=verbatim)
     for piece in pieces:
         view.feed(piece)
     view.close()
@@ -270,6 +270,16 @@ def test_a_pipe_gets_the_answer_and_the_thinking_on_request(
     for pieces in ([text], list(text)):
         assert piped(pieces, thinking) == answer
         assert piped(pieces, thinking, verbatim=True) == whole
+
+
+def test_only_the_token_itself_ends_the_thinking() -> None:
+    out, screen = io.StringIO(), Screen()
+    for view in (PlainAnswer(out, out, True, 7), TerminalAnswer(screen.console, True, 7)):
+        for text, token in (("the tag </think>", 1), (" is text", 2), ("</think>", 7), ("\n\nYes.", 3)):
+            view.feed(text, token)
+        view.close()
+    assert out.getvalue() == "Yes.\n"
+    assert screen.text == "Thinking\n  the tag </think> is text\n\nYes."
 
 
 # Resizing
@@ -389,6 +399,20 @@ def test_a_conversion_on_a_terminal_is_a_bar() -> None:
     assert last[0] == "a remark"
     assert "layer 31 of 60" in last[-1] and "105.0/209.0 GB" in last[-1]
     assert len(last) == 2 and screen.cursor
+
+
+def test_a_conversions_bar_leaves_no_copies_when_the_window_changes() -> None:
+    screen = Screen()
+    now = 0.0
+    with ConversionProgress(screen.console, clock=lambda: now) as display:
+        for done, width in enumerate((80, 50, 30, 100, 60)):
+            screen.resize(width)
+            display.progress(done * 10**9, 10**10, f"layer {done}")
+            now += 1
+            display.note(f"note {done}")
+    lines = screen.text.split("\n")
+    assert lines[:5] == [f"note {done}" for done in range(5)]
+    assert len(lines) == 6 and lines[5].startswith("layer 4 ") and screen.cursor
 
 
 def test_notes_of_a_conversion_break_between_words() -> None:

@@ -29,47 +29,57 @@ class AnswerView(Protocol):
 
     thinking: bool
 
-    def feed(self, text: str) -> None: ...
+    def feed(self, text: str, token: int | None = None) -> None:
+        """``token``: the id of the token that the text comes from."""
+        ...
 
     def close(self) -> None: ...
 
     def show_figures(self, response: GenerationResponse, bytes_read: int, hits: int, misses: int) -> None: ...
 
 
-def answer_view(thinking: bool = False, verbatim: bool = False) -> AnswerView:
+def answer_view(thinking: bool = False, end_id: int | None = None, verbatim: bool = False) -> AnswerView:
     """The view for this process's standard output.
 
     Args:
         thinking: the prompt has opened a thinking part, so that the answer begins inside it.
+        end_id: the token that ends it, see ``ThinkingSplitter``.
         verbatim: in a pipe, print the thinking too, between its tags.
     """
     console = Console(highlight=False)
     if console.is_terminal and not console.is_dumb_terminal:
-        return TerminalAnswer(console, thinking)
-    return PlainAnswer(sys.stdout, sys.stderr, thinking, verbatim)
+        return TerminalAnswer(console, thinking, end_id)
+    return PlainAnswer(sys.stdout, sys.stderr, thinking, end_id, verbatim)
 
 
 class PlainAnswer:
     """The answer and nothing else on one stream, as it comes, with a line break at its end; figures on the other.
 
     Args:
-        thinking, verbatim: see :func:`answer_view`.
+        thinking, end_id, verbatim: see :func:`answer_view`.
     """
 
-    def __init__(self, out: TextIO, err: TextIO, thinking: bool = False, verbatim: bool = False) -> None:
+    def __init__(
+        self,
+        out: TextIO,
+        err: TextIO,
+        thinking: bool = False,
+        end_id: int | None = None,
+        verbatim: bool = False,
+    ) -> None:
         self.thinking = thinking
         self._out, self._err = out, err
         self._verbatim = verbatim
-        self._splitter = ThinkingSplitter(thinking)
+        self._splitter = ThinkingSplitter(thinking, end_id)
         self._thought = thinking  # no visible text came after the thinking part yet
         self._last = "\n"
         if verbatim and thinking:
             self._write("<think>\n")
 
-    def feed(self, text: str) -> None:
+    def feed(self, text: str, token: int | None = None) -> None:
         if self._verbatim:
             self._write(text)
-        self._take(self._splitter.feed(text))
+        self._take(self._splitter.feed(text, token))
 
     def close(self) -> None:
         self._take(self._splitter.finish())
@@ -114,18 +124,19 @@ class TerminalAnswer:
         self,
         console: Console,
         thinking: bool = False,
+        end_id: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
         fold: bool = False,
     ) -> None:
         """
         Args:
-            thinking: the answer begins inside a thinking part; see :meth:`feed`.
+            thinking, end_id: see :func:`answer_view`.
             fold: of a thinking part only the last lines are seen, and one line when it is over.
         """
         self.thinking = thinking
         self._console = console
         self._clock = clock
-        self._splitter = ThinkingSplitter(thinking)
+        self._splitter = ThinkingSplitter(thinking, end_id)
         self._thinking_kind = FoldedThinkingSection if fold else ThinkingSection
         self._section: Section | None = None
         self._tail = ""  # text of the current section that is not printed for good
@@ -134,8 +145,8 @@ class TerminalAnswer:
         self._due = 0.0
         self._region = Region(console)
 
-    def feed(self, text: str) -> None:
-        for thinking, piece in self._splitter.feed(text):
+    def feed(self, text: str, token: int | None = None) -> None:
+        for thinking, piece in self._splitter.feed(text, token):
             self.show(thinking, piece)
 
     def show(self, thinking: bool, piece: str) -> None:
