@@ -77,6 +77,12 @@ class ChatTemplate:
         except Exception as e:  # a template can raise anything
             raise RequestError(f"the chat template cannot render these messages: {e}") from None
 
+    def reads(self, variable: str) -> bool:
+        """Whether the template looks at a variable."""
+        from jinja2.meta import find_undeclared_variables
+
+        return variable in find_undeclared_variables(_environment().parse(self.source))
+
     def takes(self, *roles: str) -> bool:
         """Whether messages of these roles are rendered, each once and in this order."""
         texts = [f"<{i}{i}{i}>" for i in range(len(roles))]

@@ -6,11 +6,13 @@ Modules that take time to import are imported by the command that needs them, so
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mlx_flashmoe.errors import FlashMoEError, RequestError
@@ -39,7 +41,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "mlx_flashmoe") -> int:
         # Generated text may hold what the terminal's encoding has not.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    arguments = _parser(prog).parse_args(argv)
+    arguments, unknown = _parser(prog).parse_known_args(argv)
+    if unknown:
+        arguments.parser.refuse(unknown)
     try:
         if not answers and arguments.run in (_generate, _chat):
             raise RequestError("standard output is closed: there is nowhere to write the answer")
@@ -87,8 +91,25 @@ def _discard_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that the arguments remember: what one command does not know is an error with that command's usage."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.set_defaults(parser=self)
+
+    def refuse(self, unknown: Sequence[str]) -> None:
+        """Exits with the usage, and the nearest option that there is."""
+        given = unknown[0].partition("=")[0]
+        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        near = [flag for flag in known if flag.startswith(given) or given.startswith(flag)]
+        near += difflib.get_close_matches(given, known, n=1)
+        hint = f"; did you mean {near[0]}?" if given.startswith("--") and near else ""
+        self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+
+
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=prog,
         allow_abbrev=False,
         description="Run Mixture-of-Experts models several times larger than memory: "
@@ -261,11 +282,14 @@ def _add_generate(commands: Any) -> None:
         allow_abbrev=False,
         help="answer one prompt with a converted model",
         description="Answer one prompt with a converted model. On a terminal the answer is drawn as it comes; "
-        "in a pipe it is the plain text, and the figures go to stderr.",
+        "in a pipe it is plain text without the thinking, and the figures go to stderr.",
     )
     _add_model_flags(parser)
     parser.add_argument(
-        "--prompt", "-p", required=True, metavar="TEXT", help="the prompt; - reads it from stdin"
+        "--prompt",
+        "-p",
+        metavar="TEXT",
+        help="the prompt; - reads it from standard input, as does nothing at all where that is not a terminal",
     )
     parser.add_argument("--system-prompt", metavar="TEXT", help="a system message before the prompt")
     parser.add_argument(
@@ -273,6 +297,10 @@ def _add_generate(commands: Any) -> None:
         action="store_true",
         help="continue the prompt as it is, instead of answering it as a message",
     )
+    parser.add_argument(
+        "--show-thinking", action="store_true", help="in a pipe, print the thinking too, between its tags"
+    )
+    _add_think_flags(parser)
     _add_generation_flags(parser, max_tokens=256)
     parser.set_defaults(run=_generate)
 
@@ -344,6 +372,36 @@ def _add_generation_flags(parser: argparse.ArgumentParser, max_tokens: int) -> N
         metavar="JSON",
         help="variables for the chat template, for example '{\"enable_thinking\": false}'",
     )
+
+
+def _add_think_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--think",
+        action=argparse.BooleanOptionalAction,
+        help="let the model think before it answers, or not: enable_thinking of chat templates that have it "
+        "(default: the template's own)",
+    )
+
+
+def _template_variables(arguments: argparse.Namespace, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Variables for the chat template that the flags ask for."""
+    _note_think(arguments, tokenizer)
+    return {**arguments.chat_template_config, **_think(arguments)}
+
+
+def _think(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {} if arguments.think is None else {"enable_thinking": arguments.think}
+
+
+def _note_think(arguments: argparse.Namespace, tokenizer: Tokenizer) -> None:
+    """Says so if the chat template does not look at what --think sets."""
+    if arguments.think is None or not tokenizer.has_chat_template:
+        return
+    if not tokenizer.chat_template().reads("enable_thinking"):
+        from mlx_flashmoe.console import print_note
+
+        flag = "--think" if arguments.think else "--no-think"
+        print_note(f"{flag} changes nothing: the model's chat template has no enable_thinking")
 
 
 _SAMPLING_FLAGS: tuple[tuple[str, type, str, str], ...] = (
@@ -449,15 +507,24 @@ def _json_object(text: str) -> dict[str, Any]:
 def _generate(arguments: argparse.Namespace) -> int:
     # What can be wrong with a request is found before a model is loaded for it.
     options, sampling = _generation_options(arguments)
-    prompt = _read_stdin() if arguments.prompt == "-" else arguments.prompt
-    if not prompt.strip():
-        raise RequestError("the prompt is empty")
+    if arguments.ignore_chat_template:
+        for flag, given in (("--system-prompt", arguments.system_prompt), ("--think", arguments.think)):
+            if given is not None:
+                raise RequestError(
+                    f"{flag} needs the chat template: leave {flag} or --ignore-chat-template out"
+                )
+    prompt = _prompt(arguments)
 
     from mlx_flashmoe import load, stream_generate
-    from mlx_flashmoe.console import PromptProgress, answer_view, print_note
+    from mlx_flashmoe.console import print_note
     from mlx_flashmoe.generate import answer_room, cut_off
+    from mlx_flashmoe.terminal.answer import answer_view
+    from mlx_flashmoe.terminal.bars import loading_bar, prompt_bar
 
-    model, tokenizer = load(arguments.model, **_load_options(arguments), announce=print_note)
+    with closing(loading_bar()) as bar:
+        model, tokenizer = load(
+            arguments.model, **_load_options(arguments), announce=print_note, progress=bar
+        )
     print_note(sampling)
     tokens = _prompt_tokens(arguments, tokenizer, prompt)
     model.reserve(len(tokens) + max(0, min(arguments.max_tokens, answer_room(model, len(tokens), -1))))
@@ -465,8 +532,10 @@ def _generate(arguments: argparse.Namespace) -> int:
     before = model.stats()
     response = None
     status = 0
-    progress = PromptProgress()
-    view = answer_view(thinking=tokenizer.opens_thinking(tokens))
+    # A text that is continued is no answer: nothing is taken out of it.
+    verbatim = arguments.show_thinking or arguments.ignore_chat_template or not tokenizer.has_chat_template
+    view = answer_view(tokenizer.opens_thinking(tokens), verbatim)
+    progress = prompt_bar()
     try:
         for response in stream_generate(
             model,
@@ -490,22 +559,24 @@ def _generate(arguments: argparse.Namespace) -> int:
             after.misses - before.misses,
         )
         if note := cut_off(response, arguments.max_tokens):
-            print_note(note)
+            thinking = "; it was still thinking: give more --max-tokens, or --no-think" * view.thinking
+            print_note(note + thinking)
     return status
 
 
-def _read_stdin() -> str:
-    if sys.stdin is None:
-        raise RequestError("--prompt - reads standard input, which is closed")
-    if hasattr(sys.stdin, "reconfigure"):
-        # In some locales Python lets bytes through that are no text.
-        sys.stdin.reconfigure(errors="strict")
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as e:
-        raise RequestError(
-            f"standard input is not {e.encoding.upper()}: {e.reason} at byte {e.start}; --prompt - reads text"
-        ) from None
+def _prompt(arguments: argparse.Namespace) -> str:
+    """The prompt of generate. Raises RequestError: there is none."""
+    if arguments.prompt is None and sys.stdin is not None and sys.stdin.isatty():
+        raise RequestError("a prompt is missing; give --prompt TEXT, or - to read standard input")
+    if arguments.prompt in (None, "-"):
+        from mlx_flashmoe import stdin
+
+        prompt = stdin.read_all()
+    else:
+        prompt = str(arguments.prompt)
+    if not prompt.strip():
+        raise RequestError("the prompt is empty")
+    return prompt
 
 
 def _prompt_tokens(arguments: argparse.Namespace, tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -519,7 +590,7 @@ def _prompt_tokens(arguments: argparse.Namespace, tokenizer: Tokenizer, prompt: 
     messages = [{"role": "user", "content": prompt}]
     if arguments.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": arguments.system_prompt})
-    return tokenizer.apply_chat_template(messages, **arguments.chat_template_config)
+    return tokenizer.apply_chat_template(messages, **_template_variables(arguments, tokenizer))
 
 
 # chat
@@ -563,6 +634,7 @@ def _add_chat(commands: Any) -> None:
         help="with --shell, do not ask about commands that begin with these words and have no special characters, "
         "for example 'git diff'. May be given more than once",
     )
+    _add_think_flags(parser)
     _add_generation_flags(parser, max_tokens=8192)
     parser.set_defaults(run=_chat)
 
@@ -599,54 +671,65 @@ def _chat(arguments: argparse.Namespace) -> int:
     from mlx_flashmoe.chat.functions import load_functions
     from mlx_flashmoe.chat.loop import chat
     from mlx_flashmoe.chat.session import Session, data_directory
+    from mlx_flashmoe.chat.settings import Settings
     from mlx_flashmoe.chat.shell import shell_tool
     from mlx_flashmoe.chat.view import chat_view
+    from mlx_flashmoe.console import print_note
 
     # What can be wrong with the flags is found before a model is loaded.
-    options, sampling = _generation_options(arguments)
+    options, _ = _generation_options(arguments)
+    sampling, sampling_line = _sampling(arguments)
+    settings = Settings({**sampling, "seed": arguments.seed}, arguments.max_tokens, arguments.think)
     prefixes = _prefix_options(arguments)
     if arguments.allow and not arguments.shell:
         raise RequestError("--allow says which shell commands to run without asking: give --shell, too")
     functions = [f for file in arguments.tools for f in load_functions(Path(file))]
-    if arguments.shell:
-        functions.append(shell_tool(arguments.allow, lambda command: reader.ask("Run it?")))
     session = None
     if arguments.resume is not None:
         session = Session.load(Path(arguments.resume)) if arguments.resume else Session.latest()
 
     from mlx_flashmoe import load
-    from mlx_flashmoe.console import print_note
     from mlx_flashmoe.prefix_cache import PrefixCache
+    from mlx_flashmoe.terminal.bars import loading_bar
 
-    model, tokenizer = load(
-        arguments.model,
-        **_load_options(arguments),
-        prefix_memory=prefixes["memory_bytes"],
-        announce=print_note,
-    )
-    print_note(sampling)
-    if not tokenizer.has_chat_template:
-        raise RequestError("the checkpoint has no chat template: use generate to go on from a text")
-    reader = message_reader(data_directory() / "history", NAMES)
-    if session is None:
-        # What goes through a pipe is saved where it is asked for.
-        session = Session.new() if reader.interactive else Session()
-    if arguments.system_prompt is not None:
-        session.system = arguments.system_prompt
-    view = chat_view()
-    conversation = Conversation(
-        model,
-        tokenizer,
-        session,
-        view,
-        functions,
-        template=arguments.chat_template_config,
-        prefix_cache=PrefixCache(model.identity, tokenizer.message_start_id, **prefixes, note=print_note),
-        **options,
-    )
-    if arguments.resume is not None:
-        view.note(f"{session.path}: {len(session.messages)} messages")
-    chat(conversation, reader, view)
+    # From here on, what is typed waits for the first prompt.
+    with (
+        message_reader(data_directory() / "history", NAMES, print_note) as reader,
+        closing(loading_bar()) as bar,
+    ):
+        functions = [replace(f, call=reader.lend(f.call)) for f in functions]
+        if arguments.shell:
+            functions.append(shell_tool(arguments.allow, lambda command: reader.ask("Run it?")))
+        model, tokenizer = load(
+            arguments.model,
+            **_load_options(arguments),
+            prefix_memory=prefixes["memory_bytes"],
+            announce=print_note,
+            progress=bar,
+        )
+        print_note(sampling_line)
+        if not tokenizer.has_chat_template:
+            raise RequestError("the checkpoint has no chat template: use generate to go on from a text")
+        if session is None:
+            # What goes through a pipe is saved where it is asked for.
+            session = Session.begin(print_note) if reader.interactive else Session()
+        if arguments.system_prompt is not None:
+            session.system = arguments.system_prompt
+        view = chat_view()
+        conversation = Conversation(
+            model,
+            tokenizer,
+            session,
+            view,
+            functions,
+            settings=settings,
+            template=_template_variables(arguments, tokenizer),
+            prefill_step_size=options["prefill_step_size"],
+            prefix_cache=PrefixCache(model.identity, tokenizer.message_start_id, **prefixes, note=print_note),
+        )
+        if arguments.resume is not None:
+            view.recap(session)
+        chat(conversation, reader, view)
     return 0
 
 
@@ -699,6 +782,7 @@ def _add_serve(commands: Any) -> None:
         help="requests that wait while one is answered; more are refused (default: %(default)s)",
     )
     _add_sampling_flags(parser)
+    _add_think_flags(parser)
     parser.set_defaults(run=_serve)
 
 
@@ -708,6 +792,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from mlx_flashmoe import load
     from mlx_flashmoe.console import print_note
     from mlx_flashmoe.prefix_cache import PrefixCache
+    from mlx_flashmoe.terminal.bars import loading_bar
 
     try:
         from mlx_flashmoe.server.app import serve
@@ -722,9 +807,11 @@ def _serve(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.model)
 
     def loaded() -> tuple[StreamingModel, Tokenizer]:
-        made = load(folder, **options, announce=print_note)
+        with closing(loading_bar()) as bar:
+            model, tokenizer = load(folder, **options, announce=print_note, progress=bar)
         print_note(line)
-        return made
+        _note_think(arguments, tokenizer)
+        return model, tokenizer
 
     serve(
         loaded,
@@ -736,6 +823,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         origins=arguments.allow_origin,
         queue_size=arguments.queue,
         sampling=sampling,
+        template=_think(arguments),
         make_prefix_cache=lambda model, tokenizer: PrefixCache(
             model.identity, tokenizer.message_start_id, **prefixes, note=print_note
         ),

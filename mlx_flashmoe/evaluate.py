@@ -11,6 +11,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import repeat
 from pathlib import Path
@@ -29,6 +30,7 @@ from mlx_flashmoe.models.moe import Experts
 from mlx_flashmoe.progress import Steps
 from mlx_flashmoe.reports import check_report, write_report
 from mlx_flashmoe.scoring import row_logprobs
+from mlx_flashmoe.terminal.bars import loading_bar
 from mlx_flashmoe.tokenizer import Tokenizer
 from mlx_flashmoe.tools import Text, Tool, ToolCall, parameter_schemas, parse_answer
 
@@ -217,7 +219,8 @@ def run(
     questions = None if heldout is None else read_questions(heldout)[:limit]
 
     console = Console(highlight=False)
-    model, tokenizer = load(folder, **options, read_ahead=False)
+    with closing(loading_bar()) as bar:
+        model, tokenizer = load(folder, **options, read_ahead=False, progress=bar)
     use = ExpertUse(model)
     report: dict[str, Any] = {
         "model": Path(folder).resolve().name,

@@ -13,6 +13,7 @@ import mlx.core as mx
 from mlx_flashmoe.errors import RequestError
 from mlx_flashmoe.prefix_cache import PrefixCache
 from mlx_flashmoe.sampling import LogitsProcessor, Sampler, make_sampler
+from mlx_flashmoe.sizes import counted
 from mlx_flashmoe.tokenizer import Tokenizer
 
 PREFILL_STEP_SIZE = 2048
@@ -86,7 +87,7 @@ def cut_off(response: GenerationResponse, max_tokens: int) -> str | None:
     if response.finish_reason != "length":
         return None
     if response.generation_tokens == max_tokens:
-        return f"the answer was cut off after {max_tokens} tokens (--max-tokens)"
+        return f"the answer was cut off after {counted(max_tokens, 'token')} (--max-tokens)"
     context = response.prompt_tokens + response.generation_tokens
     return f"the answer was cut off: the context of {context} tokens is full"
 

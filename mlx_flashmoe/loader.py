@@ -179,6 +179,7 @@ def load(
     direct_reads: bool = False,
     prefix_memory: int = 0,
     check_reads: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[StreamingModel, Tokenizer]:
     """Loads a converted folder. One without a tokenizer.json loads too; its tokenizer raises when used.
 
@@ -196,6 +197,8 @@ def load(
         direct_reads: read experts around the operating system's page cache, also where "auto" would not.
         prefix_memory: bytes that the plan leaves for a ``PrefixCache``.
         check_reads: checksum every expert as it is read; a damaged one is a ReadError when it is needed.
+        progress: called with (bytes loaded, bytes to load) as the dense part is read, and the experts, if all of
+            them fit.
 
     Raises:
         FormatError: not a complete converted folder, or its parts contradict each other.
@@ -216,7 +219,8 @@ def load(
     _check_experts(manifest, settings, folder)
     if active_experts is not None and not 1 <= active_experts <= settings.num_experts:
         raise MemoryPlanError(
-            f"--active-experts {active_experts}: the model has {settings.num_experts} experts in a layer"
+            f"--active-experts {active_experts}: a layer of this model has {settings.num_experts} experts; "
+            f"give 1 to {settings.num_experts}"
         )
     active = active_experts or settings.num_experts_per_tok
     if dtype is None:
@@ -256,16 +260,20 @@ def load(
     if announce is not None:
         announce(str(plan))
     _limit_memory(plan)
+    total = plan.dense + (plan.arena if plan.slots == experts else 0)
+    told = progress or (lambda done, total: None)
+    told(0, total)  # now: to take the memory is work, too
 
     store = ExpertStore(folder, manifest, experts_path, direct_reads or plan.direct, check_reads)
     arena = SlotArena(store, plan.slots)
     decode = Decode(arena, ReadAhead(arena) if read_ahead else None)
     model = arch.Model(settings, lambda layer: StreamedExperts(decode, layer), active)
     facts = Facts.of(manifest, weights)
-    _load_dense(model, manifest, weights, dtypes, folder)
+    _load_dense(model, manifest, weights, dtypes, folder, lambda done: told(done, total))
     tokenizer = _load_tokenizer(folder)
     if plan.slots == experts:
-        arena.load_all()
+        arena.load_all(lambda count: told(plan.dense + count * plan.slot_bytes, total))
+    told(total, total)
     chunk = prefill_chunk(settings, dtype)
     identity = _identity(manifest, config, active, dtype)
     loaded = StreamingModel(model, decode, plan, chunk, kv_bytes, settings.context_length, identity, facts)
@@ -351,19 +359,27 @@ def _load_dense(
     weights: dict[str, mx.array],
     dtypes: dict[str, mx.Dtype],
     folder: Path,
+    progress: Callable[[int], None],
 ) -> None:
-    """Fills the module tree. Tensor by tensor, so that no second copy of the dense part ever exists."""
+    """Fills the module tree. Tensor by tensor, so that no second copy of the dense part ever exists.
+
+    Args:
+        progress: called with the bytes loaded.
+    """
     quantize(model, {path: asdict(q) for path, q in manifest.dense_quantization.items()})
     try:
         model.load_weights(list(weights.items()), strict=True)
     except ValueError as e:
         raise FormatError(f"{folder}: the dense part does not match config.json: {e}") from None
+    done = 0
     for name in list(weights):
         w = weights.pop(name)
         if name in dtypes and w.dtype != dtypes[name]:
             w = w.astype(dtypes[name])
             model.load_weights([(name, w)], strict=False)
         mx.eval(w)
+        done += w.nbytes
+        progress(done)
     join(model)
     model.eval()
 

@@ -13,11 +13,12 @@ class Screen:
     """A terminal: applies what Rich writes, and fails on what a real one could not undo."""
 
     def __init__(self, width: int = 80, height: int = 24) -> None:
-        self.height = height
+        self.width, self.height = width, height
         self.console = Console(
             file=self, force_terminal=True, width=width, height=height, highlight=False, legacy_windows=False
         )
         self.rows, self.row, self.column = [""], 0, 0
+        self.continued = [False]  # rows that the next one is a continuation of: their line was too long
         self.writes = 0
         self.cursor = True
 
@@ -36,19 +37,47 @@ class Screen:
                     self._control(code[1], code[2])
                 text = text[code.end() :]
                 continue
-            plain = re.match(r"[^\x1b\r\n]+|\n|\r", text)
+            plain = re.match(r"[^\x1b\r\n]|\n|\r", text)
             assert plain, f"not understood: {text[:20]!r}"
             text = text[plain.end() :]
             if plain[0] == "\n":
-                self.row, self.column = self.row + 1, 0
-                if self.row == len(self.rows):
-                    self.rows.append("")
+                self._down()
             elif plain[0] == "\r":
                 self.column = 0
             else:
-                line = self.rows[self.row]
-                self.rows[self.row] = line[: self.column] + plain[0] + line[self.column + len(plain[0]) :]
-                self.column += len(plain[0])
+                if self.column == self.width:
+                    self.continued[self.row] = True
+                    self._down()
+                line = self.rows[self.row].ljust(self.column)
+                self.rows[self.row] = line[: self.column] + plain[0] + line[self.column + 1 :]
+                self.column += 1
+
+    def resize(self, width: int) -> None:
+        """As tmux and most terminals do it: lines that do not fit are broken, and put together when they fit again."""
+        lines: list[str] = []
+        joins = False
+        for number, (row, continued) in enumerate(zip(self.rows, self.continued)):
+            if not joins:
+                lines.append("")
+            if number == self.row:
+                line, offset = len(lines) - 1, len(lines[-1]) + self.column
+            lines[-1] += row
+            joins = continued
+        self.rows, self.continued = [], []
+        for number, text in enumerate(lines):
+            if number == line:
+                self.row = len(self.rows) + max(0, offset - 1) // width
+                self.column = offset - width * (max(0, offset - 1) // width)
+            pieces = [text[i : i + width] for i in range(0, len(text), width)] or [""]
+            self.rows += pieces
+            self.continued += [True] * (len(pieces) - 1) + [False]
+        self.width = self.console.width = width
+
+    def _down(self) -> None:
+        self.row, self.column = self.row + 1, 0
+        if self.row == len(self.rows):
+            self.rows.append("")
+            self.continued.append(False)
 
     def _control(self, argument: str, kind: str) -> None:
         if kind == "A":
@@ -57,6 +86,7 @@ class Screen:
         elif kind == "K":
             assert argument == "2"
             self.rows[self.row] = ""
+            self.continued[self.row] = False
         elif argument == "?25":
             self.cursor = kind == "h"
         else:

@@ -19,7 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from fakes import FakeModel, TalkingModel, make_checkpoint, tokenizer
+from fakes import FakeModel, ScriptedModel, TalkingModel, make_checkpoint, tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from screen import Screen
@@ -28,10 +28,11 @@ from mlx_flashmoe import convert
 from mlx_flashmoe.chat import commands as chat_commands
 from mlx_flashmoe.chat import conversation as conversations
 from mlx_flashmoe.chat.conversation import Conversation
-from mlx_flashmoe.chat.editor import Lines
+from mlx_flashmoe.chat.editor import Editor, Lines
 from mlx_flashmoe.chat.functions import from_function
 from mlx_flashmoe.chat.loop import chat
-from mlx_flashmoe.chat.session import Session
+from mlx_flashmoe.chat.session import Session, data_directory
+from mlx_flashmoe.chat.settings import Settings
 from mlx_flashmoe.chat.view import PlainView, TerminalView
 from mlx_flashmoe.errors import MemoryPlanError, RequestError
 from mlx_flashmoe.prefix_cache import PrefixCache
@@ -145,7 +146,9 @@ def test_without_tools_nothing_is_a_call() -> None:
 
 
 def test_an_answer_cut_off_says_so() -> None:
-    conversation = talk(TalkingModel("\n</think>\n\none two three four five"), "Go.", max_tokens=9)
+    conversation = talk(
+        TalkingModel("\n</think>\n\none two three four five"), "Go.", settings=Settings(max_tokens=9)
+    )
     view: Any = conversation._view
     assert "cut off after 9 tokens (--max-tokens)" in view.err.getvalue()
     assert conversation.session.messages[1]["content"] != ""
@@ -155,7 +158,7 @@ def test_a_full_context_says_how_to_go_on() -> None:
     model: Any = TalkingModel("\n</think>\n\none two three four five", "\n</think>\n\nYes.")
     prompt = len(TOKENIZER.apply_chat_template([{"role": "user", "content": "Go."}]))
     model.max_context = prompt + 9
-    conversation = talk(model, "Go.", functions=(), max_tokens=5000)
+    conversation = talk(model, "Go.", functions=(), settings=Settings(max_tokens=5000))
     view: Any = conversation._view
     full = f"cut off: the context of {prompt + 9} tokens is full; /clear begins a new conversation"
     assert full in view.err.getvalue()
@@ -260,7 +263,7 @@ def test_an_error_takes_the_message_back() -> None:
         def reserve(self, context: int) -> None:
             raise MemoryPlanError(f"{context} tokens do not fit")
 
-    conversation = talk(Small(ANSWER), max_tokens=100)
+    conversation = talk(Small(ANSWER), settings=Settings(max_tokens=100))
     with pytest.raises(MemoryPlanError, match=r"1\d\d tokens do not fit"):
         conversation.say("Count.")
     assert conversation.session.messages == [] and conversation.unsent == "Count."
@@ -344,7 +347,7 @@ class Typed:
     interactive = True
 
     def __init__(self, *texts: str | type[BaseException]) -> None:
-        self.texts, self.defaults = list(texts), []
+        self.texts, self.defaults, self.dropped = list(texts), [], 0
 
     def read(self, default: str = "") -> str:
         self.defaults.append(default)
@@ -354,6 +357,9 @@ class Typed:
         if not isinstance(text, str):
             raise text
         return text
+
+    def drop_typed(self) -> None:
+        self.dropped += 1
 
 
 def chatting(
@@ -385,8 +391,8 @@ def test_a_conversation_on_a_terminal() -> None:
     )
     text = re.sub(r"\d+ tokens, .*", "FIGURES", text)
     assert text.split("\n", 1)[1] == (
-        "Thought for 1 s (/think shows it)\n\nLet me see.\n\nFIGURES\n\n"
-        "╭─ add ─╮\n│ a: 1  │\n╰───────╯\n  2\n\n"
+        "Thought for 1 s (/think shows it)\n\nLet me see.\n\n"
+        "╭─ add ─╮\n│ a: 1  │\n╰───────╯\n  2\n\nFIGURES\n\n"
         "Thought for 1 s (/think shows it)\n\n • two\n\nFIGURES\n\n  Another."
     )
     assert Session.latest().messages == conversation.session.messages
@@ -421,7 +427,6 @@ def test_commands() -> None:
     assert "conversation is saved in" in text
     assert [m["content"] for m in conversation.session.messages] == ["Be brief."]
     assert [m["content"] for m in Session.latest().messages] == ["Be brief.", "Go.", "Yes."]
-    assert sorted(chat_commands.NAMES, key=chat_commands.NAMES.index) == chat_commands.NAMES
 
 
 def test_save_and_load(tmp_path: Path) -> None:
@@ -436,6 +441,165 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert "kept.jsonl:2messages" in "".join(text.split())  # wherever a long path wraps
     assert [m["content"] for m in Session.load(file).messages] == ["Go.", "Yes.", "Go on.", "No."]
     assert second.session.path == file
+
+
+def test_the_last_message_can_be_sent_again_changed_and_taken_back() -> None:
+    model = TalkingModel(*[f"\n</think>\n\n{answer}" for answer in ("One.", "Two.", "Three.", "Four.")])
+    text, conversation, reader = chatting(
+        model, "A?", "/retry", "B?", "/undo", "/edit", "C?", "/undo", "/undo", "/retry", "/edit"
+    )
+    assert text.count("taken back") == 2 and "taken back, with what came of it: B?" in text
+    # The message that /edit took back stood in the editor, where "C?" took its place.
+    assert reader.defaults == ["", "", "", "", "", "A?", "", "", "", "", ""]
+    assert conversation.session.messages == Session.latest().messages == []
+    assert [f.response.generation_tokens > 0 for f in conversation.figures] == [True] * 4
+
+
+def test_taking_back_leaves_what_was_before(tmp_path: Path) -> None:
+    said = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "A"},
+        {"role": "assistant", "content": "B"},
+        {"role": "user", "content": "C"},
+        {"role": "assistant", "content": "", "tool_calls": []},
+        {"role": "tool", "content": "D"},
+        {"role": "assistant", "content": "E"},
+    ]
+    session = Session(tmp_path / "s.jsonl", list(said))
+    assert session.take_back() == "C" and session.messages == said[:3]
+    assert Session.load(tmp_path / "s.jsonl").messages == said[:3]
+    assert session.take_back() == "A" and session.messages == said[:1]
+    with pytest.raises(RequestError, match="no message to take back"):
+        session.take_back()
+
+
+def test_settings_change_what_comes_next(capsys: pytest.CaptureFixture[str]) -> None:
+    answers = [f"\n</think>\n\n{'word ' * 30}"] * 3
+    model = TalkingModel(*answers)
+    text, conversation, _ = chatting(
+        model,
+        "/set",
+        "/set max-tokens 5",
+        "Go.",
+        "/set max_tokens 7",
+        "/set temp 0.7",
+        "Go.",
+        "/set think off",
+        "/set",
+    )
+    assert [f.response.generation_tokens for f in conversation.figures] == [5, 7]
+    shown = [line.split() for line in text.split("\n")]
+    assert ["max-tokens", "-1"] in shown and ["max-tokens", "7"] in shown and ["seed", "not", "set"] in shown
+    assert ["temp", "is", "0.7"] in shown and ["temp", "0.7"] in shown
+    assert ["think", "is", "off"] in shown and shown[-1] == ["think", "off"]
+    assert "it was still thinking" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("heat", "1", "there is no setting heat; /set lists them"),
+        ("temp", "hot", "temp is a number, not 'hot'"),
+        ("temp", "-1", "temp .* should be a number of at least 0"),
+        ("temp", "nan", "temp .* should be"),
+        ("top-k", "0.5", "top-k is a whole number, not '0.5'"),
+        ("top_p", "1.5", "top_p .* should be between 0 and 1"),
+        ("max-tokens", "0", "max_tokens .* at least 1"),
+        ("think", "maybe", "think is on or off, not 'maybe'"),
+    ],
+)
+def test_a_setting_that_cannot_be_leaves_all_as_it_was(name: str, value: str, message: str) -> None:
+    settings = Settings({"temp": 0.5, "top_k": 3}, 100, True)
+    before = settings.rows(), settings.generation, settings.template
+    with pytest.raises(RequestError, match=message):
+        settings.set(name, value)
+    assert (settings.rows(), settings.generation, settings.template) == before
+
+
+def test_thinking_is_switched_where_the_template_has_a_switch() -> None:
+    conversation = talk(TalkingModel("\n</think>\n\nYes."), "Go.", functions=())
+    assert conversation.can_switch_thinking
+    question = [{"role": "user", "content": "Go."}]
+    for think, word in ((False, "off"), (True, "on")):
+        conversation.settings.set("think", word)
+        asked = TOKENIZER.apply_chat_template(question, **conversation.settings.template)
+        assert TOKENIZER.opens_thinking(asked) is think
+
+    conversation.settings.set("think", "off")
+    length = len(TOKENIZER.apply_chat_template(question, enable_thinking=False))
+    conversation.model = ScriptedModel(length, [TOKENIZER.token_id("<|im_end|>")])
+    conversation.session.messages.clear()
+    conversation.say("Go.")
+    assert conversation.figures[-1].response.prompt_tokens == length
+
+
+def test_an_answer_that_is_all_thinking_says_what_to_do() -> None:
+    conversation = talk(TalkingModel("one two three four five six"), "Go.", settings=Settings(max_tokens=4))
+    view: Any = conversation._view
+    assert view.err.getvalue().splitlines()[-1] == (
+        "the answer was cut off after 4 tokens (--max-tokens); it was still thinking: "
+        "/set max-tokens to more, or /set think off"
+    )
+
+
+def saved(name: str, *texts: str, when: float = 1e9) -> Path:
+    file = data_directory() / "sessions" / f"{name}.jsonl"
+    roles = ("user", "assistant")
+    Session(file, [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]).save()
+    os.utime(file, (when, when))
+    return file
+
+
+def test_saved_conversations_are_listed_and_loaded_by_number(capsys: pytest.CaptureFixture[str]) -> None:
+    saved("older", "How far is\nthe moon?", "Far.", when=1e9)
+    saved(
+        "newer",
+        "Why " + "is the sky " * 20 + "blue?",
+        "Because " * 100,
+        "And green?",
+        "No.",
+        "Red?",
+        "At dusk.",
+        when=2e9,
+    )
+    (data_directory() / "sessions" / "broken.jsonl").write_text("{")
+    os.utime(data_directory() / "sessions" / "broken.jsonl", (3e9, 3e9))
+    text, conversation, _ = chatting(
+        TalkingModel(), "/list", "/load 3", "/load 2", "/load 9", session=Session()
+    )
+    text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d", "DAY", text)
+    assert "  2  DAY  Why is the sky is the sky is the sky is the sky …\n" in text
+    assert "  3  DAY  How far is the moon?\n" in text
+    assert "older.jsonl:2messages>Howfaristhemoon?Far." in "".join(text.split())
+    # Of a longer one the last two turns.
+    assert text.rstrip().endswith("6 messages\n> And green?\nNo.\n> Red?\nAt dusk.")
+    assert len(conversation.session.messages) == 6
+    assert "error: there is no conversation 9; /list shows those that there are" in capsys.readouterr().err
+
+
+def test_without_saved_conversations_the_list_says_so() -> None:
+    text, _, _ = chatting(TalkingModel(), "/list", session=Session())
+    assert text.endswith("no conversation is saved yet")
+
+
+@pytest.mark.parametrize("leave", ["/quit", "/exit", "/bye", "/q"])
+def test_ways_to_leave(leave: str) -> None:
+    _, _, reader = chatting(TalkingModel(), leave, "never read")
+    assert reader.texts == ["never read"]
+
+
+def test_what_was_typed_ahead_of_a_stop_is_dropped() -> None:
+    _, _, reader = chatting(Interrupted(10, ANSWER, "\n</think>\n\nNext."), "Count.", "Go on.")
+    assert reader.dropped == 1
+
+
+def test_where_nothing_can_be_saved_the_chat_begins_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", "/dev/null/nowhere")
+    notes: list[str] = []
+    assert Session.begin(notes.append).path is None
+    assert "this conversation is not saved, /save FILE writes it" in notes[0]
+    Editor(data_directory() / "history", [], notes.append)
+    assert "messages of this chat are not there to be recalled" in notes[1]
 
 
 def test_errors_leave_the_chat_going(capsys: pytest.CaptureFixture[str]) -> None:
@@ -585,11 +749,11 @@ def test_lines_of_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
 class Terminal:
     """A chat in a pseudo-terminal of 80 columns."""
 
-    def __init__(self, *arguments: str | Path) -> None:
+    def __init__(self, *arguments: str | Path, program: list[str] = COMMAND, **variables: str) -> None:
         self.ours, theirs = pty.openpty()
         self.process = subprocess.Popen(
-            ["sh", "-c", 'stty cols 80 rows 24; exec "$0" "$@"', *COMMAND, *arguments],
-            env=environment(),
+            ["sh", "-c", 'stty cols 80 rows 24; exec "$0" "$@"', *program, *arguments],
+            env={**environment(), **variables},
             stdin=theirs,
             stdout=theirs,
             stderr=subprocess.DEVNULL,
@@ -620,6 +784,76 @@ class Terminal:
         os.write(self.ours, text.encode())
 
 
+def test_what_is_typed_ahead_is_sent_in_turn(folder: Path, tmp_path: Path) -> None:
+    terminal = Terminal("--model", folder, "--max-tokens", "30", *NO_THINKING)
+    time.sleep(0.5)
+    terminal.type("one\rtwo\x1b\rlines\r/stats\r")  # while the model is loaded, and then answers
+    terminal.wait_for("Ctrl-C stops an answer")
+    for shown in (r"> one\s", "tok/s", r"> two\s+lines\s", "tok/s", "/stats", r"messages +4"):
+        terminal.wait_for(shown)
+    terminal.wait_for(">")
+    terminal.type("\x1b[200~pasted\rlines\x1b[201~\r")
+    terminal.wait_for("tok/s")
+    terminal.wait_for(">")
+    terminal.type("/bye\r")
+    assert terminal.process.wait(30) == 0
+    (file,) = (tmp_path / "data" / "mlx-flashmoe" / "sessions").iterdir()
+    said = [m["content"] for m in map(json.loads, file.read_text().splitlines()) if m["role"] == "user"]
+    assert said == ["one", "two\nlines", "pasted\nlines"]
+    modes = termios.tcgetattr(terminal.ours)
+    assert modes[0] & termios.ICRNL and modes[3] & termios.ECHO and modes[3] & termios.ICANON  # as they were
+
+
+QUESTIONS = """
+import sys, time
+from pathlib import Path
+from mlx_flashmoe.chat.editor import message_reader
+with message_reader(Path(sys.argv[1]), [], print) as reader:
+    print("BEGUN", flush=True)
+    time.sleep(1)
+    print("MESSAGE", repr(reader.read()))
+    print("ALLOWED", reader.ask("Run it?"))
+    print("TOLD", reader.lend(lambda: print("tool:", flush=True) or input())())
+    print("MESSAGE", repr(reader.read()), repr(reader.read()))
+"""
+
+
+def test_what_was_typed_before_a_question_is_no_answer_to_it(tmp_path: Path) -> None:
+    terminal = Terminal(program=[sys.executable, "-c", QUESTIONS, str(tmp_path / "history")])
+    terminal.wait_for("BEGUN")
+    terminal.type("one\ry\rand ")
+    terminal.wait_for("MESSAGE 'one'")
+    terminal.wait_for(r"Run it\? \[y/N\]")
+    time.sleep(0.5)
+    terminal.type("n\r")
+    terminal.wait_for("ALLOWED False")
+    terminal.wait_for("tool:")
+    terminal.type("said\r")
+    terminal.wait_for("TOLD said")
+    terminal.type("more\r")
+    terminal.wait_for("MESSAGE 'y' 'and more'")
+    assert terminal.process.wait(30) == 0
+
+
+def test_a_terminal_that_can_do_nothing_shows_a_prompt(folder: Path) -> None:
+    terminal = Terminal("--model", folder, "--max-tokens", "5", *NO_THINKING, TERM="dumb")
+    terminal.wait_for("> ")
+    terminal.type("one\r")
+    terminal.wait_for("> ")
+    terminal.type("/nothing\r")
+    terminal.wait_for("> ")
+    terminal.type("/q\r")
+    assert terminal.process.wait(30) == 0
+
+
+def test_a_pipe_that_is_not_text_is_one_line(folder: Path) -> None:
+    done = subprocess.run(
+        [*COMMAND, "--model", folder], input=b"caf\xe9\n", capture_output=True, env=environment(), timeout=120
+    )
+    assert done.returncode == 2 and done.stdout == b""
+    assert done.stderr.splitlines()[-1].startswith(b"error: standard input is not UTF-8: ")
+
+
 def test_a_chat_in_a_terminal(folder: Path, tmp_path: Path) -> None:
     terminal = Terminal("--model", folder, *NO_THINKING)
     terminal.wait_for("Ctrl-C stops an answer")
@@ -640,7 +874,7 @@ def test_a_chat_in_a_terminal(folder: Path, tmp_path: Path) -> None:
     assert said[0] == {"role": "user", "content": "one\ntwo"} and said[1]["content"]
 
     again = Terminal("--model", folder, "--resume", "--max-tokens", "5", *NO_THINKING)
-    again.wait_for("2 messages")
+    again.wait_for(r"2 messages\s+> one two\s")
     again.wait_for(">")
     again.type("three\r")
     again.wait_for("tok/s")  # and from disk came what was said before

@@ -111,9 +111,9 @@ def test_what_cannot_be_a_tool_is_refused_by_name(tmp_path: Path, source: str) -
 
 
 def test_a_file_that_is_none(tmp_path: Path) -> None:
-    for name in ("nothing.py", "tools.txt"):
-        (tmp_path / "tools.txt").write_text("def f(x: int): 'Does.'")
-        with pytest.raises(RequestError, match="is not a Python file"):
+    (tmp_path / "tools.txt").write_text("def f(x: int): 'Does.'")
+    for name, reason in (("nothing.py", "there is no such file"), ("tools.txt", "is not a Python file")):
+        with pytest.raises(RequestError, match=reason):
             load_functions(tmp_path / name)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -11,15 +12,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 from screen import Screen
 
-from mlx_flashmoe import console as drawing
-from mlx_flashmoe.console import (
-    ConversionProgress,
-    PlainAnswer,
-    PromptProgress,
-    TerminalAnswer,
-    figures,
-)
+from mlx_flashmoe import console as printing
+from mlx_flashmoe.console import ConversionProgress, figures
 from mlx_flashmoe.generate import GenerationResponse
+from mlx_flashmoe.terminal import answer as drawing
+from mlx_flashmoe.terminal.answer import PlainAnswer, TerminalAnswer
+from mlx_flashmoe.terminal.bars import loading_bar, prompt_bar
+from mlx_flashmoe.terminal.region import rows_of
 from mlx_flashmoe.thinking import ThinkingSplitter
 
 
@@ -116,7 +115,7 @@ def test_thinking_is_dim_and_the_answer_is_not() -> None:
     view.feed("hm\n</think>\n\nyes")
     view.close()
     assert "\x1b[2mhm" in out.getvalue()
-    assert out.getvalue().endswith("\ryes\n")
+    assert out.getvalue().endswith("yes\n")
 
 
 def test_an_interrupted_answer_is_kept() -> None:
@@ -218,19 +217,18 @@ def response(prompt: int = 23, answer: int = 214, tps: float = 5.2134) -> Genera
     return GenerationResponse("", 0, None, prompt, 120.12, answer, tps, 6.1)  # type: ignore[arg-type]
 
 
-def test_figures_are_one_line() -> None:
+def test_figures_are_words_and_fit_the_window() -> None:
     assert figures(response(), 1_350_000_000, 710, 290) == (
-        "prompt 23 tokens, 120 tok/s · generation 214 tokens, 5.21 tok/s · "
+        "prompt 23 tokens at 120 per second, answer 214 at 5.21 · "
         "experts read 1.35 GB, 71% hits · peak memory 6.1 GB"
     )
-    short = figures(response(), 1_350_000_000, 710, 290, width=80)
-    assert short == "prompt 23 at 120/s · answer 214 at 5.21/s · read 1.35 GB, 71% hits · peak 6.1 GB"
-    assert len(short) <= 80
-    long = figures(response(prompt=12345, answer=2140), 135_000_000_000, 710, 290, width=80)
-    assert long == "12345 + 2140 tokens at 120 and 5.21/s · read 135 GB, 71% hits · peak 6.1 GB"
+    assert figures(response(prompt=12345, answer=2140), 135_000_000_000, 710, 290, width=80) == (
+        "prompt 12,345 tokens at 120 per second, answer 2,140 at 5.21\n"
+        "experts read 135 GB, 71% hits · peak memory 6.1 GB"
+    )
     # One token has no rate, and a model without routed experts no hit rate.
-    assert figures(response(answer=1, tps=0.0), 0, 0, 0) == (
-        "prompt 23 tokens, 120 tok/s · generation 1 tokens · experts read 0 bytes · peak memory 6.1 GB"
+    assert figures(response(prompt=1, answer=1, tps=0.0), 0, 0, 0) == (
+        "prompt 1 token at 120 per second, answer 1 · experts read 0 bytes · peak memory 6.1 GB"
     )
 
 
@@ -240,20 +238,66 @@ def test_a_terminal_shows_figures_under_the_answer() -> None:
     view.feed("Three.")
     view.close()
     view.show_figures(response(), 1_350_000_000, 710, 290)
-    assert screen.text.split("\n")[:2] == ["Three.", ""]
-    assert screen.text.split("\n")[2].startswith("prompt 23")
-    assert len(screen.text.split("\n")) == 3
+    lines = screen.text.split("\n")
+    assert lines[:2] == ["Three.", ""] and len(lines) == 4
+    assert lines[2].startswith("prompt 23") and lines[3].startswith("experts read")
 
 
-def test_a_pipe_gets_exactly_the_text() -> None:
+def piped(pieces: list[str], thinking: bool, verbatim: bool = False) -> str:
     out, err = io.StringIO(), io.StringIO()
-    view = PlainAnswer(out, err)
-    for piece in ("<think>\nhm", "\n</think>\n\n**yes**\x1b"):
+    view = PlainAnswer(out, err, thinking, verbatim)
+    for piece in pieces:
         view.feed(piece)
     view.close()
     view.show_figures(response(), 0, 0, 0)
-    assert out.getvalue() == "<think>\nhm\n</think>\n\n**yes**\x1b"
-    assert err.getvalue() == "\n" + figures(response(), 0, 0, 0) + "\n"
+    assert err.getvalue() == figures(response(), 0, 0, 0) + "\n"
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("text", "thinking", "answer", "whole"),
+    [
+        ("hm\n</think>\n\n**yes**\x1b", True, "**yes**\x1b\n", "<think>\nhm\n</think>\n\n**yes**\x1b\n"),
+        ("<think>\nhm\n</think>\n\nyes", False, "yes\n", "<think>\nhm\n</think>\n\nyes\n"),
+        ("\n  yes\n\n", False, "\n  yes\n\n", "\n  yes\n\n"),
+        ("never done", True, "", "<think>\nnever done\n"),
+        ("", False, "", ""),
+    ],
+)
+def test_a_pipe_gets_the_answer_and_the_thinking_on_request(
+    text: str, thinking: bool, answer: str, whole: str
+) -> None:
+    for pieces in ([text], list(text)):
+        assert piped(pieces, thinking) == answer
+        assert piped(pieces, thinking, verbatim=True) == whole
+
+
+# Resizing
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_resizing_leaves_no_copies(seed: int, thinking: bool) -> None:
+    """The words are all different, so that one that is seen twice is a copy. Narrow, they take half the screen."""
+    random = Random(seed)
+    screen = Screen(height=60)
+    view = TerminalAnswer(screen.console, thinking, clock=iter(range(0, 10**9, 100)).__next__)
+    view.SHARE = 0
+    fed = []
+    for _ in range(6):
+        for _ in range(random.randint(0, 12)):
+            fed.append(f"word{len(fed)}" + "\n" * (random.random() < 0.05))
+            view.feed(fed[-1] + " ")
+        screen.resize(random.randint(20, 100))
+    view.feed("last")
+    view.close()
+    assert "".join(screen.text.split()) == "Thinking" * thinking + "".join("".join(fed).split()) + "last"
+    assert screen.cursor
+
+
+def test_rows_of_a_line() -> None:
+    assert [rows_of("x" * n, 10) for n in (0, 1, 10, 11, 20, 21)] == [1, 1, 1, 2, 2, 3]
+    assert rows_of("你" * 5, 10) == 1 and rows_of("你" * 5, 9) == 2  # of two cells each, none of them cut
 
 
 # Progress
@@ -261,7 +305,7 @@ def test_a_pipe_gets_exactly_the_text() -> None:
 
 def test_a_quick_prompt_shows_nothing() -> None:
     screen = Screen()
-    progress = PromptProgress(screen.console, delay=30)
+    progress = prompt_bar(screen.console, delay=30)
     progress(0, 10)
     progress(10, 10)
     progress.close()
@@ -270,7 +314,7 @@ def test_a_quick_prompt_shows_nothing() -> None:
 
 def test_a_long_prompt_shows_a_bar_that_goes_away() -> None:
     screen = Screen()
-    progress = PromptProgress(screen.console, delay=0.01)
+    progress = prompt_bar(screen.console, delay=0.01)
     progress(0, 3000)
     progress(2048, 3000)
     deadline = time.monotonic() + 5
@@ -279,6 +323,43 @@ def test_a_long_prompt_shows_a_bar_that_goes_away() -> None:
     assert "Reading the prompt" in screen.text and "2048/3000 tokens" in screen.text
     progress(3000, 3000)
     assert screen.text == "" and screen.cursor
+
+
+def test_a_bar_leaves_nothing_behind_when_the_window_changes() -> None:
+    screen = Screen()
+    bar = loading_bar(screen.console, delay=0)
+    for width in (80, 50, 30, 100, 40):
+        screen.resize(width)
+        bar(1_200_000_000, 3_700_000_000)
+        drawn = screen.writes
+        while screen.writes < drawn + 2:
+            time.sleep(0.01)
+    assert screen.text.count("Loading") == 1
+    bar.close()
+    assert screen.text == "" and screen.cursor
+
+
+def test_loading_shows_bytes_and_their_rate() -> None:
+    screen = Screen()
+    bar = loading_bar(screen.console, delay=0.01)
+    for done in (0, 400_000_000, 1_200_000_000):
+        bar(done, 3_700_000_000)
+        time.sleep(0.01)
+    deadline = time.monotonic() + 5
+    while "1.2/3.7 GB" not in screen.text and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert "Loading" in screen.text and "1.2/3.7 GB" in screen.text and "B/s" in screen.text
+    bar(3_700_000_000, 3_700_000_000)
+    assert screen.text == "" and screen.cursor
+
+
+def test_a_bar_in_a_pipe_is_nothing() -> None:
+    out = io.StringIO()
+    bar = loading_bar(Console(file=out, width=80), delay=0)
+    bar(1, 2)
+    time.sleep(0.05)
+    bar(2, 2)
+    assert out.getvalue() == ""
 
 
 def test_a_conversion_in_a_pipe_says_a_line_now_and_then() -> None:
@@ -335,6 +416,6 @@ def test_ctrl_c_leaves_one_bar(width: int) -> None:
 
 def test_errors_are_one_unbroken_line(capsys: pytest.CaptureFixture[str]) -> None:
     message = "/a/very/long/path/" + "x" * 200 + "\nand a second line [bold]\x1b[2J"
-    drawing.print_error(message)
+    printing.print_error(message)
     err = capsys.readouterr().err
     assert err == "error: /a/very/long/path/" + "x" * 200 + " and a second line [bold]␛[2J\n"

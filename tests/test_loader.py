@@ -20,7 +20,7 @@ from checkpoints import Spec, write_checkpoint
 
 from mlx_flashmoe import convert, kernels, load, loader, memory
 from mlx_flashmoe.errors import FormatError, MemoryPlanError, RequestError
-from mlx_flashmoe.experts import slab, store
+from mlx_flashmoe.experts import arena, slab, store
 from mlx_flashmoe.experts.store import reads_directly
 from mlx_flashmoe.generate import generate_step, prefill
 from mlx_flashmoe.layout import PAGE
@@ -255,6 +255,28 @@ def test_config_and_manifest_must_agree(copy: Path) -> None:
     (copy / "config.json").write_text("{")
     with pytest.raises(FormatError, match=r"config\.json"):
         load(copy)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_loading_tells_of_every_byte_it_reads(
+    folder: Path, resident: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expert_memory = "auto" if resident else 3 * load(folder)[0].plan.slot_bytes
+    told: list[tuple[int, int]] = []
+    model, _ = load(folder, expert_memory, progress=lambda done, total: told.append((done, total)))
+    total = model.plan.dense + model.plan.arena * model.resident
+    assert model.resident == resident
+    assert [t for _, t in told] == [total] * len(told)
+    counts = [done for done, _ in told]
+    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == total and len(set(counts)) > 10
+    # Layers that are larger than what is read at once tell of their parts.
+    monkeypatch.setattr(arena, "LOAD_BYTES", 2 * model.plan.slot_bytes)
+    pieces: list[int] = []
+    again, _ = load(folder, expert_memory, progress=lambda done, total: pieces.append(done))
+    tokens = mx.array([[1, 2, 3]])
+    assert mx.array_equal(again(tokens), model(tokens)).item()
+    if model.resident:
+        assert 2 * model.plan.slot_bytes in np.diff(sorted(set(pieces))) and len(pieces) > len(told)
 
 
 def test_a_prompts_progress_is_told_layer_by_layer(folder: Path) -> None:

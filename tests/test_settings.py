@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fakes import tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_flashmoe.sampling import picking
 from mlx_flashmoe.server import settings
+from mlx_flashmoe.server.engine import Ask, Engine
 from mlx_flashmoe.server.errors import ApiError
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -271,3 +274,30 @@ def test_no_value_is_more_than_refused(body: dict[str, Any]) -> None:
             read(body)
         except ApiError as e:
             assert e.status == 400 and any(field in e.message for field in body)
+
+
+@pytest.mark.parametrize(
+    ("api", "server", "request_", "thinks"),
+    [
+        (None, None, None, True),  # as the template has it
+        (False, None, None, False),
+        (None, False, None, False),
+        (False, True, None, True),
+        (False, True, False, False),
+        (False, False, True, True),
+    ],
+)
+def test_thinking_is_as_the_request_says_or_else_the_server_or_else_the_api(
+    api: bool | None, server: bool | None, request_: bool | None, thinks: bool
+) -> None:
+    def variables(think: bool | None) -> dict[str, Any]:
+        return {} if think is None else {"enable_thinking": think}
+
+    worker: Any = SimpleNamespace(tokenizer=tokenizer())
+    ask = Ask(
+        messages=[{"role": "user", "content": "Hi"}],
+        template=variables(request_),
+        template_default=variables(api),
+    )
+    engine = Engine(worker, "model", {}, variables(server))
+    assert worker.tokenizer.opens_thinking(engine.tokens(ask)) is thinks

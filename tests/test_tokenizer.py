@@ -9,6 +9,7 @@ from fakes import make_checkpoint, tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_flashmoe.chat_template import ChatTemplate
 from mlx_flashmoe.errors import FormatError, RequestError
 from mlx_flashmoe.tokenizer import ByteLevelDetokenizer, Tokenizer, WindowDetokenizer
 
@@ -270,3 +271,17 @@ def test_whether_a_prompt_opens_thinking() -> None:
     assert not opens(TOKENIZER.apply_chat_template(said, add_generation_prompt=False))
     assert not opens(TOKENIZER.encode("plain"))
     assert not sentencepiece_like().has_thinking
+
+
+@pytest.mark.parametrize(
+    ("source", "reads"),
+    [
+        ("{% if enable_thinking is defined and not enable_thinking %}x{% endif %}", True),
+        ("{{ messages[0].content }}{% if tools %}{{ enable_thinking }}{% endif %}", True),
+        ("{{ messages[0].content }} enable_thinking", False),
+        ("{% set enable_thinking = true %}{{ enable_thinking }}", False),
+        ("{{ messages[0].enable_thinking }}", False),
+    ],
+)
+def test_a_template_is_known_to_read_a_variable(source: str, reads: bool) -> None:
+    assert ChatTemplate(source, {}).reads("enable_thinking") is reads

@@ -13,6 +13,7 @@ import platform
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +33,7 @@ from mlx_flashmoe.loader import Stats, StreamingModel, load
 from mlx_flashmoe.progress import Steps
 from mlx_flashmoe.reports import check_report, write_report
 from mlx_flashmoe.sizes import show_size
+from mlx_flashmoe.terminal.bars import loading_bar
 
 WARM_UP_TOKENS = 3
 
@@ -84,7 +86,8 @@ def run(
         )
     check_report(json_file)
     console = Console()
-    model, _ = load(folder, announce=console.print, **options)
+    with closing(loading_bar()) as bar:
+        model, _ = load(folder, announce=console.print, progress=bar, **options)
     longest = max(prompts) + tokens
     if longest > model.max_context:
         raise RequestError(

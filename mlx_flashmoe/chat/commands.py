@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 from mlx_flashmoe.chat.conversation import Conversation
-from mlx_flashmoe.chat.session import Session
+from mlx_flashmoe.chat.recap import first_words, one_line
+from mlx_flashmoe.chat.session import Session, saved_files
 from mlx_flashmoe.chat.view import PlainView, TerminalView
 from mlx_flashmoe.errors import RequestError
-from mlx_flashmoe.sizes import show_size
+from mlx_flashmoe.sizes import counted, show_size
 
 HELP = {
     "/help": "show this",
     "/clear": "begin a new conversation, with the same system message",
+    "/retry": "send the last message again, for another answer",
+    "/edit": "take the last message back into the editor, to change it",
+    "/undo": "take the last message and its answer back",
+    "/set [NAME VALUE]": "show the settings, or change one: /set temp 0.7",
     "/system [TEXT]": "show the system message, or set it",
+    "/list": "list the saved conversations",
+    "/load N or FILE": "go on with a saved conversation",
     "/save [FILE]": "say where the conversation is saved, or write a copy of it",
-    "/load FILE": "go on with a saved conversation",
     "/tools": "list the tools that the model may call",
     "/think": "show what the model thought before its last answer",
     "/stats": "show figures of this conversation and of the model",
-    "/quit": "leave; so does Ctrl-D",
+    "/quit": "leave; so do /exit, /bye, /q and Ctrl-D",
 }
-NAMES = [usage.split()[0] for usage in HELP]
+ALIASES = {"/exit": "/quit", "/bye": "/quit", "/q": "/quit"}
+NAMES = [*(usage.split()[0] for usage in HELP), *ALIASES]
+
+LISTED = 20
+"""Saved conversations that /list shows."""
 
 
 class Commands:
@@ -31,13 +42,18 @@ class Commands:
 
     Attributes:
         done: the user has asked to leave.
+        again: a message to send, "" if none; whoever sends it empties it.
+        edited: a message for the editor, likewise.
     """
 
     def __init__(self, conversation: Conversation, view: TerminalView | PlainView) -> None:
         self.done = False
+        self.again = self.edited = ""
         self._conversation = conversation
         self._view = view
-        self._run: dict[str, Callable[[str], None]] = {name: getattr(self, name[1:]) for name in NAMES}
+        self._run: dict[str, Callable[[str], None]] = {
+            name: getattr(self, ALIASES.get(name, name)[1:]) for name in NAMES
+        }
 
     @staticmethod
     def is_command(text: str) -> bool:
@@ -77,18 +93,63 @@ class Commands:
             if path.exists():
                 raise RequestError(f"{path} exists already; give another name")
             session.write(path)
-            self._view.note(f"{len(session.messages)} messages are in {path}")
+            self._view.note(f"{counted(len(session.messages), 'message')} in {path}")
         elif session.path is None:
             self._view.note("this conversation is not saved; /save FILE writes it")
         else:
             self._view.note(f"this conversation is saved in {session.path} as it goes on")
 
+    def retry(self, _: str) -> None:
+        self.again = self._conversation.session.take_back()
+
+    def edit(self, _: str) -> None:
+        self.edited = self._conversation.session.take_back()
+
+    def undo(self, _: str) -> None:
+        text = self._conversation.session.take_back()
+        self._view.note(f"taken back, with what came of it: {one_line(text, 50)}")
+
+    def set(self, argument: str) -> None:
+        settings = self._conversation.settings
+        if not argument:
+            self._view.table(settings.rows())
+            return
+        name, _, value = argument.partition(" ")
+        if not value.strip():
+            raise RequestError(f"{name} to what? /set NAME VALUE changes a setting, /set lists them")
+        settings.set(name, value.strip())
+        if name == "think" and not self._conversation.can_switch_thinking:
+            self._view.note("this changes nothing: the model's chat template has no enable_thinking")
+        else:
+            self._view.note(f"{name} is {value.strip()}")
+
+    def list(self, _: str) -> None:
+        rows = []
+        for number, path in enumerate(saved_files()[:LISTED], 1):
+            try:
+                words = first_words(Session.load(path).messages, 50)
+                when = datetime.fromtimestamp(path.stat().st_mtime)
+            except (RequestError, OSError):  # another chat may have removed it, or it was edited by hand
+                continue
+            rows.append((f"{number}", f"{when:%Y-%m-%d %H:%M}  {words}"))
+        if rows:
+            self._view.table(rows)
+            self._view.note("/load N goes on with one of them")
+        else:
+            self._view.note("no conversation is saved yet")
+
     def load(self, argument: str) -> None:
         if not argument:
-            raise RequestError("which conversation? give a file: /load FILE")
-        session = Session.load(Path(argument).expanduser())
+            raise RequestError("which conversation? /list shows them: /load N, or /load FILE")
+        path = Path(argument).expanduser()
+        if argument.isdecimal() and not path.exists():
+            files = saved_files()
+            if not 1 <= int(argument) <= len(files):
+                raise RequestError(f"there is no conversation {argument}; /list shows those that there are")
+            path = files[int(argument) - 1]
+        session = Session.load(path)
         self._conversation.session = session
-        self._view.note(f"{session.path}: {len(session.messages)} messages")
+        self._view.recap(session)
 
     def tools(self, _: str) -> None:
         functions = self._conversation.functions.values()
@@ -117,8 +178,8 @@ class Commands:
         rate = f", {generated / seconds:.1f} tok/s" if seconds else ""
         rows = [
             ("messages", str(len(self._conversation.session.messages))),
-            ("answers", f"{len(done)} of {generated} tokens{rate}"),
-            ("prompts", f"{prompt} tokens, {kept} of them kept from before"),
+            ("answers", f"{len(done)} of {counted(generated, 'token')}{rate}"),
+            ("prompts", f"{counted(prompt, 'token')}, {kept} of them kept from before"),
         ]
         if hits + misses:
             rows.append(

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from mlx_flashmoe.chat.functions import Function, run
 from mlx_flashmoe.chat.session import Session
+from mlx_flashmoe.chat.settings import Settings
 from mlx_flashmoe.errors import RequestError
 from mlx_flashmoe.generate import GenerationResponse, answer_room, cut_off, stream_generate
 from mlx_flashmoe.tokenizer import Message, Tokenizer
@@ -92,11 +93,12 @@ class Conversation:
 
     Args:
         functions: the tools.
-        template: variables for the chat template.
-        max_tokens: of an answer.
+        settings: what the user can change.
+        template: further variables for the chat template.
         generation: what else ``stream_generate`` is given.
 
     Attributes:
+        settings: what the user can change.
         session: the messages; may be replaced between turns.
         unsent: a message that was taken back, because nothing came of it.
         stopped: the user has stopped the last turn.
@@ -111,11 +113,12 @@ class Conversation:
         view: View,
         functions: Sequence[Function] = (),
         *,
+        settings: Settings | None = None,
         template: dict[str, Any] | None = None,
-        max_tokens: int = -1,
         **generation: Any,
     ):
         self.model = model
+        self.settings = settings or Settings()
         self.session = session
         self.functions = {function.name: function for function in functions}
         self.unsent = ""
@@ -124,8 +127,16 @@ class Conversation:
         self._tokenizer = tokenizer
         self._view = view
         self._template = template or {}
-        self._max_tokens = max_tokens
         self._generation = generation
+
+    @property
+    def can_switch_thinking(self) -> bool:
+        """The chat template has an ``enable_thinking``."""
+        return self._tokenizer.chat_template(self._schemas).reads("enable_thinking")
+
+    @property
+    def _schemas(self) -> list[dict[str, Any]]:
+        return [function.schema for function in self.functions.values()]
 
     @property
     def thinking(self) -> str:
@@ -152,9 +163,10 @@ class Conversation:
                 if answer.response is None:
                     break
                 messages.append(answer.message())
+                self._call(answer.calls)
+                self._tell(answer)
                 if not answer.calls:
                     return
-                self._call(answer.calls)
                 self.session.save()
                 if self.stopped:
                     return
@@ -168,15 +180,17 @@ class Conversation:
                 self.session.save()
 
     def _answer(self) -> Answer:
-        schemas = [function.schema for function in self.functions.values()]
+        schemas = self._schemas
+        variables = {**self._template, **self.settings.template}
         prompt = self._tokenizer.apply_chat_template(
-            self.session.messages, tools=schemas or None, **self._template
+            self.session.messages, tools=schemas or None, **variables
         )
+        max_tokens = self.settings.max_tokens
         try:
-            room = answer_room(self.model, len(prompt), self._max_tokens)
+            room = answer_room(self.model, len(prompt), max_tokens)
         except RequestError as e:
             raise RequestError(f"the context is full: {e}; /clear begins a new conversation") from None
-        self.model.reserve(len(prompt) + (0 if self._max_tokens == -1 else room))
+        self.model.reserve(len(prompt) + (0 if max_tokens == -1 else room))
         parser = answer_parser(self._tokenizer, schemas, prompt)
         answer = Answer()
 
@@ -202,8 +216,9 @@ class Conversation:
                 self.model,
                 self._tokenizer,
                 prompt,
-                self._max_tokens,
+                max_tokens,
                 prompt_progress_callback=progress,
+                **self.settings.generation,
                 **self._generation,
             )
             try:
@@ -232,11 +247,20 @@ class Conversation:
                 self.model.context_length,
             )
             self.figures.append(figures)
-            self._view.figures(figures)
-            if note := cut_off(answer.response, self._max_tokens):
-                full = answer.response.generation_tokens != self._max_tokens
-                self._view.note(note + ("; /clear begins a new conversation" if full else ""))
         return answer
+
+    def _tell(self, answer: Answer) -> None:
+        """Shows the figures of an answer, after all that came of it, and why it ended."""
+        assert answer.response is not None
+        self._view.figures(self.figures[-1])
+        note = cut_off(answer.response, self.settings.max_tokens)
+        if note is None:
+            return
+        if answer.response.generation_tokens != self.settings.max_tokens:
+            note += "; /clear begins a new conversation"
+        elif answer.thinking and not answer.text and not answer.calls:
+            note += "; it was still thinking: /set max-tokens to more, or /set think off"
+        self._view.note(note)
 
     def _call(self, calls: Sequence[ToolCall]) -> None:
         """Makes the calls in turn, and adds their results to the messages. Ctrl-C ends the call it meets."""

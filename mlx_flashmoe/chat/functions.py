@@ -86,6 +86,8 @@ def load_functions(path: Path) -> list[Function]:
     Raises:
         RequestError: the file cannot be run, or a function's hints or docstring are not enough to describe it.
     """
+    if not path.exists():
+        raise RequestError(f"--tools {path}: there is no such file")
     spec = importlib.util.spec_from_file_location(f"tools_{path.stem}", path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise RequestError(f"--tools {path}: is not a Python file")

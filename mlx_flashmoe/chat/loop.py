@@ -13,7 +13,7 @@ def chat(conversation: Conversation, reader: Reader, view: TerminalView | PlainV
     """Returns when the user leaves.
 
     Raises:
-        FlashMoEError, KeyboardInterrupt: only where nobody could react to them: messages come from a pipe.
+        FlashMoEError, KeyboardInterrupt: only from a pipe, where there is no user who could react to them.
     """
     commands = Commands(conversation, view)
     if reader.interactive:
@@ -27,10 +27,15 @@ def chat(conversation: Conversation, reader: Reader, view: TerminalView | PlainV
                 continue
             if commands.is_command(text):
                 commands.run(text)
-                continue
+                text, commands.again = commands.again, ""
+                unsent, commands.edited = commands.edited, ""
+                if not text:
+                    continue
             conversation.say(text)
             unsent = conversation.unsent
             if conversation.stopped:
+                # Neither are the messages sent that were typed after the one that was stopped.
+                reader.drop_typed()
                 view.note("stopped")
                 if not reader.interactive:
                     raise KeyboardInterrupt
@@ -43,4 +48,6 @@ def chat(conversation: Conversation, reader: Reader, view: TerminalView | PlainV
             if not reader.interactive:
                 raise
             unsent = conversation.unsent
+            if unsent:
+                reader.drop_typed()
             view.error(str(e))

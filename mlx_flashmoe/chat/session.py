@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +22,15 @@ ROLES = ("system", "user", "assistant", "tool")
 def data_directory() -> Path:
     """Where conversations and what was typed are kept."""
     return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "mlx-flashmoe"
+
+
+def _folder() -> Path:
+    return data_directory() / "sessions"
+
+
+def saved_files() -> list[Path]:
+    """Files of the conversations that were saved under their own names, the one saved last first."""
+    return sorted(_folder().glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
 class Session:
@@ -41,7 +51,17 @@ class Session:
     @classmethod
     def new(cls) -> Session:
         """An empty one, whose file will be named by the time of day."""
-        return cls(data_directory() / "sessions" / f"{datetime.now():%Y-%m-%d-%H%M%S-%f}.jsonl")
+        return cls(_folder() / f"{datetime.now():%Y-%m-%d-%H%M%S-%f}.jsonl")
+
+    @classmethod
+    def begin(cls, note: Callable[[str], None]) -> Session:
+        """As ``new``, or, with a note, one that is not saved, if there can be no folder for its file."""
+        try:
+            _folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as e:
+            note(f"{_folder()}: {e.strerror}; this conversation is not saved, /save FILE writes it")
+            return cls()
+        return cls.new()
 
     @classmethod
     def load(cls, path: Path) -> Session:
@@ -67,11 +87,10 @@ class Session:
     @classmethod
     def latest(cls) -> Session:
         """The conversation that was last saved under its own name. Raises RequestError if there is none."""
-        folder = data_directory() / "sessions"
-        files = sorted(folder.glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
+        files = saved_files()
         if not files:
-            raise RequestError(f"{folder}: there is no conversation to resume yet")
-        return cls.load(files[-1])
+            raise RequestError(f"{_folder()}: there is no conversation to resume yet")
+        return cls.load(files[0])
 
     @property
     def system(self) -> str | None:
@@ -84,6 +103,20 @@ class Session:
     def system(self, text: str | None) -> None:
         rest = self.messages[1:] if self.system is not None else self.messages
         self.messages = [*([{"role": "system", "content": text}] if text else []), *rest]
+
+    def take_back(self) -> str:
+        """Removes the user's last message and all that came after it; returns its text.
+
+        Raises:
+            RequestError: there is none.
+        """
+        place = max((i for i, m in enumerate(self.messages) if m["role"] == "user"), default=-1)
+        if place < 0:
+            raise RequestError("there is no message to take back")
+        text = str(self.messages[place]["content"])
+        del self.messages[place:]
+        self.save()
+        return text
 
     def save(self) -> None:
         """Writes the file anew, whole or not at all. Raises RequestError if it cannot be written."""

@@ -15,8 +15,13 @@ from rich.table import Table
 from rich.text import Text as Line
 
 from mlx_flashmoe.chat.conversation import Figures, View
-from mlx_flashmoe.console import Lines, PromptProgress, TerminalAnswer, digits, print_error, printable
-from mlx_flashmoe.sizes import show_size
+from mlx_flashmoe.chat.recap import last_turns
+from mlx_flashmoe.chat.session import Session
+from mlx_flashmoe.console import digits, print_error, printable
+from mlx_flashmoe.sizes import counted, show_size
+from mlx_flashmoe.terminal.answer import TerminalAnswer
+from mlx_flashmoe.terminal.bars import Bar, prompt_bar
+from mlx_flashmoe.terminal.region import Lines
 from mlx_flashmoe.tools import Piece, Text, Thinking, ToolCall
 
 RESULT_LINES = 8
@@ -35,7 +40,7 @@ def chat_view() -> TerminalView | PlainView:
 
 
 def figures_line(figures: Figures, width: int | None = None) -> str:
-    """One line about an answer; shorter where it would be wider than ``width``."""
+    """One line of figures of an answer; shorter where it would be wider than ``width`` cells."""
     response = figures.response
     count = response.generation_tokens
     new = response.prompt_tokens - response.cached_tokens
@@ -43,7 +48,7 @@ def figures_line(figures: Figures, width: int | None = None) -> str:
     routed = figures.hits + figures.misses
     most = f" of {figures.context_length}" if figures.context_length is not None else ""
     parts = [
-        f"{count} {'tokens' if count > 1 else 'token'}{rate}",
+        f"{counted(count, 'token')}{rate}",
         f"prompt {new} new of {response.prompt_tokens}",
         *([f"{100 * figures.hits / routed:.0f}% hits"] if routed else []),
         f"read {show_size(figures.bytes_read)}",
@@ -61,12 +66,13 @@ class TerminalView(View):
     def __init__(self, console: Console) -> None:
         self.console = console
         self._answer: TerminalAnswer | None = None
-        self._progress: PromptProgress | None = None
+        self._progress: Bar | None = None
         self._writing: Status | None = None
+        self._apart = True  # nothing stands right above that should be set apart
 
     def prompt_progress(self, done: int, total: int) -> None:
         if self._progress is None and done < total:
-            self._progress = PromptProgress()
+            self._progress = prompt_bar()
         if self._progress is not None:
             self._progress(done, total)
 
@@ -76,6 +82,7 @@ class TerminalView(View):
             return
         if self._answer is None:
             self._answer = TerminalAnswer(self.console, fold=True)
+            self._apart = False
         self._answer.show(isinstance(event, Thinking), event.text)
 
     def writing_call(self) -> None:
@@ -92,6 +99,7 @@ class TerminalView(View):
         self._end_text()
 
     def call(self, call: ToolCall) -> None:
+        self._set_apart()
         lines = Line("" if call.arguments else "no arguments", style="" if call.arguments else "dim")
         for name, value in call.arguments.items():
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -108,11 +116,21 @@ class TerminalView(View):
         self.console.print(Lines(lines if more <= 1 else lines[:RESULT_LINES]))
         if more > 1:
             self.console.print(Line(f"  … {more} more lines", style="dim"))
-        self.console.print()
+        self._apart = False
 
     def figures(self, figures: Figures) -> None:
-        self.console.print()
+        self._set_apart()
         self.console.print(Line(figures_line(figures, self.console.width), style="dim"))
+        self.console.print()
+        self._apart = True
+
+    def recap(self, session: Session) -> None:
+        """Where a conversation was left."""
+        self.note(f"{session.path}: {counted(len(session.messages), 'message')}")
+        for message in last_turns(session.messages):
+            mine = message["role"] == "user"
+            text = printable(message["content"])
+            self.console.print(Line(f"> {text}", style="bold") if mine else Line(text, style="dim"))
         self.console.print()
 
     def note(self, text: str) -> None:
@@ -130,6 +148,11 @@ class TerminalView(View):
         for left, right in rows:
             table.add_row(Line(printable(left)), Line(printable(right), style="dim"))
         self.console.print(Padding(table, (0, 0, 0, 2)))
+
+    def _set_apart(self) -> None:
+        if not self._apart:
+            self.console.print()
+            self._apart = True
 
     def _end_text(self) -> None:
         if self._answer is not None:
@@ -175,6 +198,9 @@ class PlainView(View):
 
     def figures(self, figures: Figures) -> None:
         self.note(figures_line(figures))
+
+    def recap(self, session: Session) -> None:
+        self.note(f"{session.path}: {counted(len(session.messages), 'message')}")
 
     def note(self, text: str) -> None:
         print(text, file=self._err, flush=True)

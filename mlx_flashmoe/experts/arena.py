@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -29,6 +30,9 @@ from mlx_flashmoe.experts.table import make_table
 
 # Outputs remembered at most; older ones are evaluated (nearly always long since done) and forgotten.
 MAX_PENDING = 64
+
+# Bytes of experts that load_all reads at once: enough to keep all disks busy, few enough to show how it gets on.
+LOAD_BYTES = 1 << 28
 
 
 @dataclass(eq=False)
@@ -204,14 +208,23 @@ class SlotArena:
         self._free(np.flatnonzero(self._held))
         self.resident = False
 
-    def load_all(self) -> None:
+    def load_all(self, progress: Callable[[int], None] | None = None) -> None:
         """Reads every expert of the model in file order; afterwards nothing is ever missing.
 
         There must be a slot for each.
+
+        Args:
+            progress: called with the experts read, now and then.
         """
+        step = max(1, LOAD_BYTES // self.slot_bytes)
+        done = 0
         for layer in self.store.layers:
             experts = np.arange(self.store.num_experts(layer))
-            self.fetch(layer, experts).wait()
+            for start in range(0, len(experts), step):
+                self.fetch(layer, experts[start : start + step]).wait()
+                done += len(experts[start : start + step])
+                if progress is not None:
+                    progress(done)
         self.resident = True
 
     def _claim(self, n: int, busy: set[int]) -> np.ndarray:

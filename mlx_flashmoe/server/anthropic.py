@@ -70,7 +70,8 @@ def _ask(body: dict[str, Any]) -> Ask:
         messages=messages,
         continues=messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1],
         # A client that does not ask for thinking does not expect any.
-        template={"enable_thinking": False, **settings.thinking(body)},
+        template_default={"enable_thinking": False},
+        template=settings.thinking(body),
         tools=[] if choice["type"] == "none" else offered.tools,
         loaded=[] if choice["type"] == "none" else loaded,
         left_out=offered.left_out,

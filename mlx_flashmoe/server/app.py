@@ -56,6 +56,7 @@ def serve(
     origins: Sequence[str] = (),
     queue_size: int = QUEUE_SIZE,
     sampling: dict[str, Any] | None = None,
+    template: dict[str, Any] | None = None,
     make_prefix_cache: Callable[[Any, Tokenizer], PrefixCache | None] = lambda model, tokenizer: None,
     announce: Callable[[str], None] = print,
     log: Callable[[str], None] | None = None,
@@ -71,6 +72,7 @@ def serve(
         origins: web pages that may call, as "https://example.org"; "*" for all.
         queue_size: requests that wait while one is answered; more are refused.
         sampling: arguments of ``picking`` for requests that do not say.
+        template: variables of the chat template for requests that do not say.
         make_prefix_cache: see ``Worker``.
         announce: is told the address when the server can be used.
         log: is given a line for each request; see ``server.log``.
@@ -92,7 +94,7 @@ def serve(
     with listener:
         worker.start()
         try:
-            engine = Engine(worker, name, sampling or {})
+            engine = Engine(worker, name, sampling or {}, template)
             config = uvicorn.Config(
                 build(engine, metrics, api_key, origins, log),
                 lifespan="off",

@@ -35,6 +35,7 @@ class Ask:
         continues: the last message is the model's own, and the answer continues it.
         prompt: text or tokens to continue; or None.
         template: variables of the chat template.
+        template_default: the same, where neither the request nor the server's user says.
         tools: what may be called.
         loaded: more that may be called, of which the messages tell and not the template's list.
         left_out: tools that were offered and that this server cannot offer, by kind.
@@ -50,6 +51,7 @@ class Ask:
     continues: bool = False
     prompt: str | list[int] | None = None
     template: dict[str, Any] = field(default_factory=dict)
+    template_default: dict[str, Any] = field(default_factory=dict)
     tools: list[dict[str, Any]] = field(default_factory=list)
     loaded: list[dict[str, Any]] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
@@ -80,12 +82,16 @@ class Engine:
     Args:
         name: of the model, as the APIs show it.
         sampling: what a request that says nothing is sampled with.
+        template: variables of the chat template for requests that do not say.
     """
 
-    def __init__(self, worker: Worker, name: str, sampling: dict[str, Any]) -> None:
+    def __init__(
+        self, worker: Worker, name: str, sampling: dict[str, Any], template: dict[str, Any] | None = None
+    ) -> None:
         self.worker = worker
         self.name = name
         self._sampling = sampling
+        self._template = template or {}
         self._constrainer: Constrainer | None = None
         self._lock = threading.Lock()
 
@@ -103,7 +109,7 @@ class Engine:
                 fit(ask.messages, self.tokenizer.chat_template(tools)),
                 tools,
                 continue_final_message=ask.continues,
-                **ask.template,
+                **{**ask.template_default, **self._template, **ask.template},
             )
         if isinstance(ask.prompt, str):
             return self.tokenizer.encode(ask.prompt)
