@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,7 +16,8 @@ import pytest
 from checkpoints import Spec, write_checkpoint
 from hub_server import Hub, serve
 
-from mlx_flashmoe.convert import convert, estimate, hub, verify
+from mlx_flashmoe.convert import convert, estimate, hub, units, verify
+from mlx_flashmoe.convert.destination import Destination
 from mlx_flashmoe.convert.source import open_checkpoint
 from mlx_flashmoe.errors import ConversionError, SourceError
 from mlx_flashmoe.layout import Manifest
@@ -102,6 +104,30 @@ def test_the_rate_of_the_download_is_measured(server: Hub, tmp_path: Path) -> No
         rate = estimate._downloading_rate(checkpoint, THIRD)
     size = (server.folder / THIRD).stat().st_size // 2
     assert size / 1.0 < rate <= size / 0.05
+
+
+def test_the_disk_space_of_the_plan_is_enough(
+    tmp_path: Path, server: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the next shard comes while the last ranges of this one do: small units, so that shards come and go."""
+    monkeypatch.setattr(units, "UNIT", 60_000)
+    monkeypatch.setattr(units, "PIECE", 9_000)
+    planned: list[int] = []
+    most = 0
+    monkeypatch.setattr(Destination, "check_space", lambda self, needed: planned.append(needed) or 10**12)
+
+    def progress(done: int, total: int, what: str) -> None:
+        nonlocal most
+        used = 0
+        for path in (tmp_path / "out").rglob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                used += path.stat().st_blocks * 512 if path.name != "journal" else 0
+        most = max(most, used)
+
+    server.rate = 400_000
+    convert("org/model", tmp_path / "out", progress=progress)
+    files = SHARDS + 20
+    assert 0 < most < planned[0] + 4096 * files
 
 
 def test_long_headers_take_a_second_request(
