@@ -1,4 +1,4 @@
-"""What a line that begins with a slash does."""
+"""The commands of a chat: lines that begin with a slash."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HELP = {
     "/set [NAME VALUE]": "show the settings, or change one: /set temp 0.7",
     "/system [TEXT]": "show the system message, or set it",
     "/list": "list the saved conversations",
-    "/load N or FILE": "go on with a saved conversation",
+    "/load N or FILE": "continue a saved conversation",
     "/save [FILE]": "say where the conversation is saved, or write a copy of it",
     "/tools": "list the tools that the model may call",
     "/think": "show what the model thought before its last answer",
@@ -42,7 +42,7 @@ class Commands:
 
     Attributes:
         done: the user has asked to leave.
-        again: a message to send, "" if none; whoever sends it empties it.
+        again: a message to send, "" if none; the caller sends and empties it.
         edited: a message for the editor, likewise.
     """
 
@@ -97,7 +97,7 @@ class Commands:
         elif session.path is None:
             self._view.note("this conversation is not saved; /save FILE writes it")
         else:
-            self._view.note(f"this conversation is saved in {session.path} as it goes on")
+            self._view.note(f"this conversation is saved in {session.path} after each turn")
 
     def retry(self, _: str) -> None:
         self.again = self._conversation.session.take_back()
@@ -134,7 +134,7 @@ class Commands:
             rows.append((f"{number}", f"{when:%Y-%m-%d %H:%M}  {words}"))
         if rows:
             self._view.table(rows)
-            self._view.note("/load N goes on with one of them")
+            self._view.note("/load N continues one of them")
         else:
             self._view.note("no conversation is saved yet")
 

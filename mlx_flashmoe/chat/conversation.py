@@ -21,7 +21,7 @@ ROUNDS = 25
 
 
 class View(Protocol):
-    """What a conversation looks like while it goes on."""
+    """Shows a conversation while it takes place."""
 
     def prompt_progress(self, done: int, total: int) -> None: ...
 
@@ -46,7 +46,7 @@ class View(Protocol):
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one answer.
+    """Figures of one answer.
 
     Attributes:
         response: the last step.
@@ -64,7 +64,7 @@ class Figures:
 
 @dataclass
 class Answer:
-    """What came of one prompt. ``stopped``: by the user."""
+    """The result of one prompt. ``stopped``: by the user."""
 
     thinking: str = ""
     text: str = ""
@@ -140,7 +140,7 @@ class Conversation:
 
     @property
     def thinking(self) -> str:
-        """What the model has thought before its last answer."""
+        """The model's thinking before its last answer."""
         answers = [m for m in self.session.messages if m["role"] == "assistant"]
         return str(answers[-1].get("reasoning_content", "")) if answers else ""
 
@@ -171,7 +171,7 @@ class Conversation:
                 if self.stopped:
                     return
             else:
-                self._view.note(f"stopped after {ROUNDS} answers with tool calls; say “go on” to go on")
+                self._view.note(f"stopped after {ROUNDS} answers with tool calls; say “continue” for more")
         finally:
             if len(messages) == before + 1:
                 messages.pop()

@@ -213,7 +213,7 @@ def _keys() -> KeyBindings:
 
 
 class Lines:
-    """Each line is a message; one that ends in a backslash goes on in the next. Nothing can be asked."""
+    """Each line is a message; one that ends in a backslash continues in the next. Nothing can be asked."""
 
     interactive = False
 

@@ -1,4 +1,4 @@
-"""What a conversation looks like: on a terminal drawn with Rich, in a pipe plain text."""
+"""Views of a conversation: on a terminal drawn with Rich, in a pipe plain text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mlx_flashmoe.terminal.region import Lines
 from mlx_flashmoe.tools import Piece, Text, Thinking, ToolCall
 
 RESULT_LINES = 8
-"""Of a tool's result, as many are shown; the model gets all of it."""
+"""Lines of a tool's result that are shown; the model gets all of it."""
 
 # Marks that make a terminal show text in another order than it has: what is shown is what is run.
 _REORDERING = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C], 0xFFFD)

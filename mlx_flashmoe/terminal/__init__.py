@@ -1,1 +1,1 @@
-"""What is drawn on a terminal: answers as they come, and progress bars."""
+"""Drawing on a terminal: answers as they come, and progress bars."""

@@ -206,7 +206,7 @@ class TerminalAnswer:
         self._section, self._tail, self._printed, self._below = None, "", 0, False
 
     def _unprinted(self, lines: list[Rendered]) -> list[Rendered]:
-        """What of the tail's lines is not printed for good. Other lines were when the window had another width."""
+        """The part of the tail's lines that is not printed for good. The window may have had another width then."""
         printed = self._printed
         for number, line in enumerate(lines):
             if printed < _letters(line):

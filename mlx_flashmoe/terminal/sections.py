@@ -39,7 +39,7 @@ class Section(Protocol):
         ...
 
     def split(self, text: str) -> tuple[RenderableType | None, str]:
-        """What of the text can no longer change, rendered, and the rest of the text."""
+        """The part of the text that can no longer change, rendered, and the rest of the text."""
         ...
 
     def render(self, text: str) -> RenderableType: ...
@@ -50,7 +50,7 @@ class Section(Protocol):
 
 
 class ThinkingSection:
-    """What the model thinks before it answers: plain text, dim and indented under a heading."""
+    """The model's thinking before its answer: plain text, dim and indented under a heading."""
 
     heading: RenderableType | None = Text("Thinking", style="dim bold")
     spaced = False
