@@ -121,13 +121,13 @@ def test_the_disk_space_of_the_plan_is_enough(
         used = 0
         for path in (tmp_path / "out").rglob("*"):
             with contextlib.suppress(FileNotFoundError):
-                used += path.stat().st_blocks * 512 if path.name != "journal" else 0
+                status = path.stat()
+                used += min(status.st_size, status.st_blocks * 512) if path.name != "journal" else 0
         most = max(most, used)
 
     server.rate = 400_000
     convert("org/model", tmp_path / "out", progress=progress)
-    files = SHARDS + 20
-    assert 0 < most < planned[0] + 4096 * files
+    assert 0 < most < planned[0] + 10_000  # records of downloads
 
 
 def test_long_headers_take_a_second_request(
