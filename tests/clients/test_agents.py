@@ -93,8 +93,8 @@ AGENTS = {
     "Codex CLI": Agent(
         "@openai/codex",
         "codex",
-        ["exec", "--skip-git-repo-check", "--json"],
-        ["exec", "resume", "--last", "--skip-git-repo-check", "--json"],
+        ["--profile", "flashmoe", "exec", "--skip-git-repo-check", "--json"],
+        ["--profile", "flashmoe", "exec", "resume", "--last", "--skip-git-repo-check", "--json"],
         codex_turn,
         cached=0.95,
     ),
