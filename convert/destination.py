@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,13 +70,21 @@ class Destination:
         self._leave()
 
     def keep(self) -> None:
-        """What is in the folder stays, whatever happens."""
+        """Has what is in the folder stay, whatever happens."""
         self._kept = True
 
     def check_empty(self) -> None:
         """Raises ConversionError if there is anything in the folder that is no conversion's."""
         if any(path.name != STATE for path in self.folder.iterdir()):
-            raise ConversionError(f"{self.folder} is not empty; choose another folder, or remove it first")
+            if is_checkpoint(self.folder):
+                raise ConversionError(
+                    f"{self.folder} is a checkpoint: it goes after --hf-path, and --mlx-path takes a new folder, for "
+                    f"example {new_folder(self.folder)}"
+                )
+            example = shlex.quote(str(self.folder / "NAME"))
+            raise ConversionError(
+                f"{self.folder} is not empty: --mlx-path takes a new folder, for example {example}"
+            )
 
     def path(self, name: str) -> Path:
         """Where the model's file of that relative path is, or will be made."""
@@ -83,7 +92,7 @@ class Destination:
         return self.folder / name if self.moving and not made.exists() else made
 
     def has(self, name: str, size: int) -> bool:
-        """Whether that file is there, and that long."""
+        """Tells if that file is there, and that long."""
         path = self.path(name)
         return path.is_file() and path.stat().st_size == size
 
@@ -93,7 +102,7 @@ class Destination:
             free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise ConversionError(
-                f"{self.folder}: the conversion needs {show_size(needed)} of disk space, but only "
+                f"{self.folder}: {show_size(needed)} of disk space are needed, but only "
                 f"{show_size(free)} are free"
             )
         return free
@@ -104,8 +113,39 @@ class Destination:
             path = self.path(name)
             self._make_folder(path.parent.absolute())
             self._files[name] = OutputFile(path, size)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         return self._files[name]
+
+    def aside(self, name: str, size: int, *, keep: bool = False) -> OutputFile:
+        """A file that is to take the place of the model's file of that relative path: see ``place``.
+
+        Args:
+            keep: begin with what is there now, if that is a file of the folder's own; it is no part of the model
+                from here on.
+        """
+        path, there = self.state / MODEL / name, self.folder / name
+        self._make_folder(path.parent.absolute())
+        if keep and not path.exists() and there.is_file() and not there.is_symlink():
+            self._move(there, path)
+        self._files[name] = OutputFile(path, size)
+        sync_folder(path.parent)
+        return self._files[name]
+
+    def place(self, name: str) -> None:
+        """Gives a file that was made aside its place."""
+        self._make_folder((self.folder / name).parent.absolute())
+        self._move(self.state / MODEL / name, self.folder / name)
+
+    def discard(self, name: str) -> None:
+        """Removes a file that was made aside."""
+        with writing(self.state / MODEL / name):
+            (self.state / MODEL / name).unlink()
+
+    def _move(self, source: Path, target: Path) -> None:
+        with writing(target):
+            os.replace(source, target)
+        sync_folder(target.parent)
+        sync_folder(source.parent)
 
     def write(self, name: str, data: bytes) -> None:
         """A small file, as a whole."""
@@ -127,7 +167,7 @@ class Destination:
         with writing(self.folder):
             for name in self._to_move():
                 (self.state / MODEL / name).rename(self.folder / name)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
             manifest.save(self.folder)
         self.clean()
 
@@ -155,7 +195,7 @@ class Destination:
             for folder in reversed(missing):
                 folder.mkdir()
                 self._made_folders.append(folder)
-                _sync_folder(folder.parent)
+                sync_folder(folder.parent)
 
     def _take_lock(self) -> None:
         path = self.state / LOCK
@@ -233,6 +273,16 @@ class OutputFile:
             os.close(fd)
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Tells a folder with weights to convert from any other."""
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors*"))
+
+
+def new_folder(source: Path) -> str:
+    """A name for a conversion of a checkpoint, quoted for a shell."""
+    return shlex.quote(f"{source.resolve().name}-4bit")
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turns what the system says about writing ``path`` into a ConversionError of one line."""
@@ -241,13 +291,13 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ConversionError(
-                f"{path}: no space left on the disk; free some, and start the same conversion again: "
-                "it goes on where it was"
+                f"{path}: no space left on the disk; free some, and start the same conversion again: it resumes"
             ) from None
         raise ConversionError(f"{path} cannot be written: {e.strerror}") from None
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Puts a folder's entries on the disk for good."""
     with writing(folder):
         fd = os.open(folder, os.O_RDONLY)
         try:

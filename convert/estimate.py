@@ -12,12 +12,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flashmoe.convert.destination import Destination, writing
-from mlx_flashmoe.convert.source import Checkpoint
+from mlx_flashmoe.convert.source import Checkpoint, HubShards
 from mlx_flashmoe.convert.units import FLUSHING, Unit
 from mlx_flashmoe.sizes import show_duration, show_size
 
-WORTH_MEASURING = 2 * 10**9  # below, a conversion is over before anybody has read the estimate
-PROBE = 64 << 20  # bytes read, and written, to measure a rate
+WORTH_MEASURING = 10**8  # bytes; fewer are converted, or downloaded, before an estimate is read
+PROBE = 64 << 20  # bytes read, and written, to measure a rate, at most
+DOWNLOAD_PROBE = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -56,30 +57,74 @@ def disk_needs(todo: Sequence[Unit], checkpoint: Checkpoint, other_files: int) -
     return Needs(sum(u.source_bytes for u in todo), sum(u.nbytes for u in todo), peak)
 
 
-def expected_time(needs: Needs, quantized: bool, checkpoint: Checkpoint, destination: Destination) -> str:
-    """One line: how long it takes at the rates of this machine and these disks, measured in about a second."""
-    writing_rate = _writing_rate(destination.state / "probe")
+def expected_time(
+    needs: Needs, todo: Sequence[Unit], quantized: bool, checkpoint: Checkpoint, destination: Destination
+) -> str:
+    """One line: how long it takes at the rates of this machine, these disks and the hub, measured in seconds.
+
+    Args:
+        todo: units still to be done.
+        quantized: whether experts are more than copied.
+    """
+    seconds, rates = _converting_time(needs, quantized, checkpoint, destination)
+    lacking = {n for unit in todo for n in unit.shards if _to_download(checkpoint, n)}
+    nbytes = sum(checkpoint.shards[n].header.file_size for n in lacking)
+    besides = ""
+    if nbytes > WORTH_MEASURING:
+        largest = max(lacking, key=lambda n: checkpoint.shards[n].header.file_size)
+        rate = _downloading_rate(checkpoint, largest)
+        rates.insert(0, f"{show_size(rate)}/s of downloading over one connection")
+        seconds = max(seconds, nbytes / rate)
+    elif nbytes:
+        besides = f" and the download of {show_size(nbytes)}"
+    if not rates:
+        return f"it takes less than a minute{besides}"
+    return f"it takes about {show_duration(max(seconds, 1))}{besides}, at {', '.join(rates)} measured now"
+
+
+def _converting_time(
+    needs: Needs, quantized: bool, checkpoint: Checkpoint, destination: Destination
+) -> tuple[float, list[str]]:
+    """Seconds, and the rates they follow from; no rates if there is too little to do to measure any."""
+    if max(needs.read, needs.written) <= WORTH_MEASURING:
+        return 0.0, []
+    probe = min(PROBE, needs.written // 8)
+    writing_rate = _writing_rate(destination.state / "probe", probe)
     rates = [f"{show_size(writing_rate)}/s of writing"]
-    if checkpoint.storage.temporary:
-        seconds = needs.written / writing_rate
-    else:
+    seconds = needs.written / writing_rate
+    if not checkpoint.storage.temporary:
         shard = max(checkpoint.present, key=lambda n: checkpoint.shards[n].header.file_size)
         path = checkpoint.folder / shard
-        reading_rate = _reading_rate(path)
+        reading_rate = _reading_rate(path, probe)
         rates.insert(0, f"{show_size(reading_rate)}/s of reading")
-        reading, written = needs.read / reading_rate, needs.written / writing_rate
+        reading = needs.read / reading_rate
         same_disk = path.stat().st_dev == destination.folder.stat().st_dev
-        seconds = reading + written if same_disk else max(reading, written)
+        seconds = reading + seconds if same_disk else max(reading, seconds)
     if quantized:
         rate = _quantizing_rate()
         rates.append(f"{show_size(rate)}/s of quantizing")
         seconds = max(seconds, needs.read / rate)
-    besides = " and the download's time" if checkpoint.storage.temporary else ""
-    return f"about {show_duration(seconds)}{besides}, at {', '.join(rates)} measured now"
+    return seconds, rates
 
 
-def _writing_rate(path: Path) -> float:
-    data = np.random.default_rng(0).bytes(PROBE)
+def _to_download(checkpoint: Checkpoint, shard: str) -> bool:
+    storage = checkpoint.storage
+    return storage.temporary and storage.may_drop(shard) and not checkpoint.shards[shard].path.exists()
+
+
+def _downloading_rate(checkpoint: Checkpoint, shard: str) -> float:
+    assert isinstance(checkpoint.storage, HubShards)
+    read = checkpoint.storage.reader(shard)
+    assert read is not None
+    middle = checkpoint.shards[shard].header.file_size // 2
+    nbytes = min(DOWNLOAD_PROBE, middle)
+    started = time.perf_counter()
+    read(middle, middle + nbytes)
+    return nbytes / (time.perf_counter() - started)
+
+
+def _writing_rate(path: Path, nbytes: int) -> float:
+    data = np.random.default_rng(0).bytes(nbytes)
     started = time.perf_counter()
     try:
         with writing(path), open(path, "wb", buffering=0) as f:
@@ -87,17 +132,17 @@ def _writing_rate(path: Path) -> float:
             os.fsync(f.fileno())
     finally:
         path.unlink(missing_ok=True)
-    return PROBE / (time.perf_counter() - started)
+    return nbytes / (time.perf_counter() - started)
 
 
-def _reading_rate(path: Path) -> float:
+def _reading_rate(path: Path, nbytes: int) -> float:
     # From its middle: the beginning has just been read for the header.
     with open(path, "rb", buffering=0) as f:
         size = os.fstat(f.fileno()).st_size
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         started = time.perf_counter()
-        n = len(os.pread(f.fileno(), PROBE, max(0, size // 2 - PROBE // 2)))
+        n = len(os.pread(f.fileno(), nbytes, max(0, size // 2 - nbytes // 2)))
         return n / (time.perf_counter() - started)
 
 

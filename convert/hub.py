@@ -107,15 +107,16 @@ class Repository:
     def header(self, name: str) -> Header:
         """The header of a safetensors file, by a request or two for its first bytes."""
         file, where = self.files[name], f"{self.name}: {name}"
-        start = self._range(name, 0, min(FIRST_READ, file.size))
+        start = self.read_range(name, 0, min(FIRST_READ, file.size))
         if len(start) < 8:
             raise SourceError(f"{where}: {file.size} bytes are too few for a safetensors file; truncated?")
         end = 8 + header_length(start[:8], file.size, where)
         if end > len(start):
-            start += self._range(name, len(start), end)
+            start += self.read_range(name, len(start), end)
         return Header(start[8:end], file.size)
 
-    def _range(self, name: str, start: int, stop: int) -> bytes:
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a file."""
         data = bytearray()
         with _hub_errors(f"{self.name}: {name}"):
             _retried(
@@ -236,6 +237,10 @@ class Download:
         return True
 
 
+class Unreachable(SourceError):
+    """The network or the hub failed: trying again may help."""
+
+
 class _Stopped(Exception):
     """A download is given up."""
 
@@ -288,7 +293,7 @@ def _hub_errors(what: str) -> Iterator[None]:
         raise SourceError(f"{what}: the repository has no such revision") from None
     except errors.HfHubHTTPError as e:
         if e.response.status_code not in (401, 403):
-            raise SourceError(_failed(what, e)) from None
+            raise Unreachable(_failed(what, e)) from None
         raise SourceError(
             f"{what}: the hub refuses access ({e.response.status_code}): misspelt, or private, which needs "
             "`hf auth login`"
@@ -297,12 +302,9 @@ def _hub_errors(what: str) -> Iterator[None]:
     except Exception as e:
         if _is_disk(e):
             raise
-        raise SourceError(_failed(what, e)) from None
+        raise Unreachable(_failed(what, e)) from None
 
 
 def _failed(what: str, error: Exception) -> str:
     reason = " ".join(str(error).split())
-    return (
-        f"{what}: downloading from the hub failed: {type(error).__name__}: {reason[:200]}; "
-        "the same command again goes on where it was"
-    )
+    return f"{what}: downloading from the hub failed: {type(error).__name__}: {reason[:200]}; try again"

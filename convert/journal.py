@@ -1,4 +1,4 @@
-"""What of a conversion is on the disk for good, so that a killed one goes on where it was.
+"""The journal: what of a conversion is on the disk for good, so that a killed one resumes.
 
 A file of lines, each a crc32 and a JSON object:
 

@@ -13,8 +13,8 @@ from mlx_flashmoe.convert.families import Bound, Dense, Experts, Matrix
 from mlx_flashmoe.convert.recipe import Recipe
 from mlx_flashmoe.convert.safetensors import DTYPE_BITS, build_header
 from mlx_flashmoe.errors import ConversionError, SourceError
-from mlx_flashmoe.layout import BITS, GROUP_SIZES, PROJECTIONS, UNQUANTIZED, BlobLayout, Quantization
-from mlx_flashmoe.sizes import show_size
+from mlx_flashmoe.layout import BITS, GROUP_SIZES, PAGE, PROJECTIONS, UNQUANTIZED, BlobLayout, Quantization
+from mlx_flashmoe.sizes import counted, show_size
 
 DEFAULT = Quantization(4, 64)
 ROUTER = Quantization(8, 64)  # what mlx-lm gives routers and shared-expert gates, whatever was asked
@@ -44,13 +44,15 @@ class Asked:
         if q_bits is not None and q_bits > published.bits:
             raise ConversionError(
                 f"the checkpoint is quantized at {published.bits} bits already: {q_bits} bits cannot bring back what "
-                "is lost; ask for no more, or leave q_bits out to repack it as it is"
+                f"is lost; ask for {published.bits} or fewer (--q-bits, --q-bits-gate-up, --q-bits-down), or for none "
+                "to repack it as it is"
             )
         if q_bits is None or q_bits == published.bits:
             if q_group_size not in (None, published.group_size):
                 raise ConversionError(
                     f"the checkpoint is quantized at {published.bits} bits in groups of {published.group_size} "
-                    f"already, and is never quantized again at the same bits: leave q_group_size {q_group_size} out"
+                    "already, and is never quantized again at the same bits: leave --q-group-size "
+                    f"{q_group_size} out"
                 )
             return cls(None, False)
         return cls(Quantization(q_bits, q_group_size or published.group_size), q_group_size is not None)
@@ -160,7 +162,9 @@ def make_plan(bound: Bound, recipe: Recipe) -> Plan:
     notes = []
     if bound.left_out:
         listed = ", ".join(f"{n} of {name}" for name, n in bound.left_out.items())
-        notes.append(f"left out, not used for text: {sum(bound.left_out.values())} tensors ({listed})")
+        notes.append(
+            f"left out, not used for text: {counted(sum(bound.left_out.values()), 'tensor')} ({listed})"
+        )
 
     uneven: list[str] = []
     modules = [_dense(d, asked, uneven) for d in bound.dense]
@@ -173,21 +177,56 @@ def make_plan(bound: Bound, recipe: Recipe) -> Plan:
     layouts: list[BlobLayout] = []
     layers = [_layer(e, recipe, bound, layouts) for e in bound.layers]
     plan = Plan(_dense_files(modules), layers, layouts, notes)
-    kinds = sorted(
-        {(q.bits, q.group_size) for p in layers for q in p.quantization.values()}, key=lambda k: (k[0], k[1])
-    )
-    described = " and ".join(
-        f"{b} bits in groups of {g}" if g else "as published, unquantized" for b, g in kinds
-    )
-    blobs = " and ".join(f"{size:,}" for size in sorted({layout.blob_size for layout in layouts}))
+    sizes = sorted({layout.blob_size for layout in layouts})
     kept = [(m.dense.matrix, m.quantization) for m in plan.modules()]
     if any(m.fp8 and not q.quantized for m, q in [*kept, *(c for p in layers for c in p.choices())]):
         notes.append("FP8 that is not quantized becomes bfloat16")
     notes.append(
-        f"{len(layers)} layers of {bound.architecture.num_experts} experts, {described}, {blobs} bytes each: "
+        f"{counted(len(layers), 'layer')} of {counted(bound.architecture.num_experts, 'expert')}: {_bits(layers)}; "
+        f"{' or '.join(f'{size:,}' for size in sizes)} bytes per expert: "
         f"{show_size(plan.expert_bytes)} of experts, {show_size(plan.dense_bytes)} of everything else"
     )
+    if sizes[0] == PAGE:
+        notes.append(
+            f"an expert is padded to a multiple of {PAGE:,} bytes: fewer bits do not make one of {PAGE:,} smaller"
+        )
     return plan
+
+
+def _bits(layers: list[LayerPlan]) -> str:
+    """Words for the experts' quantization: what most layers have, then the layers that have something else."""
+    having: dict[str, list[int]] = {}
+    for p in layers:
+        having.setdefault(_projections(p.quantization), []).append(p.experts.layer)
+    (most, _), *others = sorted(having.items(), key=lambda item: -len(item[1]))
+    words = [f"{'layer' if len(ns) == 1 else 'layers'} {_as_ranges(ns)} {bits}" for bits, ns in others]
+    return "; ".join([most, *words])
+
+
+def _projections(quantization: dict[str, Quantization]) -> str:
+    """Words for one layer's: "gate and up 4 bits, down 6 bits, in groups of 64"."""
+    having: dict[Quantization, list[str]] = {}
+    for name in PROJECTIONS:
+        having.setdefault(quantization[name], []).append(name)
+    groups = {q.group_size for q in having}
+    shared = groups.pop() if len(groups) == 1 else 0
+    words = []
+    for q, names in having.items():
+        bits = f"{q.bits} bits" if q.quantized else "as published, unquantized"
+        bits += f" in groups of {q.group_size}" if q.quantized and (not shared or len(having) == 1) else ""
+        words.append(bits if len(having) == 1 else f"{' and '.join(names)} {bits}")
+    return ", ".join(words) + (f", in groups of {shared}" if shared and len(having) > 1 else "")
+
+
+def _as_ranges(numbers: list[int]) -> str:
+    """Ascending numbers as a recipe names them: "0-2,59"."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def _listed(values: tuple[int, ...]) -> str:
@@ -198,7 +237,7 @@ def _known(matrix: Matrix, quantization: Quantization) -> Quantization:
     if quantization.quantized and quantization.bits not in BITS:
         raise SourceError(
             f"{matrix.weight} is quantized at {quantization.bits} bits; {_listed(BITS)} are supported (fewer bits can "
-            "be asked for with q_bits)"
+            "be asked for with --q-bits)"
         )
     return quantization
 
@@ -241,7 +280,7 @@ def _layer(experts: Experts, recipe: Recipe, bound: Bound, layouts: list[BlobLay
         q = chosen[p] = _known(matrix, asked.choose(matrix, router=False))
         if q.quantized and matrix.in_dims % q.group_size:
             fitting = [g for g in GROUP_SIZES if not any(m.in_dims % g for m in first.values())]
-            hint = f"q_group_size {_listed(tuple(fitting))} would" if fitting else "only q_bits 16 would"
+            hint = f"--q-group-size {_listed(tuple(fitting))} would" if fitting else "only --q-bits 16 would"
             raise ConversionError(
                 f"group size {q.group_size} does not divide the {matrix.in_dims} inputs of the experts' {p}_proj "
                 f"(layer {experts.layer}); {hint}"

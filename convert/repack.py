@@ -19,12 +19,21 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_flashmoe.checksum import crc32_of
-from mlx_flashmoe.convert.destination import JOURNAL, SHARDS, Destination, OutputFile
-from mlx_flashmoe.convert.estimate import WORTH_MEASURING, Needs, disk_needs, expected_time
+from mlx_flashmoe.convert.destination import (
+    JOURNAL,
+    SHARDS,
+    Destination,
+    OutputFile,
+    is_checkpoint,
+    new_folder,
+)
+from mlx_flashmoe.convert.estimate import Needs, disk_needs, expected_time
 from mlx_flashmoe.convert.families import Bound, bind
+from mlx_flashmoe.convert.hub import Unreachable
 from mlx_flashmoe.convert.journal import Beginning, Journal
 from mlx_flashmoe.convert.plan import Plan, make_plan
 from mlx_flashmoe.convert.recipe import Choice, Recipe, check, read_recipe
+from mlx_flashmoe.convert.repair import mend
 from mlx_flashmoe.convert.source import Checkpoint, LocalFolder, open_checkpoint
 from mlx_flashmoe.convert.units import FLUSHING, Job, Scratch, Unit, cut, fingerprint
 from mlx_flashmoe.errors import ConversionError, SourceError
@@ -38,7 +47,7 @@ from mlx_flashmoe.layout import (
     Manifest,
     expert_file,
 )
-from mlx_flashmoe.sizes import show_size
+from mlx_flashmoe.sizes import counted, show_size
 
 MLX_CACHE = 64 << 20  # freed buffers are of no use to the next job beyond this
 WORKERS = max(4, min(8, os.cpu_count() or 4))  # they wait for the disk as much as they work
@@ -61,12 +70,13 @@ def convert(
     progress: Progress | None = None,
     note: Note | None = None,
 ) -> Manifest:
-    """Repacks a checkpoint for streaming; goes on with a conversion that was interrupted.
+    """Repacks a checkpoint for streaming; resumes a conversion that was interrupted, mends one that is damaged.
 
     Args:
         hf_path: a checkpoint folder, or a Hugging Face id ("org/name"), whose shards are then downloaded one or two
             at a time, and removed when they are repacked.
-        mlx_path: the folder to write; new or empty, or of the same conversion, interrupted.
+        mlx_path: the folder to write; new or empty, or of the same conversion, interrupted or complete. Of a complete
+            one, files that are missing or of a wrong size, and what ``verify`` found damaged, are made again.
         q_group_size: 32, 64 or 128. Default: the checkpoint's own if it is quantized, else 64.
         q_bits: 2, 3, 4, 6 or 8 for experts, embeddings and dense linears (routers and shared-expert gates: 8);
             16 keeps all as published. Default: as published if the checkpoint is quantized, else 4. A checkpoint
@@ -91,8 +101,13 @@ def convert(
     note = note or (lambda line: None)
     wanted = _recipe(q_bits, q_group_size, q_bits_gate_up, q_bits_down, recipe)
     local = Path(hf_path).is_dir()
+    if local and is_checkpoint(Path(hf_path)) and os.path.realpath(hf_path) == os.path.realpath(mlx_path):
+        raise ConversionError(
+            f"{hf_path} is the checkpoint itself: --mlx-path takes a new folder, for example "
+            f"{new_folder(Path(hf_path))}"
+        )
     if delete_source and not local:
-        raise ConversionError("delete_source is for folders; what is downloaded is removed anyway")
+        raise ConversionError("--delete-source is for folders; what is downloaded is removed anyway")
     asked = {
         "path": os.path.abspath(hf_path) if local else str(hf_path),
         "revision": revision,
@@ -101,13 +116,19 @@ def convert(
     with Destination(Path(mlx_path)) as out:
         made = _made_already(out, asked)
         if made is not None:
-            note(f"{out.folder} is complete already; nothing to do")
+            if not mend(out, made, hf_path, progress or (lambda done, total, what: None), note):
+                note(f"{out.folder} is complete already; nothing to do")
+            out.clean()
             return made
         notes = Journal(out.state / JOURNAL)
         try:
             begun = _begun(notes, out, asked)
             with open_checkpoint(hf_path, revision, downloads=out.state / SHARDS, begun=begun) as checkpoint:
                 return _convert(checkpoint, wanted, asked, out, notes, delete_source, progress, note)
+        except Unreachable as e:
+            if notes.beginning is None:
+                raise
+            raise Unreachable(f"{e}: the same command resumes") from None
         finally:
             notes.close()
 
@@ -131,16 +152,15 @@ def _recipe(
 
 
 def _made_already(out: Destination, asked: dict[str, Any]) -> Manifest | None:
-    """The manifest, if this very conversion is complete; what it may have left behind is removed."""
+    """The manifest, if this very conversion is complete."""
     if not (out.folder / MANIFEST).exists():
         return None
-    manifest = Manifest.load(out.folder)
+    manifest = Manifest.read(out.folder)
     if {"path": manifest.source.get("path"), **manifest.source.get("asked", {})} != asked:
         raise ConversionError(
             f"{out.folder} is a converted model already, of another source or with other options; choose another "
             "folder, or remove it first"
         )
-    out.clean()
     return manifest
 
 
@@ -257,14 +277,14 @@ def _expectations(
     lines = []
     if len(todo) < len(units):
         lines.append(
-            f"going on with an interrupted conversion: {len(units) - len(todo)} of {len(units)} parts are done"
+            f"resuming an interrupted conversion: {len(units) - len(todo)} of {counted(len(units), 'part')} done"
         )
     lines.append(
         f"to read {show_size(needs.read)}, to write {show_size(needs.written)}; disk space needed "
         f"{show_size(needs.peak)} of {show_size(free)} free"
     )
-    if needs.read > WORTH_MEASURING:
-        lines.append(expected_time(needs, plan.quantizes, checkpoint, out))
+    if todo:
+        lines.append(expected_time(needs, todo, plan.quantizes, checkpoint, out))
     return lines
 
 

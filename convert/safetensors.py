@@ -15,7 +15,7 @@ import math
 import os
 import stat
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as short
@@ -92,6 +92,9 @@ class SafetensorsFile:
         header: what is known of it already. The file is then opened by the first read: until then it need not
             be there, and ``close`` lets go of it until the next.
 
+    Attributes:
+        reader: gives bytes [start, stop) of a file that is elsewhere, and is not opened then.
+
     Raises:
         SourceError: the file cannot be opened, or its header is malformed or contradicts the file's size.
     """
@@ -100,6 +103,7 @@ class SafetensorsFile:
         self.path = path
         self._fd = -1
         self._opening = threading.Lock()
+        self.reader: Callable[[int, int], bytes] | None = None
         try:
             self.header = header or self._read_header()
             start = 8 + len(self.header.text)
@@ -133,8 +137,13 @@ class SafetensorsFile:
         Raises:
             SourceError: the file ended early, or the read failed.
         """
-        fd = self._fd if self._fd >= 0 else self._open()
         pending = [b for b in buffers if len(b)]
+        if self.reader is not None:
+            data = memoryview(self.reader(offset, offset + sum(map(len, pending))))
+            for buffer in pending:
+                buffer[:], data = data[: len(buffer)], data[len(buffer) :]
+            return
+        fd = self._fd if self._fd >= 0 else self._open()
         while pending:
             call: list[memoryview] = []
             size = 0

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -77,7 +78,7 @@ class LocalFolder:
         for name in names:
             if (self._folder / name).is_symlink():
                 raise ConversionError(
-                    f"{self._folder / name} is a link: removing it would free nothing; leave delete_source out"
+                    f"{self._folder / name} is a link: removing it would free nothing; leave --delete-source out"
                 )
         self._removable = names
 
@@ -127,6 +128,10 @@ class HubShards:
         download = self._downloads.get(name)
         while download is not None and not download.wait(0.5):
             waiting(f"downloading {name}, {100 * download.received // max(file.size, 1)}%")
+
+    def reader(self, name: str) -> Callable[[int, int], bytes] | None:
+        """Reads bytes [start, stop) of a shard without the rest; None for a shard that is on the disk."""
+        return None if name in self._kept else partial(self._repository.read_range, name)
 
     def prefetch(self, name: str) -> None:
         path = self._folder / name

@@ -3,55 +3,69 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import json
 import operator
 import os
-import shlex
 import tempfile
-import zlib
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
-from mlx_flashmoe.convert.destination import JOURNAL
-from mlx_flashmoe.convert.families import bind
+from mlx_flashmoe.convert.checks import (
+    THREADS,
+    Check,
+    checksums,
+    compare,
+    in_order,
+    open_file,
+    where,
+)
+from mlx_flashmoe.convert.damage import (
+    Fault,
+    convert_command,
+    convert_options,
+    damage_of,
+    evident,
+    mending_command,
+    recorded_files,
+    save_record,
+    sizes,
+    small_file,
+)
+from mlx_flashmoe.convert.destination import JOURNAL, Destination
 from mlx_flashmoe.convert.journal import Journal
-from mlx_flashmoe.convert.plan import make_plan
-from mlx_flashmoe.convert.recipe import Recipe
-from mlx_flashmoe.convert.reread import crc32_on_disk
-from mlx_flashmoe.convert.source import is_side_file, open_checkpoint
-from mlx_flashmoe.convert.units import Job, Scratch, cut
+from mlx_flashmoe.convert.original import Original, open_original
+from mlx_flashmoe.convert.repair import mend
+from mlx_flashmoe.convert.units import Job, Scratch
 from mlx_flashmoe.errors import ConversionError, FormatError, SourceError
 from mlx_flashmoe.layout import MANIFEST, STATE, BlobLayout, Manifest, expert_file
-from mlx_flashmoe.tokenizer import Tokenizer
-
-THREADS = max(4, min(16, os.cpu_count() or 4))
+from mlx_flashmoe.sizes import counted
 
 Progress = Callable[[int, int, str], None]
-# Says what is wrong, if anything. None in a check's place: those before it must be over before the next begins.
-Check = Callable[[], str | None]
 
 
 def verify(
     path: str | os.PathLike[str],
     against: str | os.PathLike[str] | None = None,
     *,
+    repair: bool = False,
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
 ) -> int:
     """Reads a converted folder again, from the disk rather than from the page cache, and compares.
+
+    What is damaged is also recorded in the folder: ``convert`` with the same arguments as before mends it.
 
     Args:
         path: what ``convert`` made.
         against: the checkpoint it was made from, a folder or an id: then every byte is compared with what a
             conversion would write now; without, checksums are compared with the manifest's. Of the small files a
             folder converted before the manifest had their checksums is only asked that they can be read.
+        repair: compare checksums, and make what is damaged again from ``against``, by default the source that the
+            manifest names. Nothing else is read of it.
         progress: called with (bytes done, bytes in all, what is being done), often.
         note: called with a line for each piece that is not as it should be.
 
@@ -60,35 +74,73 @@ def verify(
 
     Raises:
         FormatError: not a complete converted folder (says what is missing), or something in it is wrong.
-        SourceError, ConversionError: ``against`` cannot be read, or does not fit.
+        SourceError, ConversionError: ``against`` cannot be read, or does not fit; the folder cannot be written.
     """
     folder = Path(path)
     note = note or (lambda line: None)
-    _check_complete(folder)
-    manifest = Manifest.load(folder)
     report = progress or (lambda done, total, what: None)
-    wrong = 0
-    for missing_or_changed in _small_files(folder, manifest) if against is None else ():
-        wrong += 1
-        note(missing_or_changed)
+    _check_complete(folder)
+    manifest = Manifest.read(folder)
+    faults: list[Fault] = []
+
+    def found(fault: Fault) -> None:
+        faults.append(fault)
+        note(fault.text)
+
+    for fault in evident(folder, manifest):
+        found(fault)
+    skipped = {fault.file for fault in faults}
     done = 0
-    total = manifest.expert_bytes + manifest.dense_bytes
+    total = sum(size for name, size in sizes(manifest).items() if name not in skipped)
     with contextlib.ExitStack() as stack:
         checks = (
-            _checksums(folder, manifest, stack)
-            if against is None
-            else _comparisons(folder, manifest, against, stack)
+            checksums(folder, manifest, skipped, stack)
+            if against is None or repair
+            else _comparisons(folder, manifest, against, skipped, stack)
         )
         pool = stack.enter_context(ThreadPoolExecutor(THREADS, thread_name_prefix="verify"))
-        for nbytes, what, fault in _in_order(pool, checks):
-            done += nbytes
-            if fault is not None:
-                wrong += 1
-                note(fault)
-            report(min(done, total), total, what)
-    if wrong:
-        raise FormatError(f"{folder}: damaged in {wrong} place{'s' if wrong > 1 else ''}; convert it again")
+        for check, wrong in in_order(pool, ((check, check.run) for check in checks)):
+            done += check.nbytes
+            for fault in wrong:
+                found(fault)
+            report(min(done, total), total, check.what)
+    damaged = [fault for fault in faults if fault.file in skipped or _is_damage(folder, manifest, fault)]
+    try:
+        save_record(folder, damage_of(damaged))
+    except ConversionError as e:
+        # A folder that cannot be written can still be read.
+        note(f"what is damaged is not recorded for convert: {e}")
+    if damaged and repair:
+        source = against or manifest.source.get("path")
+        if not source:
+            raise FormatError(f"{folder / MANIFEST} does not name the source; name it after --against")
+        with Destination(folder) as out:
+            mend(out, manifest, source, report, note)
+            out.clean()
+    elif damaged:
+        raise FormatError(
+            f"{folder}: damaged in {counted(len(damaged), 'place')}; to mend it: "
+            f"{mending_command(folder, manifest, against)}"
+        )
+    elif faults:
+        raise FormatError(
+            f"{folder} is as it was written, but {against} gives other bytes in {counted(len(faults), 'place')}: it is "
+            "not what this was made from, or another version of MLX quantizes otherwise"
+        )
     return done
+
+
+def _is_damage(folder: Path, manifest: Manifest, fault: Fault) -> bool:
+    """Tells if the folder is at fault, by its own checksums, rather than the source that it was compared with."""
+    recorded = recorded_files(folder, manifest)
+    if recorded is not None and fault.file in recorded:
+        return False  # these were compared before
+    experts = any(entry.file == fault.file for entry in manifest.layers)
+    if not experts and not any(dense.file == fault.file for dense in manifest.dense):
+        return True
+    with contextlib.ExitStack() as stack:
+        fd = open_file(folder / fault.file, stack)
+        return bool(compare(folder, fd, manifest, fault.file, fault.expert))
 
 
 def _check_complete(folder: Path) -> None:
@@ -100,172 +152,93 @@ def _check_complete(folder: Path) -> None:
     begun = journal.beginning
     units = begun.units if begun is not None else {}
     done = Counter(name.rpartition("#")[0] for name in journal.done)
-    lacking = [f"{file} ({done[file]} of {n} parts)" for file, n in sorted(units.items()) if done[file] < n]
-    missing = f"missing are {', '.join(lacking[:5])}{', …' if len(lacking) > 5 else ''}; " if lacking else ""
-    source = begun.asked["path"] if begun is not None else "SRC"
-    options = _options(begun.asked["recipe"]) if begun is not None else ""
+    lacking = [
+        f"{file} ({done[file]} of {counted(n, 'part')} done)"
+        for file, n in sorted(units.items())
+        if done[file] < n
+    ]
+    missing = ", ".join(lacking[:5]) + (
+        f" and {counted(len(lacking) - 5, 'more file')}" if lacking[5:] else ""
+    )
+    source, options = "SRC", ""
+    if begun is not None:
+        source = begun.asked["path"]
+        given = convert_options(begun.asked["recipe"])
+        options = " --recipe FILE, and other options as they were" if given is None else given
     raise FormatError(
-        f"{folder}: the conversion is not complete: {sum(done.values())} of {sum(units.values())} parts are done; "
-        f"{missing}go on with: python -m mlx_flashmoe convert --hf-path {shlex.quote(source)} --mlx-path "
-        f"{shlex.quote(str(folder))}{options}"
+        f"{folder}: the conversion is not complete: {sum(done.values())} of {counted(sum(units.values()), 'part')} "
+        f"done; {f'still to do: {missing}; ' if missing else ''}to resume it: "
+        f"{convert_command(source, folder, options)}"
     )
 
 
-def _options(recipe: dict[str, Any]) -> str:
-    """Of convert, to ask for this recipe again. Which file named layers is not known."""
-    flags = {
-        "bits": "--q-bits",
-        "group_size": "--q-group-size",
-        "gate_up": "--q-bits-gate-up",
-        "down": "--q-bits-down",
-    }
-    if "layers" in recipe:
-        return " --recipe FILE, and other options as they were"
-    return "".join(f" {flag} {recipe[name]}" for name, flag in flags.items() if name in recipe)
-
-
-def _small_files(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """What is wrong with the files that are kept as published: config.json, the tokenizer's, and so on."""
-    recorded = manifest.source.get("files")
-    if recorded is None:
-        # The folder was converted before checksums of them were kept: they can be read, or they cannot.
-        faults = [_small_file(folder / "config.json", _is_object, "is not a JSON object")]
-        if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-            try:
-                Tokenizer.load(folder)
-            except FormatError as e:
-                faults.append(str(e))
-    elif isinstance(recorded, dict) and all(map(is_side_file, recorded)):
-        faults = [
-            _small_file(folder / name, partial(_has_crc32, crc), "differs from what was written")
-            for name, crc in recorded.items()
-        ]
-    else:
-        raise FormatError(f"{folder / MANIFEST}: malformed manifest (source: files)")
-    yield from filter(None, faults)
-
-
-def _small_file(path: Path, is_right: Callable[[bytes], bool], otherwise: str) -> str | None:
-    try:
-        return None if is_right(path.read_bytes()) else f"{path}: {otherwise}"
-    except FileNotFoundError:
-        return f"{path}: is missing"
-    except OSError as e:
-        return f"{path}: cannot be read: {e.strerror}"
-
-
-def _has_crc32(crc: int, data: bytes) -> bool:
-    return zlib.crc32(data) == crc
-
-
-def _is_object(data: bytes) -> bool:
-    try:
-        return isinstance(json.loads(data), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _in_order(
-    pool: ThreadPoolExecutor, checks: Iterator[tuple[int, str, Check | None]]
-) -> Iterator[tuple[int, str, str | None]]:
-    """(bytes, what, fault) of each check, in order; a few are under way at any time."""
-    pending: deque[tuple[int, str, Future[str | None]]] = deque()
-    for nbytes, what, check in itertools.chain(checks, [(0, "", None)]):
-        if check is not None:
-            pending.append((nbytes, what, pool.submit(check)))
-        while len(pending) > (2 * THREADS if check is not None else 0):
-            nbytes, what, future = pending.popleft()
-            yield nbytes, what, future.result()
-
-
-def _checksums(
-    folder: Path, manifest: Manifest, stack: contextlib.ExitStack
-) -> Iterator[tuple[int, str, Check | None]]:
-    for dense in manifest.dense:
-        fd = _open(folder / dense.file, stack)
-        yield (
-            dense.size,
-            "dense part",
-            partial(_compare, fd, 0, dense.size, dense.crc32, f"{folder / dense.file}"),
-        )
-    for entry in manifest.layers:
-        fd, size = _open(folder / entry.file, stack), manifest.layout_of(entry).blob_size
-        for e, crc in enumerate(entry.crc32):
-            what = f"{folder / entry.file}: layer {entry.layer}, expert {e}"
-            yield size, f"layer {entry.layer}", partial(_compare, fd, e * size, size, crc, what)
-
-
-def _open(path: Path, stack: contextlib.ExitStack) -> int:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as e:
-        raise FormatError(f"{path} cannot be opened: {e.strerror}") from None
-    stack.callback(os.close, fd)
-    return fd
-
-
-def _compare(fd: int, offset: int, nbytes: int, crc: int, what: str) -> str | None:
-    try:
-        return None if crc32_on_disk(fd, offset, nbytes) == crc else f"{what}: differs from what was written"
-    except OSError as e:
-        return f"{what}: cannot be read: {e.strerror}"
-    except EOFError as e:
-        return f"{what}: {e}"
-
-
 def _comparisons(
-    folder: Path, manifest: Manifest, against: str | os.PathLike[str], stack: contextlib.ExitStack
-) -> Iterator[tuple[int, str, Check | None]]:
-    """What the converter would write now, against what is there."""
-    asked = manifest.source.get("asked", {})
-    recipe = Recipe.from_json(asked.get("recipe", {}), str(folder / MANIFEST))
-    revision = downloads = None
+    folder: Path,
+    manifest: Manifest,
+    against: str | os.PathLike[str],
+    skipped: Collection[str],
+    stack: contextlib.ExitStack,
+) -> Iterator[Check]:
+    """Compares what the converter would write now with what is there."""
+    downloads = folder
     if not Path(against).is_dir():
-        revision = manifest.source["revision"]
         downloads = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".verify-", dir=folder)))
-    checkpoint = stack.enter_context(open_checkpoint(against, revision, downloads=downloads))
-    bound = bind(checkpoint)
-    try:
-        plan = make_plan(bound, recipe)
-    except ConversionError:
-        # Its advice is about options of convert, which were others if this was the source.
-        raise FormatError(
-            f"{folder} is not a conversion of {against}: the bits and group sizes that were asked for do not fit it"
-        ) from None
-    layouts = {entry.layer: manifest.layout_of(entry) for entry in manifest.layers}
-    planned = {p.experts.layer: plan.layouts[p.layout] for p in plan.layers}
-    sizes = {f.name: f.nbytes for f in plan.dense}
-    if layouts != planned or sizes != {d.file: d.size for d in manifest.dense}:
-        raise FormatError(f"{folder} is not a conversion of {against}: shapes or quantization differ")
+    original = stack.enter_context(open_original(folder, manifest, against, downloads, in_ranges=False))
+    checkpoint = original.checkpoint
     for published in checkpoint.side_files:
+        if published.name in skipped:
+            continue
         try:
             same = partial(operator.eq, published.read_bytes())
         except OSError as e:
             raise SourceError(f"{published} cannot be read: {e.strerror}") from None
-        yield 0, "small files", partial(_small_file, folder / published.name, same, "differs from the source")
+        yield Check(
+            0, "small files", partial(small_file, folder, published.name, same, "differs from the source")
+        )
+    yield from _large_files(folder, manifest, original, skipped, stack)
+
+
+def _large_files(
+    folder: Path,
+    manifest: Manifest,
+    original: Original,
+    skipped: Collection[str],
+    stack: contextlib.ExitStack,
+) -> Iterator[Check]:
+    checkpoint, plan = original.checkpoint, original.plan
+    layouts = {expert_file(p.experts.layer): plan.layouts[p.layout] for p in plan.layers}
     scratch = Scratch(mx.default_device())
-    units = cut(plan, list(checkpoint.shards))
+    units = [unit for unit in original.units if unit.file not in skipped]
     last = {shard: unit for unit in units for shard in unit.shards}
     for unit in units:
         for shard in unit.shards:
             checkpoint.storage.fetch(shard, lambda what: None)
-        fd = _open(folder / unit.file, stack)
-        layer = next((n for n in planned if unit.file == expert_file(n)), None)
-        layout = planned[layer] if layer is not None else None
+        fd = open_file(folder / unit.file, stack)
         for job in unit.jobs:
-            what = f"{folder / unit.file}" if layer is None else f"{folder / unit.file}: layer {layer}"
-            nbytes = sum(n for _, n in job.spans)
-            yield nbytes, unit.what, partial(_remake, fd, job, scratch, layout, what)
+            compared = partial(
+                _remake, fd, job, scratch, layouts.get(unit.file), unit.file, partial(where, folder, manifest)
+            )
+            yield Check(sum(n for _, n in job.spans), unit.what, compared)
         for shard in unit.shards:
             if last[shard] is unit and checkpoint.storage.temporary:
-                yield 0, unit.what, None
+                yield Check(0, unit.what, None)
                 checkpoint.shards[shard].close()
                 checkpoint.storage.drop(shard)
 
 
-def _remake(fd: int, job: Job, scratch: Scratch, layout: BlobLayout | None, what: str) -> str | None:
+def _remake(
+    fd: int,
+    job: Job,
+    scratch: Scratch,
+    layout: BlobLayout | None,
+    file: str,
+    named: Callable[[str, int | None], str],
+) -> list[Fault]:
+    faults: dict[int | None, Fault] = {}
     for (offset, nbytes), data in zip(job.spans, job.make(scratch)):
         if os.pread(fd, nbytes, offset) != data:
-            where = f", expert {offset // layout.blob_size}" if layout is not None else f", at byte {offset}"
-            return f"{what}{where}: differs from the source"
-    return None
+            expert = None if layout is None else offset // layout.blob_size
+            at = f", at byte {offset}" if expert is None else ""
+            fault = Fault(f"{named(file, expert)}{at}: differs from the source", file, expert)
+            faults.setdefault(expert, fault)
+    return list(faults.values())

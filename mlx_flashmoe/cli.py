@@ -124,8 +124,8 @@ def _add_convert(commands: Any) -> None:
         allow_abbrev=False,
         help="repack a checkpoint so that it can be streamed from disk",
         description="Repack a checkpoint into a folder that generate can stream from: the part every token "
-        "needs, and one block on disk for every expert. The same command again goes on with a conversion that was "
-        "interrupted.",
+        "needs, and one block on disk for every expert. The same command again resumes a conversion that was "
+        "interrupted, and mends what verify has found damaged.",
     )
     parser.add_argument(
         "--hf-path",
@@ -176,24 +176,28 @@ def _add_convert(commands: Any) -> None:
 
 def _convert(arguments: argparse.Namespace) -> int:
     from mlx_flashmoe import convert
-    from mlx_flashmoe.console import ConversionProgress
-    from mlx_flashmoe.sizes import show_size
+    from mlx_flashmoe.console import ConversionProgress, print_note
+    from mlx_flashmoe.sizes import counted, show_size
 
-    with ConversionProgress() as display:
-        made = convert(
-            arguments.hf_path,
-            arguments.mlx_path,
-            q_bits=arguments.q_bits,
-            q_group_size=arguments.q_group_size,
-            q_bits_gate_up=arguments.q_bits_gate_up,
-            q_bits_down=arguments.q_bits_down,
-            recipe=arguments.recipe,
-            delete_source=arguments.delete_source,
-            progress=display.progress,
-            note=display.note,
-        )
+    try:
+        with ConversionProgress() as display:
+            made = convert(
+                arguments.hf_path,
+                arguments.mlx_path,
+                q_bits=arguments.q_bits,
+                q_group_size=arguments.q_group_size,
+                q_bits_gate_up=arguments.q_bits_gate_up,
+                q_bits_down=arguments.q_bits_down,
+                recipe=arguments.recipe,
+                delete_source=arguments.delete_source,
+                progress=display.progress,
+                note=display.note,
+            )
+    except KeyboardInterrupt:
+        print_note("stopped; the same command resumes")
+        return INTERRUPTED
     print(
-        f"{arguments.mlx_path}: {show_size(made.expert_bytes)} of experts in {len(made.layers)} layers, "
+        f"{arguments.mlx_path}: {show_size(made.expert_bytes)} of experts in {counted(len(made.layers), 'layer')}, "
         f"{show_size(made.dense_bytes)} for everything else"
     )
     return 0
@@ -209,13 +213,19 @@ def _add_verify(commands: Any) -> None:
         help="read a converted model again, and compare it with its checksums or its source",
         description="Read all of a converted model from the disk and compare it with the checksums that convert "
         "has kept, or with the checkpoint it was made from. Says what is damaged or missing, of config.json, the "
-        "tokenizer's files and the chat template too.",
+        "tokenizer's files and the chat template too, and the command that mends it.",
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="a folder that convert has written")
     parser.add_argument(
         "--against",
         metavar="ID_OR_DIR",
-        help="compare every byte with what converting this checkpoint gives now",
+        help="compare every byte with what converting this checkpoint gives now; with --repair the checkpoint to mend "
+        "from (default: the one that was converted)",
+    )
+    parser.add_argument(
+        "--repair",
+        action="store_true",
+        help="compare checksums, and make what is damaged again: of the checkpoint only that is read or downloaded",
     )
     parser.set_defaults(run=_verify)
 
@@ -229,7 +239,13 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     started = time.perf_counter()
     with ConversionProgress() as display:
-        compared = verify(arguments.model, arguments.against, progress=display.progress, note=display.note)
+        compared = verify(
+            arguments.model,
+            arguments.against,
+            repair=arguments.repair,
+            progress=display.progress,
+            note=display.note,
+        )
     rate = compared / (time.perf_counter() - started)
     print(f"{arguments.model}: {show_size(compared)} as they should be, read at {show_size(rate)}/s")
     return 0

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.constrain import Constrain
 from rich.live import Live
 from rich.markdown import CodeBlock, Heading, Markdown, TableElement
 from rich.padding import Padding
@@ -505,6 +506,23 @@ class PromptProgress:
                 self._progress.stop()
 
 
+class _Bar(Progress):
+    """A bar that leaves room for the ^C of a terminal, which in the next line would keep the bar from being erased."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield _Narrower(self.make_tasks_table(self.tasks), len("^C"))
+
+
+class _Narrower:
+    """A renderable in a line that has so many columns less."""
+
+    def __init__(self, inner: RenderableType, columns: int) -> None:
+        self._inner, self._columns = inner, columns
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Constrain(self._inner, options.max_width - self._columns)
+
+
 class ConversionProgress:
     """A conversion's progress in bytes: a bar on a terminal, else a line every few seconds, on stderr."""
 
@@ -514,10 +532,11 @@ class ConversionProgress:
         self._console = console or Console(stderr=True, soft_wrap=True, highlight=False)
         self._clock = clock
         self._first: tuple[float, int] | None = None  # when counting began, and the bytes already done then
+        self._total = 0
         self._printed = clock()
         self._bar: Progress | None = None
         if self._console.is_terminal and not self._console.is_dumb_terminal:
-            self._bar = Progress(
+            self._bar = _Bar(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=None),
                 DownloadColumn(),
@@ -539,13 +558,13 @@ class ConversionProgress:
             self._bar.stop()
 
     def note(self, line: str) -> None:
-        """A remark, above the bar."""
-        self._console.print(Text(printable(line)), style="dim", soft_wrap=True)
+        """A remark, above the bar: in one line, which a terminal breaks between words."""
+        self._console.print(Text(printable(line)), style="dim", soft_wrap=not self._console.is_terminal)
 
     def progress(self, done: int, total: int, what: str) -> None:
         """``done`` of ``total`` bytes; ``what`` is being worked on."""
-        if self._first is None:
-            self._first = self._clock(), done
+        if self._first is None or total != self._total:
+            self._first, self._total = (self._clock(), done), total
         if self._bar is not None:
             if not self._bar.tasks:
                 self._bar.add_task(what, total=total, completed=done)

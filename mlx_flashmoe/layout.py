@@ -317,12 +317,13 @@ class Manifest:
             FormatError: not a converted folder, another format version, a file missing, of another size or of
                 another model.
         """
-        manifest = cls._read(Path(folder))
+        manifest = cls.read(Path(folder))
         manifest.check_files(folder, also)
         return manifest
 
     @classmethod
-    def _read(cls, folder: Path) -> Manifest:
+    def read(cls, folder: Path) -> Manifest:
+        """Reads the manifest of a converted folder, and nothing else. Raises FormatError."""
         path = folder / MANIFEST
         try:
             text = path.read_text(encoding="utf-8")
@@ -330,8 +331,8 @@ class Manifest:
             if (folder / STATE).is_dir():
                 raise FormatError(
                     f"{folder} is not a converted model (the conversion is not complete); the command that began it "
-                    "goes on where it was, and "
-                    f"python -m mlx_flashmoe verify --model {shlex.quote(str(folder))} says what is missing"
+                    f"resumes it, and python -m mlx_flashmoe verify --model {shlex.quote(str(folder))} says what is "
+                    "missing"
                 ) from None
             raise FormatError(f"{folder} is not a converted model ({_advice(folder)})") from None
         except (OSError, UnicodeDecodeError) as e:
@@ -416,15 +417,16 @@ class Manifest:
                 model itself must be the same one.
         """
         folder = Path(folder)
+        mend = f"python -m mlx_flashmoe verify --model {shlex.quote(str(folder))} says how to mend it"
         for other in map(Path, also):
             self._check_same_experts(folder, other)
         for dense in self.dense:
-            self._check(folder / dense.file, dense.size, "", "convert the checkpoint again")
+            self._check(folder / dense.file, dense.size, "", mend)
         for entry in self.layers:
             blob_size = self.layout_of(entry).blob_size
             what = f" (layer {entry.layer}, {entry.num_experts} experts of {blob_size} bytes)"
             for path in expert_files(entry.layer, folder, also):
-                advice = "convert the checkpoint again"
+                advice = mend
                 if path != folder / entry.file:
                     advice = f"copy it again from where {folder} has it, or do without the copies in {path.parents[1]}"
                 self._check(path, entry.num_experts * blob_size, what, advice)
@@ -433,7 +435,7 @@ class Manifest:
         """Raises FormatError if ``other`` is a converted model, and one of its expert files is not this model's."""
         if not (other / MANIFEST).exists():
             return  # copies of files alone: nothing but reading them would tell
-        theirs = {entry.layer: entry.crc32 for entry in Manifest._read(other).layers}
+        theirs = {entry.layer: entry.crc32 for entry in Manifest.read(other).layers}
         for entry in self.layers:
             if (other / entry.file).exists() and theirs.get(entry.layer) != entry.crc32:
                 raise FormatError(

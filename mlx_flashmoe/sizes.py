@@ -20,3 +20,8 @@ def show_duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
+
+
+def counted(n: int, noun: str) -> str:
+    """A number of things: "1 layer", "60 layers"."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"

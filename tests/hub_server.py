@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ class Hub:
         cut: path pattern -> bytes after which connections break, each of them.
         wrong: names of files served with a byte changed.
         ranges: whether range requests are heeded.
+        delay: seconds before each answer.
         requests: (method, path, range), in order.
     """
 
@@ -34,6 +36,7 @@ class Hub:
     cut: dict[str, int] = field(default_factory=dict)
     wrong: set[str] = field(default_factory=set)
     ranges: bool = True
+    delay: float = 0.0
     requests: list[tuple[str, str, str]] = field(default_factory=list)
     sent: int = 0
     url: str = ""
@@ -71,6 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub, path = self.hub, self.path.split("?")[0]
         asked = self.headers.get("Range", "")
         hub.requests.append((self.command, path, asked))
+        time.sleep(hub.delay)
         for pattern, status in hub.refuse.items():
             if re.search(pattern, path):
                 self._send(status, b"", {"X-Error-Message": "refused"} if status != 401 else {})

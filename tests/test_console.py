@@ -310,6 +310,29 @@ def test_a_conversion_on_a_terminal_is_a_bar() -> None:
     assert len(last) == 2 and screen.cursor
 
 
+def test_notes_of_a_conversion_break_between_words() -> None:
+    screen = Screen(width=40)
+    with ConversionProgress(screen.console) as display:
+        display.progress(0, 100, "layer 0")
+        display.note("8 layers of 64 experts: 4 bits in groups of 32; 16,384 bytes per expert")
+    assert screen.text.split("\n")[:2] == [
+        "8 layers of 64 experts: 4 bits in groups",
+        "of 32; 16,384 bytes per expert",
+    ]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_ctrl_c_leaves_one_bar(width: int) -> None:
+    """The terminal writes ^C after the bar: in the same line there is room for it, so that the bar is drawn over it."""
+    screen = Screen(width=width)
+    with ConversionProgress(screen.console) as display:
+        display.progress(0, 209_000_000_000, "layer 0 of 60")
+        display.progress(105_000_000_000, 209_000_000_000, "layer 31 of 60")
+        assert 0 < screen.column <= width - len("^C") and "layer" in screen.rows[screen.row]
+        screen.write("^C")
+    assert screen.text.count("layer 31") == 1 and "^C" not in screen.text
+
+
 def test_errors_are_one_unbroken_line(capsys: pytest.CaptureFixture[str]) -> None:
     message = "/a/very/long/path/" + "x" * 200 + "\nand a second line [bold]\x1b[2J"
     drawing.print_error(message)

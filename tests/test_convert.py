@@ -380,8 +380,13 @@ def test_progress_and_notes(tmp_path: Path) -> None:
     assert {total for _, total, _ in seen} == {sum(len(a.data) for a in used)} == {done[-1]}
     assert {"dense part", "layer 1 of 3", "layer 3 of 3"} <= {what for _, _, what in seen}
     assert lines[0] == "left out, not used for text: 3 tensors (2 of model.visual.*, 1 of mtp.*)"
-    assert "3 layers of 4 experts, 4 bits in groups of 64" in lines[-2]
-    assert lines[-1].startswith("to read 993 kB, to write 327 kB; disk space needed 329 kB of ")
+    assert lines[1].startswith("3 layers of 4 experts: 4 bits in groups of 64; 16,384 bytes per expert: ")
+    assert (
+        lines[2]
+        == "an expert is padded to a multiple of 16,384 bytes: fewer bits do not make one of 16,384 smaller"
+    )
+    assert lines[-1] == "it takes less than a minute"
+    assert lines[-2].startswith("to read 993 kB, to write 327 kB; disk space needed 329 kB of ")
     assert not any("\n" in line for line in lines)
 
 

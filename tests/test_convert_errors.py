@@ -23,8 +23,9 @@ FIRST = "model-00001-of-00003.safetensors"
 LM = "model.language_model."
 
 
-def refused(source: object, out: Path, kind: type[FlashMoEError], says: str, **options: Any) -> None:
+def refused(source: object, out: Path | str, kind: type[FlashMoEError], says: str, **options: Any) -> None:
     """The conversion raises that, in one line, and leaves no destination behind."""
+    out = Path(out)
     before = sorted(out.rglob("*")) if out.exists() else None
     with pytest.raises(kind, match=says) as e:
         convert(str(source), out, **options)
@@ -263,9 +264,19 @@ def quantized_source(folder: Path, bits: int, group_size: int, **exceptions: Any
 def test_bad_quantized_sources(tmp_path: Path) -> None:
     tensors = quantized_source(tmp_path / "source", 4, 64)
     source, out = tmp_path / "source", tmp_path / "out"
-    refused(source, out, ConversionError, "quantized at 4 bits already: 6 bits cannot bring back", q_bits=6)
     refused(
-        source, out, ConversionError, "4 bits in groups of 64 already.*q_group_size 32 out", q_group_size=32
+        source,
+        out,
+        ConversionError,
+        "at 4 bits already: 6 bits cannot bring back .*ask for 4 or fewer .--q-bits",
+        q_bits=6,
+    )
+    refused(
+        source,
+        out,
+        ConversionError,
+        "4 bits in groups of 64 already.*leave --q-group-size 32 out",
+        q_group_size=32,
     )
     edit_json(source / "config.json", lambda d: d["quantization"].update(bits=8))
     refused(
@@ -306,7 +317,7 @@ def test_five_bits_can_only_be_made_fewer(tmp_path: Path) -> None:
         (
             {"q_group_size": 128},
             r"group size 128 does not divide the 64 inputs of the experts' down_proj \(layer 0\); "
-            "q_group_size 32, 64 would",
+            "--q-group-size 32, 64 would",
         ),
         ({"revision": "main"}, r"a revision \(main\) is for Hugging Face ids"),
     ],
@@ -318,7 +329,7 @@ def test_bad_options(tmp_path: Path, options: dict[str, Any], says: str) -> None
 
 def test_no_group_size_fits(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "source", Spec(inner=48))
-    refused(tmp_path / "source", tmp_path / "out", ConversionError, "48 inputs.*only q_bits 16 would")
+    refused(tmp_path / "source", tmp_path / "out", ConversionError, "48 inputs.*only --q-bits 16 would")
     convert(tmp_path / "source", tmp_path / "out", q_bits=16)
 
 
@@ -328,7 +339,22 @@ def test_bad_paths(tmp_path: Path) -> None:
     refused(source / "config.json", out, SourceError, "is a file; give the checkpoint's folder")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", out, SourceError, r"config\.json is missing")
-    refused(source, source, ConversionError, "source is not empty; choose another folder")
+    # The same folder for both, a checkpoint to write to, a folder with anything else: each has its own advice.
+    refused(source, source, ConversionError, "source is the checkpoint itself: .*for example source-4bit")
+    refused(source, f"{source}/../source/", ConversionError, "is the checkpoint itself")
+    other = write_checkpoint(tmp_path / "other one")
+    refused(
+        source,
+        other,
+        ConversionError,
+        "is a checkpoint: it goes after --hf-path.*for example 'other one-4bit'",
+    )
+    refused(
+        source,
+        tmp_path,
+        ConversionError,
+        rf"is not empty: .*takes a new folder, for example {tmp_path}/NAME$",
+    )
     (tmp_path / "file").write_text("mine")
     refused(source, tmp_path / "file", ConversionError, "file is a file; choose another folder")
     refused(source, tmp_path / "file/out", ConversionError, "file cannot be written: Not a directory")
@@ -345,6 +371,6 @@ def test_too_little_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         source,
         tmp_path / "a/b/out",
         ConversionError,
-        r"needs 2\d\d kB of disk space, but only 150 kB are free",
+        r"2\d\d kB of disk space are needed, but only 150 kB are free",
     )
     assert not (tmp_path / "a").exists()

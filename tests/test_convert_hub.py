@@ -14,9 +14,11 @@ import pytest
 from checkpoints import Spec, write_checkpoint
 from hub_server import Hub, serve
 
-from mlx_flashmoe.convert import convert, hub, verify
+from mlx_flashmoe.convert import convert, estimate, hub, verify
+from mlx_flashmoe.convert.source import open_checkpoint
 from mlx_flashmoe.errors import ConversionError, SourceError
 from mlx_flashmoe.layout import Manifest
+from mlx_flashmoe.sizes import show_size
 
 SHARDS = 6
 THIRD = "model-00003-of-00006.safetensors"
@@ -78,6 +80,30 @@ def test_one_after_the_other(tmp_path: Path, server: Hub, monkeypatch: pytest.Mo
     assert verify(tmp_path / "out", "org/model") == m.expert_bytes + m.dense_bytes
 
 
+def test_the_plan_has_the_time_of_the_download(
+    tmp_path: Path, server: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a rate measured with a request, of what is not there yet; too little to measure is said, not timed."""
+    lines: list[str] = []
+    convert("org/model", tmp_path / "out", note=lines.append)
+    total = sum(path.stat().st_size for path in server.folder.glob("*.safetensors"))
+    assert lines[-1] == f"it takes less than a minute and the download of {show_size(total)}"
+    monkeypatch.setattr(estimate, "WORTH_MEASURING", 1000)
+    monkeypatch.setattr(estimate, "_downloading_rate", lambda checkpoint, shard: total / 7200)
+    convert("org/model", tmp_path / "out2", note=lines.append)
+    assert lines[-1].startswith(
+        f"it takes about 2 h 0 min, at {show_size(total / 7200)}/s of downloading over one connection, "
+    )
+
+
+def test_the_rate_of_the_download_is_measured(server: Hub, tmp_path: Path) -> None:
+    server.delay = 0.05
+    with open_checkpoint("org/model", downloads=tmp_path) as checkpoint:
+        rate = estimate._downloading_rate(checkpoint, THIRD)
+    size = (server.folder / THIRD).stat().st_size // 2
+    assert size / 1.0 < rate <= size / 0.05
+
+
 def test_long_headers_take_a_second_request(
     tmp_path: Path, server: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,7 +146,8 @@ def test_a_download_goes_on_in_a_later_run(tmp_path: Path, server: Hub) -> None:
     hub._retried = once
     try:
         with pytest.raises(
-            SourceError, match=rf"{THIRD}: downloading from the hub failed.*the same command again"
+            SourceError,
+            match=rf"{THIRD}: downloading from the hub failed.*try again: the same command resumes$",
         ):
             # The header's request, of a whole small file, is cut too: let it through.
             server.cut = {}
@@ -227,6 +254,25 @@ def test_an_index_that_names_what_is_not_there(tmp_path: Path, server: Hub) -> N
     server.commit = "b" * 40
     with pytest.raises(SourceError, match=f"org/model: {THIRD} is missing"):
         convert("org/model", tmp_path / "out")
+
+
+def test_a_network_that_fails(tmp_path: Path, server: Hub) -> None:
+    """convert resumes, and says so once it has begun; verify begins anew, and does not say that it resumes."""
+    server.refuse = {"/api/": 500}
+    with pytest.raises(SourceError, match=r"failed.*; try again$"):
+        convert("org/model", tmp_path / "out")
+    server.refuse = {}
+
+    def refuse(done: int, total: int, what: str) -> None:
+        server.refuse = {THIRD: 500}
+
+    with pytest.raises(SourceError, match=f"{THIRD}.*failed.*; try again: the same command resumes$"):
+        convert("org/model", tmp_path / "out", progress=refuse)
+    server.refuse = {}
+    convert("org/model", tmp_path / "out")
+    server.refuse = {"/api/": 500}
+    with pytest.raises(SourceError, match=r"failed.*; try again$"):
+        verify(tmp_path / "out", "org/model")
 
 
 def test_the_command(tmp_path: Path, server: Hub) -> None:

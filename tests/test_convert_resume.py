@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +18,8 @@ import faults
 import pytest
 from checkpoints import Spec, quantized, write_checkpoint
 
+from mlx_flashmoe.cli import main
+from mlx_flashmoe.console import ConversionProgress
 from mlx_flashmoe.convert import convert, destination, repack, transform, units
 from mlx_flashmoe.convert.safetensors import SafetensorsFile
 from mlx_flashmoe.errors import ConversionError, FormatError, SourceError
@@ -84,7 +87,7 @@ def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: st
     same(out, tmp_path / "ideal")
     assert everything(source) == before
     if calls == 30:
-        assert any("going on with an interrupted conversion: " in line for line in lines)
+        assert any("resuming an interrupted conversion: " in line for line in lines)
 
 
 def test_what_is_done_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,6 +134,24 @@ def test_progress_begins_where_it_was(tmp_path: Path) -> None:
     convert(source, out, progress=lambda done, total, what: seen.append((done, total)))
     assert seen[0][0] > 0.2 * seen[0][1] and seen[-1][0] == seen[-1][1]
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_ctrl_c_says_how_to_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = write_source(tmp_path / "source"), tmp_path / "out"
+    command = ["convert", "--hf-path", str(source), "--mlx-path", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            ConversionProgress,
+            "progress",
+            lambda self, done, total, what: os.kill(os.getpid(), signal.SIGINT),
+        )
+        assert main(command) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped; the same command resumes"
+    assert main(command) == 0
+    convert(source, tmp_path / "ideal")
+    same(out, tmp_path / "ideal")
 
 
 # Kills
@@ -267,7 +288,7 @@ def test_a_small_file_system_fills_up(tmp_path: Path, small_disk: Path, after: i
 
     with pytest.raises(ConversionError, match="no space left on the disk; free some, and start the same"):
         convert(source, out, progress=fill)
-    with pytest.raises(ConversionError, match="of disk space, but only 0 bytes are free"):
+    with pytest.raises(ConversionError, match="of disk space are needed, but only 0 bytes are free"):
         convert(source, out)
     assert ballast.exists()
     ballast.unlink()
@@ -506,7 +527,7 @@ def test_nothing_is_deleted_that_the_disk_does_not_give_back(
 
 def test_deleting_is_refused(tmp_path: Path) -> None:
     source, out = write_source(tmp_path / "source"), tmp_path / "out"
-    with pytest.raises(ConversionError, match="delete_source is for folders"):
+    with pytest.raises(ConversionError, match="--delete-source is for folders"):
         convert("org/name", out, delete_source=True)
     name = "model-00002-of-00004.safetensors"
     (source / name).rename(tmp_path / "elsewhere")

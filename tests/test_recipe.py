@@ -54,6 +54,37 @@ def test_a_file(tmp_path: Path) -> None:
                 assert found[p, part] == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("bits = 3", "3 bits in groups of 64"),
+        ("bits = 16", "as published, unquantized"),
+        ("down = 6", "gate and up 4 bits, down 6 bits, in groups of 64"),
+        ("down = 16", "gate and up 4 bits in groups of 64, down as published, unquantized"),
+        ('[layers."2"]\nbits = 8', "4 bits in groups of 64; layer 2 8 bits in groups of 64"),
+        (
+            'bits = 3\ndown = 6\n[layers."0-1,3"]\nbits = 8\ngroup_size = 32',
+            "gate and up 3 bits, down 6 bits, in groups of 64; layers 0-1,3 8 bits in groups of 32",
+        ),
+        (
+            '[layers."0-1,5"]\nbits = 8\n[layers."3"]\ndown = 2',
+            "4 bits in groups of 64; layers 0-1,5 8 bits in groups of 64; "
+            "layer 3 gate and up 4 bits, down 2 bits, in groups of 64",
+        ),
+    ],
+)
+def test_the_plan_says_what_has_which_bits(tmp_path: Path, text: str, says: str) -> None:
+    """What most layers have comes first."""
+    source = write_checkpoint(tmp_path / "source", Spec(layers=8, extras=False))
+    (tmp_path / "recipe.toml").write_text(text)
+    lines: list[str] = []
+    convert(source, tmp_path / "out", recipe=tmp_path / "recipe.toml", note=lines.append)
+    assert lines[0].startswith(f"8 layers of 4 experts: {says}; ")
+    sizes = {layout.blob_size for layout in Manifest.load(tmp_path / "out").layouts}
+    padded = "an expert is padded to a multiple of 16,384 bytes: fewer bits do not make one of 16,384 smaller"
+    assert (padded in lines) == (min(sizes) == 16384)
+
+
 def test_options_come_before_the_file(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", Spec(layers=4))
     (tmp_path / "recipe.toml").write_text(FILE)

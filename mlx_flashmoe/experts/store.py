@@ -307,7 +307,7 @@ class ExpertStore:
             if n <= 0:
                 raise ReadError(
                     f"{self._name(request, copy)}: the file ends after {start + done} of the blob's {size} bytes; "
-                    "it was truncated or replaced: convert the checkpoint again"
+                    "it was truncated or replaced: python -m mlx_flashmoe verify --model DIR says how to mend it"
                 )
             done += n
         crc = zlib.crc32(into) if self.check_reads else None
@@ -327,7 +327,7 @@ class ExpertStore:
             copies = " or ".join(map(str, file.paths))
             raise ReadError(
                 f"{copies}: layer {request.layer}, expert {request.expert}: what was read is not what was written; "
-                "the disk or the file is damaged: convert the checkpoint again"
+                "the disk or the file is damaged: python -m mlx_flashmoe verify --model DIR says how to mend it"
             )
 
     @contextlib.contextmanager
