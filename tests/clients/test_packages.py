@@ -34,7 +34,7 @@ PACKAGES = {
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_calls_a_tool_and_goes_on(package: str, served: Served, home: Path, notes: Path, word: str) -> None:
+def test_calls_a_tool_and_continues(package: str, served: Served, home: Path, notes: Path, word: str) -> None:
     script = HERE / "packages" / PACKAGES[package]
     if script.suffix == ".py":
         version, command = python_version("packages", package), [python("packages"), str(script)]
