@@ -22,7 +22,7 @@ from mlx_flashmoe.errors import FlashMoEError
 from mlx_flashmoe.loader import StreamingModel
 from mlx_flashmoe.sizes import show_size
 from mlx_flashmoe.tokenizer import Tokenizer
-from mlx_flashmoe.tools import AnswerParser, Event, Thinking, Tool, ToolCall
+from mlx_flashmoe.tools import Piece, Thinking, Tool, ToolCall, answer_parser, pieces
 
 ADD_TO_LIST: Tool = {
     "type": "function",
@@ -74,10 +74,12 @@ class Conversation:
     def answer(self, messages: list[dict[str, Any]], thinking: bool, tools: list[Tool]) -> list[ToolCall]:
         """The calls of one answer, which is shown as it comes."""
         prompt = self.tokenizer.apply_chat_template(messages, tools=tools, enable_thinking=thinking)
-        parser = AnswerParser(tools, self.tokenizer.opens_thinking(prompt))
-        events: list[Event] = []
+        parser = answer_parser(self.tokenizer, tools, prompt)
+        events: list[Piece] = []
         for response in stream_generate(self.model, self.tokenizer, prompt, max_tokens=400):
-            for event in parser.feed(response.text) + (parser.finish() if response.finish_reason else []):
+            settled = parser.feed(response.text, response.token)
+            settled += parser.finish() if response.finish_reason else []
+            for event in pieces(settled):
                 self.show_event(event, after=events[-1] if events else None)
                 events.append(event)
         self.show("\n")
@@ -89,7 +91,7 @@ class Conversation:
         except TypeError as e:  # the model has made up a parameter: it is told
             return {"error": str(e)}
 
-    def show_event(self, event: Event, after: Event | None) -> None:
+    def show_event(self, event: Piece, after: Piece | None) -> None:
         if after is not None and type(after) is not type(event):
             self.show("\n")
         if isinstance(event, ToolCall):

@@ -30,7 +30,7 @@ from mlx_flashmoe.progress import Steps
 from mlx_flashmoe.reports import check_report, write_report
 from mlx_flashmoe.scoring import row_logprobs
 from mlx_flashmoe.tokenizer import Tokenizer
-from mlx_flashmoe.tools import CALL_START, Text, Tool, ToolCall, parameter_schemas, parse_answer
+from mlx_flashmoe.tools import Text, Tool, ToolCall, parameter_schemas, parse_answer
 
 CONTEXT = 512  # tokens of a chunk of text
 LONGEST_ANSWER = 1024  # tokens; one that is longer is cut off there
@@ -377,7 +377,7 @@ def judge(question: Question, answer: str, thinking: bool) -> Verdict:
         right = _as_json(made) == _as_json(question.calls)
     else:
         right = not calls and text == question.expected["content"].strip()
-    valid = bool(calls) and CALL_START not in text and all(fits(call, question.tools) for call in calls)
+    valid = bool(calls) and "<tool_call>" not in text and all(fits(call, question.tools) for call in calls)
     return Verdict(question.task, bool(question.calls), right, valid)
 
 

@@ -23,7 +23,9 @@ import numpy as np
 from mlx_flashmoe.errors import RequestError
 from mlx_flashmoe.schema import referred, value_types
 from mlx_flashmoe.tokenizer import Tokenizer
-from mlx_flashmoe.tools import CALL_END, CALL_START, Tool, parameter_schemas
+from mlx_flashmoe.tools.events import Tool, parameter_schemas
+
+CALL_START, CALL_END = "<tool_call>", "</tool_call>"
 
 # JSON as the chat template writes it. Free whitespace would let an unsure model write nothing else.
 _JSON_STYLE = {

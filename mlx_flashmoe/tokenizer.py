@@ -11,13 +11,17 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import tokenizers
 
 from mlx_flashmoe.chat_template import ChatTemplate, Message
 from mlx_flashmoe.errors import FormatError, RequestError
+
+if TYPE_CHECKING:
+    from mlx_flashmoe.tools.syntax import Syntax
 
 THINK_START = "<think>"
 THINK_END = "</think>"
@@ -44,7 +48,10 @@ class Tokenizer:
         self.chat_templates = chat_templates or {}
         self._compiled: dict[str, ChatTemplate] = {}
         self._pieces: dict[int, bytes] = {}
-        self._hidden = {i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
+        shown = self.tool_syntax.marks
+        self._hidden = {
+            i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special and t.content not in shown
+        }
         self._byte_level = isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel)
         self.eos_token_ids: set[int] = set(eos_token_ids)
         if (eos := self.token_id(self.special_tokens.get("eos_token"))) is not None:
@@ -179,6 +186,13 @@ class Tokenizer:
         return self._tokenizer.to_str()
 
     # Chat
+
+    @cached_property
+    def tool_syntax(self) -> Syntax:
+        """How the model writes tool calls, by what its chat template says of them."""
+        from mlx_flashmoe.tools.syntaxes import syntax_of
+
+        return syntax_of("\n".join(self.chat_templates.values()))
 
     @property
     def has_chat_template(self) -> bool:

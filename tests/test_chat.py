@@ -102,7 +102,6 @@ def test_answers_and_thoughts_become_messages() -> None:
 def test_tools_are_called_until_the_model_is_done() -> None:
     model = TalkingModel(
         f"So.\n</think>\n\nLet me add.\n\n{call('add', a=2, b=3)}\n{call('add', a='x')}",
-        f"\n</think>\n\n{call('multiply', a=2)}",
         "\n</think>\n\nFive.",
     )
     conversation = talk(model, "2 + 3?")
@@ -123,8 +122,6 @@ def test_tools_are_called_until_the_model_is_done() -> None:
             "name": "add",
             "content": 'Error: TypeError: can only concatenate str (not "int") to str',
         },
-        {"role": "assistant", "content": "", "tool_calls": [made("multiply", a="2")]},
-        {"role": "tool", "name": "multiply", "content": "Error: there is no tool 'multiply'; there are: add"},
         {"role": "assistant", "content": "Five."},
     ]
     view: Any = conversation._view

@@ -23,7 +23,7 @@ from mlx_flashmoe.server.responses_events import Output  # noqa: E402
 from mlx_flashmoe.server.responses_input import Conversation, as_items, seal  # noqa: E402
 from mlx_flashmoe.server.responses_store import ResponseStore  # noqa: E402
 from mlx_flashmoe.server.responses_tools import ClientTools  # noqa: E402
-from mlx_flashmoe.tools import Event, Text, Thinking, ToolCall  # noqa: E402
+from mlx_flashmoe.tools import CallDelta, CallStart, Event, Text, Thinking, ToolCall  # noqa: E402
 
 TOOL = {"type": "function", "name": "weather", "parameters": SCHEMA}
 PATCH = {"type": "custom", "name": "patch", "description": "Changes files", "format": {"type": "text"}}
@@ -325,7 +325,17 @@ def folded(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 target[key] += event["delta"]
             else:
                 assert end == "done" and target[key] == event[key]
-    return items
+    return [item for item in items if item["status"] != "in_progress"]
+
+
+def as_written(answer: list[Event]) -> Iterator[Event]:
+    """Parts of an answer, calls in the pieces in which they are written."""
+    for part in answer:
+        if isinstance(part, ToolCall):
+            text = json.dumps(part.arguments, ensure_ascii=False)
+            yield CallStart(part.name)
+            yield from (CallDelta(text[i : i + 5]) for i in range(0, len(text), 5))
+        yield part
 
 
 @given(answers(), st.booleans(), st.booleans(), st.booleans())
@@ -334,7 +344,7 @@ def test_events_folded_are_the_items_and_the_items_are_the_answer(
 ) -> None:
     tools = ClientTools(TOOLS)
     output = Output(tools, summary, sealed)
-    events = [json.loads(json.dumps(e)) for piece in answer for e in output.feed(piece)]
+    events = [json.loads(json.dumps(e)) for piece in as_written(answer) for e in output.feed(piece)]
     events += [json.loads(json.dumps(e)) for e in output.finish(whole)]
     items = output.items
     assert folded(events) == items
@@ -358,6 +368,23 @@ def test_events_folded_are_the_items_and_the_items_are_the_answer(
         assert (message.get("reasoning_content", ""), message["content"]) == (thinking, text)
     told = [(c["function"]["name"], c["function"]["arguments"]) for c in message.get("tool_calls", [])]
     assert told == calls
+
+
+@given(answers(), st.sampled_from(NAMES), st.text(max_size=9), st.booleans())
+def test_a_call_that_is_cut_is_never_one_that_a_client_runs(
+    answer: list[Event], name: str, begun: str, summary: bool
+) -> None:
+    output = Output(ClientTools(TOOLS), summary, sealed=False)
+    written = [*as_written(answer), CallStart(name), *([CallDelta(begun)] if begun else [])]
+    events = [json.loads(json.dumps(e)) for piece in written for e in output.feed(piece)]
+    events += [json.loads(json.dumps(e)) for e in output.finish(False, "<tool_call>be")]
+    assert folded(events) == output.items
+    last = output.items[-1]
+    assert (last["type"], last["status"]) == ("message", "incomplete")
+    assert last["content"][0]["text"].endswith("<tool_call>be")
+    done = [e["item"] for e in events if e["type"] == "response.output_item.done"]
+    calls = [item for item in done if item["type"] in ("function_call", "custom_tool_call")]
+    assert len(calls) == sum(isinstance(e, ToolCall) for e in answer)
 
 
 # Stored responses
@@ -476,6 +503,16 @@ def test_an_answer_that_is_cut_says_so(gpt: Any) -> None:
     assert made.output[-1].status == "incomplete" and made.output_text
     last = list(gpt.responses.create(**asked, stream=True))[-1]
     assert (last.type, last.response.output_text) == ("response.incomplete", made.output_text)
+
+
+def test_a_call_that_is_cut_is_text(gpt: Any) -> None:
+    asked: dict[str, Any] = {"model": "any", "input": CALLS, "tools": [TOOL], "max_output_tokens": 40}
+    made = gpt.responses.create(**asked)
+    last = list(gpt.responses.create(**asked, stream=True))[-1].response
+    for cut in (made, last):
+        assert cut.status == "incomplete" and {item.type for item in cut.output} == {"message"}
+        assert "<function=weather>" in cut.output_text
+    assert made.output_text == last.output_text
 
 
 def test_forms_and_choices_that_the_model_would_not_choose(gpt: Any) -> None:

@@ -159,6 +159,37 @@ def test_openai_tools_round_trip(gpt: Any) -> None:
     assert untold.choices[0].message.content == "Let me see.\n\n" + CALLS.split("\n\n")[1][:-1]
 
 
+def test_arguments_are_streamed_as_they_are_written(gpt: Any, claude: Any) -> None:
+    place = 'Zürich, "the" large\none'
+    asked = [user(f"SAY({call(place=place, days=3)})")]
+    chunks = gpt.chat.completions.create(model="any", messages=asked, tools=[TOOL], stream=True)
+    calls = [c for chunk in chunks for c in chunk.choices[0].delta.tool_calls or []]
+    assert [c.function.name for c in calls if c.function.name] == ["weather"] and calls[0].id
+    pieces = [c.function.arguments for c in calls]
+    assert json.loads("".join(pieces)) == {"place": place, "days": 3} and len(pieces) > 5
+    with claude.messages.stream(model="any", max_tokens=300, messages=asked, tools=[CLAUDE_TOOL]) as stream:
+        parts = [e.partial_json for e in stream if e.type == "input_json"]
+        assert stream.get_final_message().content[0].input == {"place": place, "days": 3}
+    assert "".join(parts) == "".join(pieces) and len(parts) > 5
+
+
+def test_a_call_that_is_cut_is_never_one(gpt: Any, claude: Any) -> None:
+    written = call(place="Zürich", days=3)
+    asked = {"model": "any", "messages": [user(f"SAY({written})")], "max_tokens": len(written) // 3}
+    whole = gpt.chat.completions.create(**asked, tools=[TOOL]).choices[0]
+    assert (whole.message.tool_calls, whole.finish_reason) == (None, "length")
+    assert written.startswith(whole.message.content) and "<function=weather>" in whole.message.content
+    choices = [c.choices[0] for c in gpt.chat.completions.create(**asked, tools=[TOOL], stream=True)]
+    sent = "".join(c.function.arguments for choice in choices for c in choice.delta.tool_calls or [])
+    with pytest.raises(ValueError):
+        json.loads(sent)
+    assert choices[-1].finish_reason == "length"
+    told = claude.messages.create(**asked, tools=[CLAUDE_TOOL])
+    assert (told.stop_reason, [b.type for b in told.content]) == ("max_tokens", ["text"])
+    events = list(claude.messages.create(**asked, tools=[CLAUDE_TOOL], stream=True))
+    assert events[-2].delta.stop_reason == "max_tokens"
+
+
 @pytest.mark.parametrize("thinking", [False, True])
 def test_openai_forms_that_the_model_would_not_choose(gpt: Any, thinking: bool) -> None:
     pytest.importorskip("llguidance")

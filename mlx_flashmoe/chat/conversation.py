@@ -13,7 +13,7 @@ from mlx_flashmoe.chat.session import Session
 from mlx_flashmoe.errors import RequestError
 from mlx_flashmoe.generate import GenerationResponse, answer_room, cut_off, stream_generate
 from mlx_flashmoe.tokenizer import Message, Tokenizer
-from mlx_flashmoe.tools import AnswerParser, Event, Thinking, ToolCall
+from mlx_flashmoe.tools import Event, Piece, Thinking, ToolCall, answer_parser, pieces
 
 ROUNDS = 25
 """Answers in a row that call tools, before the user is asked again."""
@@ -24,7 +24,7 @@ class View(Protocol):
 
     def prompt_progress(self, done: int, total: int) -> None: ...
 
-    def show(self, event: Event) -> None:
+    def show(self, event: Piece) -> None:
         """A piece of the answer. Calls are shown by ``call``, when it is their turn."""
         ...
 
@@ -177,11 +177,11 @@ class Conversation:
         except RequestError as e:
             raise RequestError(f"the context is full: {e}; /clear begins a new conversation") from None
         self.model.reserve(len(prompt) + (0 if self._max_tokens == -1 else room))
-        parser = AnswerParser(schemas, self._tokenizer.opens_thinking(prompt))
+        parser = answer_parser(self._tokenizer, schemas, prompt)
         answer = Answer()
 
         def take(events: list[Event]) -> None:
-            for event in events:
+            for event in pieces(events):
                 if isinstance(event, ToolCall):
                     answer.calls.append(event)
                 elif isinstance(event, Thinking):
@@ -210,7 +210,7 @@ class Conversation:
                 with closing(stream):
                     for response in stream:
                         answer.response = response
-                        take(parser.feed(response.text))
+                        take(parser.feed(response.text, response.token))
                         if parser.in_call:
                             self._view.writing_call()
                         if stop_asked():

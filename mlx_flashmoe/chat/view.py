@@ -17,7 +17,7 @@ from rich.text import Text as Line
 from mlx_flashmoe.chat.conversation import Figures, View
 from mlx_flashmoe.console import Lines, PromptProgress, TerminalAnswer, digits, print_error, printable
 from mlx_flashmoe.sizes import show_size
-from mlx_flashmoe.tools import Event, Text, Thinking, ToolCall
+from mlx_flashmoe.tools import Piece, Text, Thinking, ToolCall
 
 RESULT_LINES = 8
 """Of a tool's result, as many are shown; the model gets all of it."""
@@ -70,7 +70,7 @@ class TerminalView(View):
         if self._progress is not None:
             self._progress(done, total)
 
-    def show(self, event: Event) -> None:
+    def show(self, event: Piece) -> None:
         self._end_writing()
         if isinstance(event, ToolCall):
             return
@@ -152,7 +152,7 @@ class PlainView(View):
     def prompt_progress(self, done: int, total: int) -> None:
         pass
 
-    def show(self, event: Event) -> None:
+    def show(self, event: Piece) -> None:
         if isinstance(event, Text):
             self._out.write(event.text)
             self._out.flush()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -20,7 +19,7 @@ from mlx_flashmoe.server.http import JSON, event, event_stream, read_body
 from mlx_flashmoe.server.offered import Offered
 from mlx_flashmoe.server.schemas import VALIDATORS
 from mlx_flashmoe.server.worker import End, Part
-from mlx_flashmoe.tools import Event, Text, Thinking, ToolCall
+from mlx_flashmoe.tools import CallDelta, CallStart, Event, Piece, Text, Thinking, ToolCall
 
 
 async def messages(request: Request) -> Response:
@@ -87,29 +86,32 @@ def _begin(event: Event) -> dict[str, Any]:
     """An empty content block for an event."""
     if isinstance(event, Thinking):
         return {"type": "thinking", "thinking": "", "signature": ""}
-    if isinstance(event, Text):
-        return {"type": "text", "text": ""}
-    return {"type": "tool_use", "id": f"toolu_{secrets.token_hex(12)}", "name": event.name, "input": {}}
+    if isinstance(event, CallStart | ToolCall):
+        return {"type": "tool_use", "id": f"toolu_{secrets.token_hex(12)}", "name": event.name, "input": {}}
+    return {"type": "text", "text": ""}
 
 
-def _delta(event: Event) -> dict[str, Any]:
+def _delta(event: Event) -> dict[str, Any] | None:
+    """What an event adds to its block; None if it only begins or ends it."""
     if isinstance(event, Thinking):
         return {"type": "thinking_delta", "thinking": event.text}
     if isinstance(event, Text):
         return {"type": "text_delta", "text": event.text}
-    return {"type": "input_json_delta", "partial_json": json.dumps(event.arguments)}
+    return {"type": "input_json_delta", "partial_json": event.text} if isinstance(event, CallDelta) else None
 
 
-def _goes_on(block: dict[str, Any] | None, event: Event) -> bool:
-    """Whether an event belongs to the block before it. Every call is a block of its own."""
-    kind = {Thinking: "thinking", Text: "text", ToolCall: None}[type(event)]
-    return block is not None and block["type"] == kind
+_KINDS = {Thinking: "thinking", Text: "text", CallDelta: "tool_use"}
 
 
-def _blocks(events: list[Event]) -> list[dict[str, Any]]:
+def _continues(block: dict[str, Any] | None, event: Event) -> bool:
+    """Whether an event belongs to the block before it."""
+    return block is not None and block["type"] == _KINDS.get(type(event))
+
+
+def _blocks(events: list[Piece]) -> list[dict[str, Any]]:
     blocks: list[dict[str, Any]] = []
     for piece in events:
-        if not _goes_on(blocks[-1] if blocks else None, piece):
+        if not _continues(blocks[-1] if blocks else None, piece):
             blocks.append(_begin(piece))
         if isinstance(piece, ToolCall):
             blocks[-1]["input"] = piece.arguments
@@ -121,8 +123,8 @@ def _blocks(events: list[Event]) -> list[dict[str, Any]]:
 def _stopped(end: End, blocks: list[dict[str, Any]]) -> dict[str, Any]:
     if end.stop_sequence is not None:
         reason = "stop_sequence"
-    elif end.reason == "length":
-        reason = "max_tokens"
+    elif end.reason == "length" or (end.cut and blocks and blocks[-1]["type"] == "tool_use"):
+        reason = "max_tokens"  # also where a stream has sent part of a call that has no end
     else:
         reason = "tool_use" if any(block["type"] == "tool_use" for block in blocks) else "end_turn"
     return {"stop_reason": reason, "stop_sequence": end.stop_sequence}
@@ -153,12 +155,15 @@ async def _stream(request: Request, answer: Answer, head: dict[str, Any]) -> Asy
         async for part in parts:
             if isinstance(part, Part):
                 for piece in part.events:
-                    if not _goes_on(blocks[-1] if blocks else None, piece):
+                    if isinstance(piece, ToolCall):  # sent already, as it was written
+                        continue
+                    if not _continues(blocks[-1] if blocks else None, piece):
                         for line in stop_block():
                             yield line
                         blocks.append(_begin(piece))
                         yield send("content_block_start", index=len(blocks) - 1, content_block=blocks[-1])
-                    yield send("content_block_delta", index=len(blocks) - 1, delta=_delta(piece))
+                    if (delta := _delta(piece)) is not None:
+                        yield send("content_block_delta", index=len(blocks) - 1, delta=delta)
             else:
                 for line in stop_block():
                     yield line

@@ -33,7 +33,8 @@ def conversation(
     for i, message in enumerate(body["messages"]):
         message = {**message, "content": _described(message.get("content"), deferred, loaded)}
         out += _messages(message, f"messages.{i}", refuse_media=i == newest)
-    return in_order_of_calls(out), list(loaded.values())
+    # Messages that say nothing at all ask as an empty one does.
+    return in_order_of_calls(out) or [{"role": "user", "content": ""}], list(loaded.values())
 
 
 def _described(content: Any, deferred: dict[str, Any], loaded: dict[str, Any]) -> Any:

@@ -19,7 +19,7 @@ from mlx_flashmoe.scoring import TokenInfo
 from mlx_flashmoe.server.errors import ApiError, as_api_error
 from mlx_flashmoe.server.worker import End, Job, Part, Worker
 from mlx_flashmoe.tokenizer import Tokenizer
-from mlx_flashmoe.tools import AnswerParser, Event
+from mlx_flashmoe.tools import Piece, Text, answer_parser, pieces
 
 # Seconds after which a silent stream gets an event that clients count: a long prompt can take minutes, and clients
 # give up, or warn their users, after 20 seconds and more.
@@ -144,7 +144,9 @@ class Engine:
             max_tokens=max_tokens,
             sampler=sampler,
             processors=processors,
-            parser=None if ask.messages is None else AnswerParser([*ask.tools, *ask.loaded], thinking),
+            parser=None
+            if ask.messages is None
+            else answer_parser(self.tokenizer, [*ask.tools, *ask.loaded], prompt),
             stop=ask.stop,
             top_logprobs=ask.top_logprobs,
             echo=(ask.prompt if isinstance(ask.prompt, str) else self.tokenizer.decode(prompt))
@@ -231,17 +233,18 @@ class Answer:
             watch.cancel()
             self._worker.cancel(self.job)
 
-    async def whole(self, request: Request) -> tuple[list[Event], list[TokenInfo], End]:
-        """All parts at once. Raises ApiError."""
-        events: list[Event] = []
+    async def whole(self, request: Request) -> tuple[list[Piece], list[TokenInfo], End]:
+        """All parts at once; a call that is not complete is text. Raises ApiError."""
+        events: list[Piece] = []
         infos: list[TokenInfo] = []
         end = End("stop")
         async with aclosing(self.parts(request)) as parts:
             async for part in parts:
                 if isinstance(part, End):
                     end = part
+                    events += [Text(end.cut)] if end.cut else []
                 else:
-                    events += part.events
+                    events += pieces(part.events)
                     infos += [part.info] if part.info is not None else []
         return events, infos, end
 

@@ -21,7 +21,7 @@ OPERATIONS = {
         "get": Operation("The model that is served, as LM Studio has it", record({"data": items(_LISTED)}))
     },
     "/api/v0/models/{model}": {
-        "get": Operation("The model, as LM Studio has it", _LISTED, name="model"),
+        "get": Operation("The model, as LM Studio has it", _LISTED, name="model", missing=True),
     },
 }
 

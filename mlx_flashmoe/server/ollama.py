@@ -34,7 +34,7 @@ from mlx_flashmoe.server.schemas import (
     validator,
 )
 from mlx_flashmoe.server.worker import End, Part
-from mlx_flashmoe.tools import Event, Text, Thinking, ToolCall
+from mlx_flashmoe.tools import Event, Piece, Text, Thinking, ToolCall
 
 NDJSON = "application/x-ndjson"
 ERROR: Schema = record({"error": TEXT})
@@ -173,7 +173,7 @@ class _Shape:
             return self._object("", tool_calls=[self._call(event)])
         return None
 
-    def whole(self, events: list[Event], answer: Answer, end: End) -> dict[str, Any]:
+    def whole(self, events: list[Piece], answer: Answer, end: End) -> dict[str, Any]:
         """An answer that is not streamed."""
         more: dict[str, Any] = {}
         if thinking := "".join(e.text for e in events if isinstance(e, Thinking)):
@@ -255,6 +255,8 @@ async def _lines(request: Request, answer: Answer, shape: _Shape) -> AsyncGenera
 
 def _objects(part: Part | End, answer: Answer, shape: _Shape) -> Iterator[dict[str, Any]]:
     if isinstance(part, End):
+        if part.cut and (data := shape.piece(Text(part.cut))) is not None:
+            yield data
         yield shape.closing(answer, part)
         return
     for event in part.events:

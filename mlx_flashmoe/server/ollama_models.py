@@ -26,9 +26,18 @@ _SHOWN = record({"model_info": {"type": "object"}, "capabilities": items(TEXT)})
 OPERATIONS = {
     "/api/tags": {"get": Operation("The model that is served", _LIST, error=ERROR)},
     "/api/ps": {"get": Operation("The model, as one that is loaded", _LIST, error=ERROR)},
-    "/api/show": {"post": Operation("Details of the model", _SHOWN, _NAMED, ERROR, stream=None)},
+    "/api/show": {
+        "post": Operation("Details of the model", _SHOWN, _NAMED, ERROR, missing=True, stream=None)
+    },
     "/api/pull": {
-        "post": Operation("Nothing, for the model that is there", record({"status": TEXT}), _NAMED, ERROR)
+        "post": Operation(
+            "Nothing, for the model that is there",
+            record({"status": TEXT}),
+            _NAMED,
+            ERROR,
+            missing=True,
+            stream=NDJSON,
+        )
     },
     "/api/version": {"get": Operation("Ollama's version, as far as clients ask", record({"version": TEXT}))},
 }

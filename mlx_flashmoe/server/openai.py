@@ -25,7 +25,7 @@ from mlx_flashmoe.server.openai_messages import conversation
 from mlx_flashmoe.server.schemas import VALIDATORS
 from mlx_flashmoe.server.worker import End, Job, Part
 from mlx_flashmoe.tokenizer import Tokenizer
-from mlx_flashmoe.tools import Event, Text, Thinking, ToolCall
+from mlx_flashmoe.tools import CallDelta, CallStart, Event, Piece, Text, Thinking, ToolCall
 
 UNLIKELY = -9999.0  # what stands for a log-probability of minus infinity
 
@@ -132,7 +132,7 @@ class Shape:
         self._tokenizer = tokenizer
         self.finish_reason = "stop"
 
-    def whole(self, events: list[Event], infos: list[TokenInfo]) -> dict[str, Any]:
+    def whole(self, events: list[Piece], infos: list[TokenInfo]) -> dict[str, Any]:
         """The one choice of an answer."""
         raise NotImplementedError
 
@@ -140,8 +140,8 @@ class Shape:
         """Choices that a stream begins with."""
         return []
 
-    def piece(self, event: Event) -> dict[str, Any]:
-        """A choice of a stream for one event."""
+    def piece(self, event: Event) -> dict[str, Any] | None:
+        """A choice of a stream for one event, if there is something to send."""
         raise NotImplementedError
 
     def closing(self) -> dict[str, Any]:
@@ -163,7 +163,7 @@ class Chat(Shape):
         super().__init__(tokenizer)
         self._calls = 0
 
-    def whole(self, events: list[Event], infos: list[TokenInfo]) -> dict[str, Any]:
+    def whole(self, events: list[Piece], infos: list[TokenInfo]) -> dict[str, Any]:
         thinking = "".join(e.text for e in events if isinstance(e, Thinking))
         text = "".join(e.text for e in events if isinstance(e, Text))
         calls = [self._call(e) for e in events if isinstance(e, ToolCall)]
@@ -177,19 +177,27 @@ class Chat(Shape):
     def opening(self) -> list[dict[str, Any]]:
         return [{"delta": {"role": "assistant", "content": ""}}]
 
-    def piece(self, event: Event) -> dict[str, Any]:
+    def piece(self, event: Event) -> dict[str, Any] | None:
+        if isinstance(event, CallStart):
+            self._calls += 1
+            return self._of_call({"id": _call_id(), "type": "function"}, name=event.name, arguments="")
+        if isinstance(event, CallDelta):
+            return self._of_call({}, arguments=event.text)
         if isinstance(event, ToolCall):
-            return {"delta": {"tool_calls": [{"index": self._calls, **self._call(event)}]}}
+            self.finish_reason = "tool_calls"
+            return None
         return {"delta": {"reasoning_content" if isinstance(event, Thinking) else "content": event.text}}
+
+    def _of_call(self, more: dict[str, Any], **function: str) -> dict[str, Any]:
+        return {"delta": {"tool_calls": [{"index": self._calls - 1, **more, "function": function}]}}
 
     def closing(self) -> dict[str, Any]:
         return {"delta": {}}
 
     def _call(self, call: ToolCall) -> dict[str, Any]:
-        self._calls += 1
         self.finish_reason = "tool_calls"
         function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
-        return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+        return {"id": _call_id(), "type": "function", "function": function}
 
     def logprobs(self, infos: list[TokenInfo]) -> dict[str, Any]:
         def entry(token: int, logprob: float | None) -> dict[str, Any]:
@@ -214,12 +222,12 @@ class Completion(Shape):
         super().__init__(tokenizer)
         self._offset = 0
 
-    def whole(self, events: list[Event], infos: list[TokenInfo]) -> dict[str, Any]:
+    def whole(self, events: list[Piece], infos: list[TokenInfo]) -> dict[str, Any]:
         text = "".join(event.text for event in events)
         return {"text": text, "logprobs": self.logprobs(infos) if infos else None}
 
-    def piece(self, event: Event) -> dict[str, Any]:
-        return {"text": event.text}
+    def piece(self, event: Event) -> dict[str, Any] | None:
+        return {"text": event.text} if isinstance(event, Text) else None
 
     def closing(self) -> dict[str, Any]:
         return {"text": ""}
@@ -326,14 +334,20 @@ async def _chunks(
                 async for part in parts:
                     if isinstance(part, Part):
                         infos += [part.info] if part.info is not None else []
-                        for piece in part.events:
-                            yield chunk(shape.piece(piece))
+                        for choice in filter(None, map(shape.piece, part.events)):
+                            yield chunk(choice)
                     else:
-                        yield chunk(shape.closing(), _finish_reason(shape, part))
+                        # Part of a call was sent that has no end: the answer is as if it had been too long.
+                        reason = "length" if part.cut else _finish_reason(shape, part)
+                        yield chunk(shape.closing(), reason)
                         ended.append((answer.job, part))
     if each:
         yield event({**head, "choices": [], "usage": _usage(ended, each)})
     yield event("[DONE]")
+
+
+def _call_id() -> str:
+    return f"call_{secrets.token_hex(12)}"
 
 
 def _finish_reason(shape: Shape, end: End) -> str:

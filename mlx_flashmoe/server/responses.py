@@ -60,10 +60,10 @@ REQUEST = record(
 ANSWER = record({"id": TEXT, "object": {"const": "response"}, "status": TEXT, "output": items(OBJECT)})
 DELETED = record({"id": TEXT, "object": TEXT, "deleted": {"type": "boolean"}})
 OPERATIONS = {
-    "/v1/responses": {"post": Operation("An answer in a conversation", ANSWER, REQUEST)},
+    "/v1/responses": {"post": Operation("An answer in a conversation", ANSWER, REQUEST, missing=True)},
     "/v1/responses/{id}": {
-        "get": Operation("A response that was stored", ANSWER, name="id"),
-        "delete": Operation("Forgets a response", DELETED, name="id"),
+        "get": Operation("A response that was stored", ANSWER, name="id", missing=True),
+        "delete": Operation("Forgets a response", DELETED, name="id", missing=True),
     },
 }
 _VALIDATOR = validator(REQUEST)
@@ -212,8 +212,8 @@ class _Writer:
             yield from self._output.feed(piece)
 
     def _finish(self, end: End, answer: Answer) -> Iterator[dict[str, Any]]:
-        whole = end.reason != "length"
-        yield from self._output.finish(whole)
+        whole = end.reason != "length" and not end.cut
+        yield from self._output.finish(whole, end.cut)
         prompt = len(answer.job.prompt)
         self.response = {
             **self.response,

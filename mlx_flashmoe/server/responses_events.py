@@ -9,9 +9,11 @@ from typing import Any
 
 from mlx_flashmoe.server.responses_input import seal
 from mlx_flashmoe.server.responses_tools import ClientTools
-from mlx_flashmoe.tools import Event, Text, Thinking, ToolCall
+from mlx_flashmoe.tools import CallDelta, CallStart, Event, Text, Thinking, ToolCall
 
 ApiEvent = dict[str, Any]
+
+_CALLS = ("function_call", "custom_tool_call")
 
 
 class Output:
@@ -27,16 +29,24 @@ class Output:
 
     def __init__(self, tools: ClientTools, summary: bool, sealed: bool) -> None:
         self.items: list[dict[str, Any]] = []
+        self._begun = 0
         self._tools = tools
         self._summary = summary
         self._sealed = sealed
 
     def feed(self, event: Event) -> Iterator[ApiEvent]:
         """The API's events, without their numbers, for one event of the answer."""
-        if isinstance(event, ToolCall):
+        if isinstance(event, CallStart):
             yield from self._end()
             yield from self._begin(self._call(event.name))
-            yield from self._write(json.dumps(event.arguments, ensure_ascii=False))
+            return
+        if isinstance(event, CallDelta):
+            if self._open == "function_call":
+                yield from self._write(event.text)
+            return
+        if isinstance(event, ToolCall):
+            if self._open == "custom_tool_call":
+                yield from self._write(json.dumps(event.arguments, ensure_ascii=False))
             yield from self._end()
             return
         kind = "reasoning" if isinstance(event, Thinking) else "message"
@@ -45,12 +55,18 @@ class Output:
             yield from self._begin(self._reasoning() if isinstance(event, Thinking) else self._message())
         yield from self._write(event.text)
 
-    def finish(self, whole: bool) -> Iterator[ApiEvent]:
+    def finish(self, whole: bool, cut: str = "") -> Iterator[ApiEvent]:
         """The events of the answer's end. An answer without any text or call gets an empty message.
 
         Args:
             whole: the model ended it; otherwise there was no room for more.
+            cut: a call that has begun and has no end, as the model wrote it. Its item never gets done: clients run
+                the calls that do. What there is of it is a message.
         """
+        if cut:
+            if self._open in _CALLS:
+                self.items.pop()
+            yield from self.feed(Text(cut))
         if whole and not any(item["type"] != "reasoning" for item in self.items):
             yield from self.feed(Text(""))
         yield from self._end("completed" if whole else "incomplete")
@@ -89,9 +105,10 @@ class Output:
     def _begin(self, item: dict[str, Any]) -> Iterator[ApiEvent]:
         item["status"] = "in_progress"
         self.items.append(item)
+        self._begun += 1
         # Lists of its own: the item's are filled later.
         added = {key: [] if isinstance(value, list) else value for key, value in item.items()}
-        yield {"type": "response.output_item.added", "output_index": len(self.items) - 1, "item": added}
+        yield {"type": "response.output_item.added", "output_index": self._begun - 1, "item": added}
         if (parts := self._parts()) is not None:
             parts.append(self._part(""))
             yield self._of_part("added", part=self._part(""))
@@ -127,7 +144,7 @@ class Output:
         else:
             yield self._of_item("response.custom_tool_call_input.done", input=item["input"])
         item["status"] = status
-        yield {"type": "response.output_item.done", "output_index": len(self.items) - 1, "item": item}
+        yield {"type": "response.output_item.done", "output_index": self._begun - 1, "item": item}
 
     def _parts(self) -> Any:
         """The parts that the text of the item in progress is in; None for a call."""
@@ -158,7 +175,7 @@ class Output:
         return self._of_item(f"response.{name}.{what}", **self._index, **data)
 
     def _of_item(self, kind: str, **data: Any) -> ApiEvent:
-        place = {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1}
+        place = {"item_id": self.items[-1]["id"], "output_index": self._begun - 1}
         return {"type": kind, **place, **data}
 
 

@@ -271,7 +271,8 @@ class Operation(NamedTuple):
     Attributes:
         request: the body; None for a method without one.
         error: the answer where it fails.
-        name: of the path's one parameter, if it has one; status 404 says that there is no such thing.
+        name: of the path's one parameter, if it has one.
+        missing: status 404 says that there is no such thing.
         stream: the media type of a streamed answer; None if it never is one.
     """
 
@@ -280,6 +281,7 @@ class Operation(NamedTuple):
     request: Schema | None = None
     error: Schema = OPENAI_ERROR
     name: str | None = None
+    missing: bool = False
     stream: str | None = "text/event-stream"
 
 
@@ -300,6 +302,7 @@ def openapi(
         request: Schema | None = None,
         error: Schema = OPENAI_ERROR,
         name: str | None = None,
+        missing: bool = False,
         stream: str | None = "text/event-stream",
     ) -> Schema:
         media = "text/plain" if answer == TEXT else "application/json"
@@ -320,8 +323,9 @@ def openapi(
                 "413": "The request is too large",
                 "429": "The queue is full; Retry-After says when to try again",
             }
-        if name is not None:
+        if missing:
             codes["404"] = "There is no such thing"
+        if name is not None:
             schema = {**TEXT, "minLength": 1}
             out["parameters"] = [{"name": name, "in": "path", "required": True, "schema": schema}]
         out["responses"] |= {code: {"description": text, **refused} for code, text in codes.items()}
@@ -336,7 +340,7 @@ def openapi(
         "/health": {"get": operation("Whether the model can answer", record({"status": TEXT}))},
         "/metrics": {"get": operation("Counts, for Prometheus", TEXT)},
         "/v1/models": {"get": operation("The model that is served", record({"data": items(listed)}))},
-        "/v1/models/{model}": {"get": operation("The model", listed, name="model")},
+        "/v1/models/{model}": {"get": operation("The model", listed, name="model", missing=True)},
         "/v1/chat/completions": {
             "post": operation("An answer in a conversation", completion, CHAT_COMPLETION)
         },
@@ -345,7 +349,9 @@ def openapi(
             "get": operation("Special tokens and chat template", record({}, {"eos_token": TEXT}))
         },
         "/tokenize": {
-            "post": operation("The tokens of a text", record({"tokens": TOKENS}), TOKENIZE),
+            "post": operation(
+                "The tokens of a text", record({"tokens": {**TOKENS, "minItems": 0}}), TOKENIZE
+            ),
         },
         "/detokenize": {
             "post": operation("The text of tokens", record({"prompt": TEXT}), DETOKENIZE),

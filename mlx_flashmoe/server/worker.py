@@ -47,6 +47,7 @@ class End:
         reason: "stop" at an end token or a stop sequence, "length" at the last token there was room for.
         stop_sequence: the one that was met.
         cached_tokens: of the prompt, that were kept from before.
+        cut: a call that was begun and is not complete, as the model wrote it. A stream has sent part of it.
         error: if it failed.
     """
 
@@ -54,6 +55,7 @@ class End:
     stop_sequence: str | None = None
     generated_tokens: int = 0
     cached_tokens: int = 0
+    cut: str = ""
     error: Exception | None = None
 
 
@@ -291,6 +293,7 @@ class Worker:
                         stop,
                         response.generation_tokens,
                         response.cached_tokens,
+                        "" if job.parser is None or stop is not None else job.parser.cut_text,
                     )
         raise AssertionError("an answer has a last token")
 
@@ -310,7 +313,7 @@ class Worker:
 
     def _events(self, job: Job, response: GenerationResponse) -> list[Event]:
         if job.parser is not None:
-            return job.parser.feed(response.text)
+            return job.parser.feed(response.text, response.token)
         return [Text(response.text)] if response.text else []
 
     def _info(self, job: Job, response: GenerationResponse) -> TokenInfo | None:

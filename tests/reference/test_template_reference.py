@@ -100,7 +100,12 @@ def test_renders_as_transformers_does(both: tuple[Tokenizer, Any], name: str) ->
     expected = theirs.apply_chat_template(messages, tokenize=False, **options)
     assert ours.apply_chat_template(messages, tokenize=False, **options) == expected
     ids = theirs.apply_chat_template(messages, tokenize=True, **options)["input_ids"]
-    assert ours.apply_chat_template(messages, **options) == ids
+    mine = ours.apply_chat_template(messages, **options)
+    if name == "special text":  # there, a message's text becomes special tokens
+        end = ours.token_id("<|im_end|>")
+        assert ours.decode(mine) == expected and mine.count(end) == ids.count(end) - 1
+    else:
+        assert mine == ids
 
 
 @pytest.mark.parametrize(
