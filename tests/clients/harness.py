@@ -113,5 +113,7 @@ def run(command: list[str], settings: str = "") -> str:
 
 
 def seen(client: str, version: str, what: str) -> None:
-    """A row of the table at the end."""
+    """A row of the table at the end. The one in docs/server.md has to name the same version."""
+    table = (REPOSITORY / "docs" / "server.md").read_text()
+    assert f"| {client} | {version} |" in table, f"docs/server.md: {client} {version} is not in the table"
     SEEN.append((client, version, what))

@@ -12,7 +12,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from clients import agent
 from clients.harness import CONTEXT
 from clients.record import Recorder
-from fakes import make_checkpoint
+from fakes import FakeModel, make_checkpoint
 
 from mlx_flashmoe.models.cache import Cache
 from mlx_flashmoe.prefix_cache import PrefixCache
@@ -53,24 +52,18 @@ class AgentCache(Cache):
         self.offset = offset
 
 
-class AgentModel:
+class AgentModel(FakeModel):
     """What ``load`` returns, as far as the server is concerned."""
 
     identity = "00"
     max_context = context_length = CONTEXT
-    plan = "memory: none"
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
         self._tokenizer = tokenizer
         self.vocab_size = tokenizer.vocab_size
 
-    def reserve(self, context: int) -> None:
-        assert context <= self.max_context
-
-    def stats(self) -> Any:
-        return SimpleNamespace(bytes_read=0, hits=0, misses=0)
-
-    def make_cache(self) -> list[Cache]:
+    def make_cache(self) -> list[Any]:
         return [AgentCache()]
 
     def read(self, tokens: mx.array, cache: list[Any]) -> None:

@@ -1,4 +1,4 @@
-"""Agents on the command line read a file with their own tool, answer, and go on in a second turn."""
+"""Agents on the command line read a file with their own tool, answer, and continue in a second turn."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ AGENTS = {
     "Codex CLI": Agent(
         "@openai/codex",
         "codex",
-        ["exec", "--skip-git-repo-check", "--json"],
-        ["exec", "resume", "--last", "--skip-git-repo-check", "--json"],
+        ["--profile", "flashmoe", "exec", "--skip-git-repo-check", "--json"],
+        ["--profile", "flashmoe", "exec", "resume", "--last", "--skip-git-repo-check", "--json"],
         codex_turn,
         cached=0.95,
     ),
@@ -130,7 +130,7 @@ def called(value: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("name", AGENTS)
-def test_reads_and_goes_on(name: str, served: Served, home: Path, notes: Path, word: str) -> None:
+def test_reads_and_continues(name: str, served: Served, home: Path, notes: Path, word: str) -> None:
     client = AGENTS[name]
     settings = documented(name, served)
     command = program(client.program)
@@ -154,28 +154,39 @@ def test_reads_and_goes_on(name: str, served: Served, home: Path, notes: Path, w
     seen(name, npm_version(client.package), what)
 
 
-def test_claude_code_goes_on_after_anything_that_its_tools_return(
-    served: Served, home: Path, notes: Path, word: str
+CALLS = {
+    # Schemas that it loads late, an image, an error.
+    "Claude Code": [
+        ("ToolSearch", {"query": "select:WebFetch,CronList", "max_results": 2}, '"tool_reference"'),
+        ("Read", {"file_path": "{project}/dot.png"}, '"image/png"'),
+        ("Read", {"file_path": "{project}/none.txt"}, '"is_error"'),
+    ],
+    # An image, and a function within a namespace, which is none to Codex without the namespace.
+    "Codex CLI": [
+        ("view_image", {"path": "{project}/dot.png"}, '"input_image"'),
+        ("multi_agent_v1__close_agent", {"target": "none"}, '"namespace": "multi_agent_v1"'),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_continues_after_what_its_tools_return(
+    name: str, served: Served, home: Path, notes: Path, word: str
 ) -> None:
-    """Schemas that it loads late, an image, an error and a second agent's messages."""
-    client = AGENTS["Claude Code"]
-    settings = documented("Claude Code", served)
+    client = AGENTS[name]
+    settings = documented(name, served)
     notes.with_name("dot.png").write_bytes(base64.b64decode(PNG))
-    turns = [
-        agent.CALL.format("ToolSearch", json.dumps({"query": "select:WebFetch,CronList", "max_results": 2})),
-        agent.CALL.format("Read", json.dumps({"file_path": str(notes.with_name("dot.png"))})),
-        agent.CALL.format("Read", json.dumps({"file_path": str(notes.with_name("none.txt"))})),
-        agent.CALL.format("NoSuchTool", json.dumps({"a": 1})),
-    ]
     command = [program(client.program), *client.first]
-    first = client.read(run([*command, agent.READ.format(notes)], settings))
-    assert word in first.answer
+    assert word in client.read(run([*command, agent.READ.format(notes)], settings)).answer
     command = [program(client.program), *client.then]
-    for turn in turns:
-        said = client.read(run([*command, turn], settings))
-        assert said.answer == agent.DONE
-        assert said.cached >= 0.95 * said.prompt, turn
+    for tool, arguments, sent in CALLS[name]:
+        prompt, known = served.metric("prompt_tokens_total"), served.metric("cached_tokens_total")
+        order = agent.CALL.format(tool, json.dumps(arguments)).replace("{project}", str(notes.parent))
+        assert client.read(run([*command, order], settings)).answer == agent.DONE
+        prompt = served.metric("prompt_tokens_total") - prompt
+        known = served.metric("cached_tokens_total") - known
+        assert known >= 0.95 * prompt, (tool, known, prompt)
+        assert sent in json.dumps([r["body"] for r in served.requests()])
     assert word in client.read(run([*command, agent.AGAIN], settings)).answer
+    assert "unsupported call" not in json.dumps([r["body"] for r in served.requests()])
     served.check_statuses()
-    sent = json.dumps([r["body"] for r in served.requests()])
-    assert '"tool_reference"' in sent and '"image/png"' in sent

@@ -20,7 +20,7 @@ QUIET = [
 ]
 
 
-def test_answers_goes_on_and_edits(served: Served, home: Path, notes: Path, word: str) -> None:
+def test_answers_continues_and_edits(served: Served, home: Path, notes: Path, word: str) -> None:
     (home / ".gitconfig").write_text("[user]\nname = t\nemail = t@localhost\n")
     run(["git", "init", "--quiet"])
     settings = documented("aider", served)

@@ -18,7 +18,7 @@ def read_file(path: str) -> str:
 '''
 
 
-def test_calls_a_function_and_goes_on(served: Served, home: Path, notes: Path, word: str) -> None:
+def test_calls_a_function_and_continues(served: Served, home: Path, notes: Path, word: str) -> None:
     path = f"export PATH={INSTALLED}/packages/bin:$PATH"
     assert "flashmoe" in run(["llm", "models"], f"{path}\n{documented('llm', served)}")
     asked = ["llm", "--model", "flashmoe", "--functions", FUNCTION]

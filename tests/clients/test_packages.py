@@ -29,19 +29,19 @@ PACKAGES = {
     "ollama": "with_ollama.py",
     "pydantic-ai-slim": "with_pydantic_ai.py",
     "inspect-ai": "with_inspect_ai.py",
-    "ai": "with_vercel_ai.mjs",
+    "ai (Vercel)": "with_vercel_ai.mjs",
 }
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_calls_a_tool_and_goes_on(package: str, served: Served, home: Path, notes: Path, word: str) -> None:
+def test_calls_a_tool_and_continues(package: str, served: Served, home: Path, notes: Path, word: str) -> None:
     script = HERE / "packages" / PACKAGES[package]
     if script.suffix == ".py":
         version, command = python_version("packages", package), [python("packages"), str(script)]
     else:
         node = shutil.which("node")
         assert node is not None
-        version, command = npm_version(package), [node, str(script), str(INSTALLED / "npm" / "node_modules")]
+        version, command = npm_version("ai"), [node, str(script), str(INSTALLED / "npm" / "node_modules")]
     settings = documented("Packages", served)
     said = json.loads(run([*command, str(notes)], settings).splitlines()[-1])
     assert word in said["first"] and word in said["again"]
@@ -50,4 +50,7 @@ def test_calls_a_tool_and_goes_on(package: str, served: Served, home: Path, note
     assert known > 0
     assert said["cached"] is None or 0 < said["cached"] <= known
     paths = sorted({r["path"] for r in served.requests() if r["path"] != "/metrics"})
-    seen(package, version, f"{' '.join(paths)}; {said['cached'] or known} tokens of turn 2 known")
+    counted = (
+        f"{known} tokens known" if said["cached"] is None else f"{said['cached']} tokens of turn 2 known"
+    )
+    seen(package, version, f"{' '.join(paths)}; {counted}")
