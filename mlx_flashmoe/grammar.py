@@ -43,9 +43,8 @@ _PLAIN_OBJECT = (
     {"type", "properties", "required", "additionalProperties", "$schema", "strict"} | _REMARKS | _DEFINITIONS
 )
 _PLAIN_TEXT = {"type", "enum", "const", "minLength", "maxLength"} | _REMARKS
-# What plain text in tags may not hold: where it would end, and what opens another mark. The JSON form can hold it.
-_BOUNDARY = r"<\/parameter>[ \t\r\n]*(<parameter=|<\/function>)"
-_FORBIDDEN = rf"{_BOUNDARY}|<parameter=|<function=|<tool_call>"
+# What plain text in tags may not hold, because the parser would take it for the value's end. JSON can hold it.
+_FORBIDDEN = r"<\/parameter>[ \t\r\n]*(<parameter=|<\/function>)|\n<parameter=[^<>\n]+>\n"
 _VALUE_END = "\n</parameter>\n"
 _NEXT, _LAST = "<parameter=", "</function>"
 
@@ -62,15 +61,16 @@ class Constrainer:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         try:
-            from llguidance import LLTokenizer
+            from llguidance import LLTokenizer, TokenizerWrapper
         except ImportError:
             raise RequestError(
                 "answers kept to a grammar need the extra: pip install 'mlx-flashmoe[grammar]'"
             ) from None
         self.tokenizer = tokenizer
-        self.engine = LLTokenizer(
-            tokenizer.to_json(), n_vocab=vocab_size, eos_token=sorted(tokenizer.eos_token_ids)
-        )
+        tokens = tokenizer.byte_tokens()
+        # The engine's own reading takes every <mark> for a special token, which no text could hold.
+        source = TokenizerWrapper(_Vocabulary(tokenizer, *tokens)) if tokens else tokenizer.to_json()
+        self.engine = LLTokenizer(source, n_vocab=vocab_size, eos_token=sorted(tokenizer.eos_token_ids))
 
     def constraint(
         self,
@@ -97,6 +97,20 @@ class Constrainer:
         return Constraint(
             self, rules.grammar(('"\\n\\n" ' if thinking else "") + start), max_tokens, thinking
         )
+
+
+class _Vocabulary:
+    """A byte-level vocabulary as the engine wants it."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, tokens: list[bytes], special: list[int]) -> None:
+        self.tokens, self.special_token_ids = tokens, special
+        self.eos_token_id = min(tokenizer.eos_token_ids)
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
 
 
 class Constraint:
@@ -233,21 +247,29 @@ class _Ends:
         self._text = [encode(t) for t in self.TEXT_ENDS]
         self._other = [encode(t) for t in self.OTHER_ENDS]
         self._only_in_text = encode("~")
+        self._last = encode(tokenizer.tool_syntax.json.end)
 
     def shortest(self, matcher: Any, most: int) -> list[int] | None:
         """Tokens that complete the answer, without its end token; None if no way of at most ``most`` is found."""
         matcher = matcher.deep_copy()
         tokens: list[int] = []
         while not matcher.is_accepting():
-            step = matcher.compute_ff_tokens() or self._step(matcher)
+            step = self._end_of_calls(matcher) or matcher.compute_ff_tokens() or self._step(matcher)
             tokens += step
             if len(tokens) > most or not step or not matcher.consume_tokens(step):
                 return None
         return tokens
 
+    def _in_text(self, matcher: Any) -> bool:
+        return bool(matcher.validate_tokens(self._only_in_text) == 1)
+
+    def _end_of_calls(self, matcher: Any) -> list[int]:
+        """What ends all calls, if it may come now. Its first tokens may be those of another call."""
+        comes = self._last and matcher.validate_tokens(self._last) == len(self._last)
+        return self._last if comes and not self._in_text(matcher) else []
+
     def _step(self, matcher: Any) -> list[int]:
-        in_text = matcher.validate_tokens(self._only_in_text) == 1
-        for end in self._text if in_text else self._other:
+        for end in self._text if self._in_text(matcher) else self._other:
             if matcher.validate_tokens(end) == len(end):
                 return end
         bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")

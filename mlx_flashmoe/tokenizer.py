@@ -181,6 +181,13 @@ class Tokenizer:
             return self._piece(token)
         return (self._tokenizer.id_to_token(token) or "").encode()
 
+    def byte_tokens(self) -> tuple[list[bytes], list[int]] | None:
+        """The bytes of every token, in order, and the ids of the special ones; None if tokens are no plain bytes."""
+        if not self._byte_level:
+            return None
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        return [self.token_bytes(i) for i in range(self.vocab_size)], [i for i, t in added if t.special]
+
     def to_json(self) -> str:
         """The text of its tokenizer.json."""
         return self._tokenizer.to_str()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 from typing import Any
 
 import mlx.core as mx
 import pytest
-from fakes import FakeCache, FakeModel, tokenizer
+from fakes import FakeCache, FakeModel, make_checkpoint, tokenizer
+from tokenizers import AddedToken
 
 pytest.importorskip("llguidance")
 jsonschema = pytest.importorskip("jsonschema")
@@ -16,7 +18,18 @@ from mlx_flashmoe.errors import RequestError  # noqa: E402
 from mlx_flashmoe.generate import stream_generate  # noqa: E402
 from mlx_flashmoe.grammar import Constrainer  # noqa: E402
 from mlx_flashmoe.sampling import make_sampler  # noqa: E402
-from mlx_flashmoe.tools import Thinking, ToolCall, parse_answer  # noqa: E402
+from mlx_flashmoe.tokenizer import Tokenizer  # noqa: E402
+from mlx_flashmoe.tools import Syntax, Thinking, ToolCall, parse_answer  # noqa: E402
+from mlx_flashmoe.tools.syntaxes import (  # noqa: E402
+    DEEPSEEK_V3,
+    DEEPSEEK_V31,
+    DEEPSEEK_V32,
+    GLM,
+    HARMONY,
+    HERMES,
+    KIMI,
+    MINIMAX,
+)
 
 TOKENIZER = tokenizer()
 
@@ -121,6 +134,115 @@ def test_thinking_is_free_and_ends_in_time(constrainer: Constrainer) -> None:
         thinking, *calls = parse_answer(text, TOOLS[:1], thinking=True)
         assert isinstance(thinking, Thinking) and finish == "stop"
         check_calls(calls, TOOLS[:1])
+
+
+# Marks in values
+
+PIECES = [
+    *(
+        "<tool_call>",
+        "</tool_call>",
+        "<function=",
+        "write>",
+        "</function>",
+        "<parameter=",
+        "path>",
+        "</parameter>",
+    ),
+    *("\n", "\n", " ", "x", '"', "é", "{", "}", "\\", "\n</parameter>\n", "\n</parameter>\n</function>\n"),
+]
+WRITE = tool("write", {"path": TEXT, "content": TEXT, "size": INT, "note": TEXT}, ["path", "content"])
+
+
+class WishfulModel(FakeModel):
+    """Wants to say a text, and after it any marks."""
+
+    def __init__(self, text: str, rng: random.Random) -> None:
+        super().__init__()
+        self.rng = rng
+        self.wishes = TOKENIZER.encode(text)
+
+    def step(self, token: int, cache: FakeCache) -> mx.array:
+        if not self.wishes:
+            self.wishes = TOKENIZER.encode("".join(self.rng.choices(PIECES, k=4)))
+        logits = mx.random.normal([self.vocab])
+        logits[self.wishes.pop(0)] = 30.0
+        return logits
+
+
+def forced(constrainer: Constrainer, model: FakeModel, offered: list[Any], max_tokens: int = 400) -> str:
+    constraint = constrainer.constraint(max_tokens, tools=offered)
+    steps = stream_generate(
+        model,
+        constrainer.tokenizer,
+        [5],
+        max_tokens,
+        sampler=make_sampler(temp=1.0),
+        logits_processors=[constraint],
+    )
+    return "".join(step.text for step in steps)
+
+
+def in_tags(content: str) -> str:
+    return (
+        f"<tool_call>\n<function=write>\n<parameter=path>\na\n</parameter>\n<parameter=content>\n{content}\n"
+        "</parameter>\n</function>\n</tool_call>"
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        'mark = "</parameter>"\n',
+        "A block ends with </tool_call> alone.",
+        "</parameter></parameter>\n</parameter>\nx",
+        "<tool_call>\n<function=write>",
+        "see <parameter=size> and </function>",
+        "",
+    ],
+)
+def test_a_forced_call_holds_marks_in_tags(constrainer: Constrainer, content: str) -> None:
+    model = WishfulModel(in_tags(content) + "<|im_end|>", random.Random(0))
+    (call,) = parse_answer(forced(constrainer, model, [WRITE]), [WRITE])
+    assert isinstance(call, ToolCall) and call.arguments == {"path": "a", "content": content}
+
+
+@pytest.mark.parametrize(
+    "content", ["x\n</parameter>\n</function>\n</tool_call>", in_tags("x"), "\n<parameter=size>\n"]
+)
+def test_a_forced_call_holds_everything_in_json(constrainer: Constrainer, content: str) -> None:
+    call = {"name": "write", "arguments": {"path": "a", "content": content}}
+    text = f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
+    (read,) = parse_answer(
+        forced(constrainer, WishfulModel(text + "<|im_end|>", random.Random(0)), [WRITE]), [WRITE]
+    )
+    assert isinstance(read, ToolCall) and read.arguments == call["arguments"]
+
+
+def test_what_is_let_through_is_read_back(constrainer: Constrainer) -> None:
+    for seed in range(12):
+        mx.random.seed(seed)
+        model = WishfulModel(in_tags("x").partition("x")[0], random.Random(seed))
+        text = forced(constrainer, model, [WRITE], 300)
+        check_calls(parse_answer(text, [WRITE]), [WRITE])
+
+
+@pytest.mark.parametrize(
+    "syntax",
+    [GLM, MINIMAX, DEEPSEEK_V3, DEEPSEEK_V31, DEEPSEEK_V32, KIMI, HARMONY, HERMES],
+    ids=lambda s: s.name,
+)
+def test_every_syntax_has_forced_calls(syntax: Syntax) -> None:
+    inner = make_checkpoint.build_tokenizer()
+    inner.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in syntax.marks])
+    marked = Tokenizer(inner, special_tokens={"eos_token": "<|im_end|>"})
+    marked.__dict__["tool_syntax"] = syntax
+    assert marked.vocab_size <= RandomModel.vocab
+    offered = [TOOLS[0], TOOLS[5]]
+    for seed in range(2):
+        text, finish = answer(Constrainer(marked, RandomModel.vocab), 230, seed, tools=offered)
+        check_calls(parse_answer(text, offered, syntax=syntax), offered)
+        assert finish == "stop"
 
 
 PERSON = {

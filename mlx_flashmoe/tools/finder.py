@@ -96,7 +96,8 @@ class CallFinder:
             if len(rest) <= place:
                 place -= len(rest)
             else:
-                text, end, place = rest + text[place:], end + len(rest) - place, 0
+                text, place = rest + text[place:], 0
+                end = len(text) if last else self._beginning(text)
 
     def _search(self, text: str, place: int, end: int, events: list[Reading]) -> int:
         """Looks for a call in text[place:end]. Returns the place where it begins; ``end`` if there is none."""

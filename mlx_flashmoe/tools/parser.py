@@ -100,8 +100,9 @@ class _Parser:
         schemas = parameter_schemas(tools or ())
         self._reader = syntax.reader(schemas) if syntax.reader else None
         self._splitter = ThinkingSplitter(thinking, think_end_id)
-        self._finder = syntax.finder(schemas) if schemas else None
-        self._thought = _CallsInThinking(syntax.finder(schemas)) if schemas else None
+        finds = bool(schemas) and self._reader is None
+        self._finder = syntax.finder(schemas) if finds else None
+        self._thought = _CallsInThinking(syntax.finder(schemas)) if finds else None
         self._part: type[Thinking] | type[Text] | None = None
         self._begun = False  # the part has shown something
         self._space = ""  # white space that counts if the part continues

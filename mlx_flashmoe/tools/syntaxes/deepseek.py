@@ -69,5 +69,5 @@ DEEPSEEK_V32 = Syntax(
             )
         ),
     ),
-    json=Wrapping(_INVOKE, '">\n', "\n" + _INVOKE_END, start=_DSML + "\n", end="\n" + _DSML_END),
+    json=Wrapping(_INVOKE, '">\n', f"\n{_INVOKE_END}\n", start=_DSML + "\n", end=_DSML_END, between=""),
 )

@@ -31,85 +31,63 @@ class HarmonyReader:
         self._held = ""
         self._header: list[str] | None = None  # of the message that begins
         self._part: type[Text] | type[Thinking] = Text
-        self._raw: list[str] = []  # the header of a call
         self._call: JsonReader | None = None
-        self._message = False
 
     @property
     def in_call(self) -> bool:
         return self._call is not None
 
     def feed(self, text: str) -> list[Reading]:
-        text = self._held + text
-        end = _BEGINNING(text)
-        events, place = [], 0
-        while (found := _ANY.search(text, place)) and found.start() < end:
-            events += self._content(text[place : found.start()]) + self._take(found[0])
-            place = found.end()
-        end = max(end, place)
-        self._held = text[end:]
-        return events + self._content(text[place:end])
+        return self._read(self._held + text, last=False)
 
     def finish(self) -> list[Reading]:
-        held, self._held = self._held, ""
-        if _ANY.fullmatch(held):
-            return self._take(held) + self._end_call()
-        return self._content(held) + self._end_call()
+        return self._read(self._held, last=True)
 
-    def _take(self, found: str) -> list[Reading]:
-        if found in (_START, _CHANNEL):
-            events = self._end_call()
-            if self._header is None:
-                self._header, self._raw = [], []
-            self._message = False
-            self._header.append(" ")
-            self._raw.append(found)
-            return events
+    def _read(self, text: str, last: bool) -> list[Reading]:
+        events: list[Reading] = []
+        self._held = ""
+        while True:
+            if self._call is not None:
+                # Its arguments are JSON, and their strings may hold any mark.
+                events += self._call.feed(text)
+                events += self._call.finish() if last and self._call.rest is None else []
+                if self._call.rest is None:
+                    return events
+                text, self._call = self._call.rest, None
+            found = _ANY.search(text)
+            end = len(text) if last else _BEGINNING(text)
+            if found is None or found.start() > end:
+                self._held = text[end:]
+                return events + self._content(text[:end])
+            events += self._content(text[: found.start()])
+            text = text[found.end() :]
+            self._take(found[0])
+
+    def _take(self, found: str) -> None:
+        """A mark."""
         if found == _MESSAGE:
-            return self._begin("".join(self._header or ()))
-        if found == _CONSTRAIN and self._header is not None:
-            self._raw.append(found)
-            self._header.append(" ")
-            return []
-        events = self._end_call(found)
-        self._part, self._message, self._header = Text, False, None
-        return events
+            self._begin("".join(self._header or ()))
+        elif found in _ENDS:
+            self._part, self._header = Text, None
+        else:
+            self._header = [*(self._header or ()), found]
 
-    def _begin(self, header: str) -> list[Reading]:
+    def _begin(self, header: str) -> None:
         """A message begins."""
-        self._header, self._message = None, True
+        self._header = None
         recipient = _RECIPIENT.search(header)
         name = recipient[1] if recipient else ""
-        self._part = Thinking if "analysis" in header.split() else Text
+        channel = header.partition(_CHANNEL)[2].split(maxsplit=1)
+        self._part = Thinking if channel[:1] == ["analysis"] else Text
         if name in self._schemas:
             self._call = JsonReader([], [], self._schemas, True)
-            self._call.begin("".join(self._raw) + _MESSAGE, name)
-        return []
+            self._call.begin(header + _MESSAGE, name)
 
     def _content(self, text: str) -> list[Reading]:
-        if not text:
-            return []
         if self._header is not None:
             self._header.append(text)
-            self._raw.append(text)
             return []
-        if self._call is None:
-            return [self._part(text)]
-        events = self._call.feed(text)
-        return events + self._left_over()
-
-    def _left_over(self) -> list[Reading]:
-        """Text after the arguments, or after what were none."""
-        if self._call is None or self._call.rest is None:
-            return []
-        rest, self._call = self._call.rest, None
-        return [Text(rest)] if rest.strip() else []
-
-    def _end_call(self, found: str = "") -> list[Reading]:
-        if self._call is None:
-            return []
-        events = self._call.finish()
-        return events + self._left_over()
+        return [self._part(text)] if text else []
 
 
 HARMONY = Syntax(

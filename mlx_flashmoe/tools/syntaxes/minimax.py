@@ -37,5 +37,5 @@ MINIMAX = Syntax(
             )
         ),
     ),
-    json=Wrapping('<invoke name="', '">\n', "\n</invoke>", start=_START + "\n", end="\n" + _END),
+    json=Wrapping('<invoke name="', '">\n', "\n</invoke>\n", start=_START + "\n", end=_END, between=""),
 )
