@@ -49,6 +49,20 @@ def model(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def endless(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model without an end token and with a long context: its answers do not end by themselves."""
+    folder = tmp_path_factory.mktemp("endless") / "model"
+    shutil.copytree(model, folder)
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        if (path := folder / name).is_file():
+            text = path.read_text().replace('"eos_token', '"unused_eos_token')
+            path.write_text(
+                text.replace('"max_position_embeddings": 4096', '"max_position_embeddings": 1000000')
+            )
+    return folder
+
+
+@pytest.fixture(scope="module")
 def greedy_text(model: Path) -> str:
     """What a pipe gets: all of the answer is thinking, which the prompt has opened."""
     loaded, tokenizer = load(model)
@@ -311,14 +325,14 @@ def test_a_prompt_that_is_not_text_is_refused_before_the_model_is_loaded(locale:
 
 
 def start(model: Path, **streams) -> subprocess.Popen[bytes]:
-    endless = ["--temp", "5", "--seed", "1", "--max-tokens", "100000", "--show-thinking"]
+    options = ["--temp", "5", "--seed", "1", "--max-tokens", "100000", "--show-thinking"]
     return subprocess.Popen(
-        [*COMMAND, "generate", "--model", model, "--prompt", "hi", *endless], env=ENV, **streams
+        [*COMMAND, "generate", "--model", model, "--prompt", "hi", *options], env=ENV, **streams
     )
 
 
-def test_ctrl_c_ends_cleanly_with_what_there_is(model: Path) -> None:
-    process = start(model, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def test_ctrl_c_ends_cleanly_with_what_there_is(endless: Path) -> None:
+    process = start(endless, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     first = process.stdout.read(20)
     process.send_signal(signal.SIGINT)
@@ -328,8 +342,8 @@ def test_ctrl_c_ends_cleanly_with_what_there_is(model: Path) -> None:
     assert b"Traceback" not in err and b"per second, answer" in err.splitlines()[-1]
 
 
-def test_a_reader_that_goes_away_ends_it_quietly(model: Path) -> None:
-    process = start(model, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def test_a_reader_that_goes_away_ends_it_quietly(endless: Path) -> None:
+    process = start(endless, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.read(20)
     process.stdout.close()
@@ -338,9 +352,9 @@ def test_a_reader_that_goes_away_ends_it_quietly(model: Path) -> None:
     assert b"Traceback" not in err and b"Exception" not in err
 
 
-def test_on_a_terminal_the_answer_is_drawn(model: Path) -> None:
+def test_on_a_terminal_the_answer_is_drawn(endless: Path) -> None:
     ours, theirs = pty.openpty()
-    process = start(model, stdin=theirs, stdout=theirs, stderr=theirs)
+    process = start(endless, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
     out = b""
     interrupted = False
