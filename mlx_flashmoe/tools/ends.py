@@ -213,24 +213,35 @@ class _Search:
                 again = last + 1 < len(r.marks) and opens(r, last + 1) is not None
                 if again and not crammed:
                     quoted, passed = (PASSED, passed) if partners.quoting else (quoted, passed + PASSED)
-            elif not r.last:
-                pass  # nothing but a section's mark may be missing before the answer has ended
-            elif mark.kind == "/parameter" and after == "/section":
-                self._end(way, q + 1, cost + MISSING, mark.start, strict=False)
-            elif mark.kind == "/function" and before != "/parameter":
-                self._function_end(way, q, cost + MISSING, mark.start, strict=False)
-            elif mark.kind == "/section" and before not in ("/parameter", "/function"):
-                self._end(way, q, cost + 2 * MISSING, mark.start, strict=False)
             elif mark.kind == "parameter" and before != "/parameter" and not any(partners.open.values()):
                 begin = r.marks[q - 1].end if q else 0
-                filled = (
-                    q > state.place or (own_value and r.filled) or bool(r.text[begin : mark.start].strip())
-                )
+                text_before = q > state.place or bool(r.text[begin : mark.start].strip())
+                filled = text_before or (own_value and r.filled)
                 new = mark.name in r.properties and mark.name not in state.keys
                 if new and filled and on_line(r.text, mark, r.before):
                     self._parameter(way, q, mark.start, cost + MISSING)
                     passed += MISSING
+            elif (
+                r.last
+                and mark.kind in ("/function", "/section")
+                and before not in ("/parameter", "/function")
+            ):
+                # Nothing but a parameter's or a section's end may be missing before the answer has ended.
+                passed += self._lenient_end(way, q, cost, mark.start, partners)
+            elif r.last and mark.kind == "/parameter" and after == "/section":
+                self._end(way, q + 1, cost + MISSING, mark.start, strict=False)
             partners.add(mark.kind)
+
+    def _lenient_end(self, way: _Way, place: int, cost: int, value_end: int, partners: Partners) -> int:
+        """The call may end at a mark without the value's end before it. Returns the cost if it does not."""
+        kind = self.r.marks[place].kind
+        if kind == "/function":
+            self._function_end(way, place, cost + MISSING, value_end, strict=False)
+            place += self._next(place) == "/section"
+        else:
+            self._end(way, place, cost + 2 * MISSING, value_end, strict=False)
+        again = place + 1 < len(self.r.marks) and opens(self.r, place + 1) is not None
+        return MISSING if again and not partners.open[kind[1:]] else 0
 
     def _crammed(self, first: int, last: int) -> int:
         """The cost of marks that are not on lines of their own."""
