@@ -119,7 +119,7 @@ def main() -> int:
     conversation.show(f"The list is now: {', '.join(shopping_list)}\n\n", "dim")
     conversation.show(streamed(model))
     python = os.path.relpath(sys.executable) if sys.prefix != sys.base_prefix else "python"
-    conversation.show(f"\nGo on with it:  {python} -m mlx_flashmoe chat --model {folder}\n")
+    conversation.show(f"\nChat with it:  {python} -m mlx_flashmoe chat --model {folder}\n")
     return 0
 
 
