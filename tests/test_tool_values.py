@@ -149,6 +149,7 @@ def test_a_value_is_not_cut_where_it_quotes_a_call() -> None:
         'An object {"name": "fetch", "arguments": {"url": "x"}}.',
         '{"name": "fetch", "arguments": {"url": "x"}}',
         '{"name": "Ann", "age": 3}',
+        f"Write {FETCH} or {NOW}, one after another.",
         "The tag <function=now> opens a function and </function> closes it.",
     ],
 )
@@ -156,6 +157,13 @@ def test_prose_that_quotes_stays_prose(prose: str) -> None:
     assert "".join(e.text for e in parse_answer(prose, TOOLS) if isinstance(e, Text)) == prose
     assert read(f"{prose}\n\n{FETCH}")[-1] == ("fetch", {"url": "https://x"})
     assert sum(not isinstance(e, Text) for e in read(f"{prose}\n\n{FETCH}")) == 1
+
+
+def test_text_on_the_line_before_a_call_makes_no_prose() -> None:
+    call = ("fetch", {"url": "https://x"})
+    assert read(f"I look: {FETCH}{FETCH}\n{FETCH}") == [Text("I look:"), call, call, call]
+    in_json = '<tool_call>{"name": "fetch", "arguments": {"url": "https://x"}}</tool_call>'
+    assert read(f"I look: {in_json}{in_json}\n{FETCH}") == [Text("I look:"), call, call, call]
 
 
 def test_a_fence_that_stays_open_holds_calls() -> None:

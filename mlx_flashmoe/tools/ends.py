@@ -296,7 +296,7 @@ class _Search:
         if way.state.first:
             end = r.marks[place].end
             rest = r.text[end:]
-            if not r.alone and rest.partition("\n")[0].strip():
+            if not r.alone and follows == "text" and rest.partition("\n")[0].strip():
                 return
             if r.fenced and closes_fence(rest):
                 return

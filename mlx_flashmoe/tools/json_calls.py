@@ -42,25 +42,29 @@ class JsonForm:
 
     def reader(self, schemas: Mapping[str, Any], alone: bool, fenced: bool) -> Reader:
         openings = [re.compile(pattern.full()) for pattern in self._openings]
-        return JsonReader(openings, self._endings, schemas, self._certain or (alone and not fenced))
+        again = str(self._openings[0].parts[0])
+        return JsonReader(openings, again, self._endings, schemas, self._certain or (alone and not fenced))
 
 
 class JsonReader:
     """Reads one call.
 
     Args:
+        again: what another call begins with; it is no text of a sentence.
         sure: it stands in no sentence and in no code fence, so it may be shown while it is written.
     """
 
     def __init__(
         self,
         openings: Sequence[re.Pattern[str]],
+        again: str,
         endings: Sequence[str],
         schemas: Mapping[str, Any],
         sure: bool,
     ) -> None:
         self.rest: str | None = None
-        self._openings, self._endings, self._schemas, self._sure = openings, endings, schemas, sure
+        self._openings, self._again, self._endings = openings, again, endings
+        self._schemas, self._sure = schemas, sure
         self._lead: str | None = None  # what stands before the object
         self._raw: list[str] = []  # the object, and what may follow it
         self._length = 0  # of it
@@ -122,9 +126,11 @@ class JsonReader:
             return self._no_call()
         if not self._sure and self._lead:
             after, line_end, _ = raw[end:].partition("\n")
-            if after.strip():
-                return self._no_call()  # it stands in a sentence
-            if not line_end and not last:
+            after, again = after.strip(), self._again
+            if after and not after.startswith(again):
+                waits = again.startswith(after) and not line_end and not last
+                return [] if waits else self._no_call()  # it stands in a sentence
+            if not after and not line_end and not last:
                 return []
         whole = self._lead + raw[:end]
         if self._stream.begun:

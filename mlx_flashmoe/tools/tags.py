@@ -318,9 +318,10 @@ class TagReader:
         """A call in a sentence or a fence has ended, and text follows: does the sentence, or the fence, too?"""
         if self._ended < 0:
             return []
-        after = self._text[self._ended :]
-        sentence = not self._alone and after.partition("\n")[0].strip()
-        if sentence or (self._fenced and closes_fence(after)):
+        # A mark is no text of a sentence: another call may follow on the line.
+        following = next((m.start for m in self._marks if m.start >= self._ended), len(self._text))
+        sentence = not self._alone and self._text[self._ended : following].partition("\n")[0].strip()
+        if sentence or (self._fenced and closes_fence(self._text[self._ended :])):
             return self._prose(self._ended)
         return []
 

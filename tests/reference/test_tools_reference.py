@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 qwen3_coder = pytest.importorskip("mlx_lm.tool_parsers.qwen3_coder")
 json_tools = pytest.importorskip("mlx_lm.tool_parsers.json_tools")
 
-from mlx_flashmoe.tools import ToolCall, parse_answer  # noqa: E402
+from mlx_flashmoe.tools import Syntax, ToolCall, parse_answer  # noqa: E402
+from mlx_flashmoe.tools.syntaxes import GLM, KIMI, MINIMAX  # noqa: E402
 
 
 def tool(name: str, /, **types: str) -> dict[str, Any]:
@@ -92,3 +93,28 @@ def test_any_call_in_tags(kinds: list[str], data: st.DataObject) -> None:
     tools = [tool("f", **types)]
     body = f"\n<function=f>\n{body}</function>\n"
     assert ours(body, tools) == qwen3_coder.parse_tool_call(body.strip(), tools)
+
+
+# Other syntaxes. Bodies are what mlx-lm cuts out between its marks.
+
+EXAMPLES = [
+    ("glm47", GLM, "multiply<arg_key>a</arg_key><arg_value>12</arg_value><arg_key>b</arg_key><arg_value>4</arg_value>"),
+    ("glm47", GLM, "get_current_temperature\n<arg_key>location</arg_key>\n<arg_value>London</arg_value>\n"),
+    ("glm47", GLM, 'search\n<arg_key>filters</arg_key>\n<arg_value>{"in_stock": true}</arg_value>\n'),
+    ("minimax_m2", MINIMAX, '\n<invoke name="multiply">\n<parameter name="a">12</parameter>\n'
+     '<parameter name="b">4.5</parameter>\n</invoke>\n'),
+    ("minimax_m2", MINIMAX, '\n<invoke name="search">\n<parameter name="tags">["a", "b"]</parameter>\n</invoke>\n'),
+    ("kimi_k2", KIMI, '<|tool_call_begin|>functions.multiply:0<|tool_call_argument_begin|>{"a": 12, "b": 4}'
+     "<|tool_call_end|>"),
+    ("kimi_k2", KIMI, "<|tool_call_begin|>functions.log:3<|tool_call_argument_begin|> {} <|tool_call_end|>"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "syntax", "body"), EXAMPLES)
+def test_calls_in_other_syntaxes(module: str, syntax: Syntax, body: str) -> None:
+    theirs = pytest.importorskip(f"mlx_lm.tool_parsers.{module}")
+    text = theirs.tool_call_start + body + theirs.tool_call_end
+    calls = theirs.parse_tool_call(body, TOOLS)
+    calls = calls if isinstance(calls, list) else [calls]
+    ours = [e for e in parse_answer(text, TOOLS, syntax=syntax) if isinstance(e, ToolCall)]
+    assert [(c.name, c.arguments) for c in ours] == [(c["name"], c["arguments"]) for c in calls]

@@ -80,7 +80,7 @@ class HarmonyReader:
         channel = header.partition(_CHANNEL)[2].split(maxsplit=1)
         self._part = Thinking if channel[:1] == ["analysis"] else Text
         if name in self._schemas:
-            self._call = JsonReader([], [], self._schemas, True)
+            self._call = JsonReader([], "", [], self._schemas, True)
             self._call.begin(header + _MESSAGE, name)
 
     def _content(self, text: str) -> list[Reading]:
