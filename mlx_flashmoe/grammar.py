@@ -208,7 +208,7 @@ class Constraint:
     def _check(self) -> None:
         if self._matcher.is_error():
             # The first line says it; what follows is the grammar.
-            reason = self._matcher.get_error().strip().split("\n")[0]
+            reason = re.sub(r"^at \d+\(\d+\): ", "", self._matcher.get_error().strip().split("\n")[0])
             raise RequestError(f"the answer cannot be kept to the schema: {reason}")
 
 

@@ -34,7 +34,7 @@ from mlx_flashmoe.fetch import find
 from mlx_flashmoe.layout import PROJECTIONS, BlobLayout, Quantization, expert_file
 from mlx_flashmoe.loader import PLANNED_CONTEXT
 from mlx_flashmoe.reports import check_report, write_report
-from mlx_flashmoe.sizes import show_size
+from mlx_flashmoe.sizes import counted, show_size
 
 # Of Qwen3.5-397B at 4 bits, where no model is named.
 EXPERT = BlobLayout.build(4096, 1024, dict.fromkeys(PROJECTIONS, Quantization(4, 64)), "bfloat16")
@@ -196,7 +196,7 @@ def _details(model: str, needs: Needs, rates: Rates, row: Row, other: Other) -> 
         "page cache": f"{_rate(rates.page_cache)} in the same reads{copied}",
         "weights": f"{weights} go through products with one token{given}",
         "model": f"{model} ({needs.model_type}), {needs.state}",
-        "experts": f"{needs.layers} layers of {s.num_experts}, {s.num_experts_per_tok} used by a token, "
+        "experts": f"{counted(needs.layers, 'layer')} of {s.num_experts}, {s.num_experts_per_tok} used by a token, "
         f"{show_size(needs.layout.blob_size)} each: {show_size(needs.expert_bytes)}",
         "all the rest": f"{show_size(needs.dense_bytes)} on disk, {show_size(needs.dense_in_memory)} in memory, "
         f"of which a token goes through {show_size(needs.dense_read)}",

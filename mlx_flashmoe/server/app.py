@@ -154,6 +154,7 @@ def build(
         Route("/metrics", _metrics),
         Route("/openapi.json", _openapi),
         Route("/", ollama_models.root),
+        Route("/v1", ollama_models.root),
         Route("/v1/models", models.models),
         Route("/v1/models/{model:path}", models.model),
         Route("/api/v0/models", models.lm_studio_models),
