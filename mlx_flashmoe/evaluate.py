@@ -32,7 +32,7 @@ from mlx_flashmoe.reports import check_report, write_report
 from mlx_flashmoe.scoring import row_logprobs
 from mlx_flashmoe.terminal.bars import loading_bar
 from mlx_flashmoe.tokenizer import Tokenizer
-from mlx_flashmoe.tools import Text, Tool, ToolCall, parameter_schemas, parse_answer
+from mlx_flashmoe.tools import QWEN, Syntax, Text, Tool, ToolCall, parameter_schemas, parse_answer
 
 CONTEXT = 512  # tokens of a chunk of text
 LONGEST_ANSWER = 1024  # tokens; one that is longer is cut off there
@@ -366,13 +366,18 @@ def answer_question(
     figures.seconds += perf_counter() - started
     figures.prompt_tokens += len(prompt)
     answer = "".join(pieces)
-    figures.verdicts.append(judge(question, answer, tokenizer.opens_thinking(prompt)))
+    figures.verdicts.append(judge(question, answer, tokenizer.opens_thinking(prompt), tokenizer.tool_syntax))
     return answer
 
 
-def judge(question: Question, answer: str, thinking: bool) -> Verdict:
-    """What an answer, the generated text, is worth. ``thinking``: it begins inside a thinking part."""
-    events = parse_answer(answer, question.tools, thinking)
+def judge(question: Question, answer: str, thinking: bool, syntax: Syntax = QWEN) -> Verdict:
+    """Compares an answer, the generated text, with the expected one.
+
+    Args:
+        thinking: it begins inside a thinking part.
+        syntax: of the model's calls.
+    """
+    events = parse_answer(answer, question.tools, thinking, syntax)
     text = "".join(event.text for event in events if isinstance(event, Text)).strip()
     calls = [event for event in events if isinstance(event, ToolCall)]
     made = [(call.name, call.arguments) for call in calls]
@@ -380,7 +385,11 @@ def judge(question: Question, answer: str, thinking: bool) -> Verdict:
         right = _as_json(made) == _as_json(question.calls)
     else:
         right = not calls and text == question.expected["content"].strip()
-    valid = bool(calls) and "<tool_call>" not in text and all(fits(call, question.tools) for call in calls)
+    valid = (
+        bool(calls)
+        and not any(mark in text for mark in syntax.marks)
+        and all(fits(call, question.tools) for call in calls)
+    )
     return Verdict(question.task, bool(question.calls), right, valid)
 
 

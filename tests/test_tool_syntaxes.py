@@ -12,7 +12,8 @@ from test_tool_values import check_deltas, joined, tool
 from tokenizers import AddedToken
 
 from fakes import make_checkpoint  # isort: skip
-from mlx_flashmoe.tokenizer import Tokenizer, _template_environment
+from mlx_flashmoe.chat_template import ChatTemplate
+from mlx_flashmoe.tokenizer import Tokenizer
 from mlx_flashmoe.tools import (
     QWEN,
     AnswerParser,
@@ -120,8 +121,8 @@ TOOLS = [tool("get_weather", place="string", days="integer"), tool("now")]
 
 
 def rendered(family: str, said: str, calls: list[tuple[str, dict[str, Any]]]) -> str:
-    template = _template_environment().from_string(TEMPLATES[family][1])
-    return template.render(said=said, calls=[{"name": name, "arguments": values} for name, values in calls])
+    template = ChatTemplate(TEMPLATES[family][1], {})
+    return template.render([], said=said, calls=[{"name": name, "arguments": args} for name, args in calls])
 
 
 def cut(text: str, offered: list[Any], syntax: Syntax, places: list[int]) -> list[Event]:
