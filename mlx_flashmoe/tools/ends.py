@@ -3,7 +3,8 @@
 The right one explains the rest of the answer best. Every way to read the text has a cost, and the least one wins:
 
 - a closing mark that is left over in the text between calls costs 2 (a value that was taken to end too early);
-- a mark within a value that has no partner there costs 1 (a value that was taken to end too late);
+- a mark within a value that has no partner there costs 1 (a value that was taken to end too late), and so does an
+  opening one in the text;
 - a call in a sentence or in a code fence costs 1 if it is no call;
 - a mark that is not on a line of its own, where the call's others are, costs 3;
 - a missing mark costs 3, and so does a new parameter's mark, without an end before it, that is taken for text;
@@ -321,12 +322,14 @@ class _Search:
         for place in range(way.state.place, len(marks)):
             inside = opens(self.r, place)
             if inside is not None:
+                left += ALONE * sum(partners.open.values())
                 self._inside(_Way(way.cost + left, way.choices, _State("text"), way.own, way.end), inside)
                 self._push(way, left + UNREAD, place, _State("end"))
                 return
             grouped_end = self.r.form.grouped and marks[place].kind == "/section"
             if not partners.add(marks[place].kind) and not grouped_end:
                 left += LEFT_OVER
+        left += ALONE * sum(partners.open.values())
         self._push(way, left, len(marks), _State("end"))
 
 

@@ -262,7 +262,7 @@ class TagReader:
             whole = self._region(count, len(self._text), last=False)
             if (ended or not self.begun) and opens(whole, start) == count - 1:
                 cut = self._marks[start].start
-                plan = choose(self._region(start, cut, last=False)) if ended else None
+                plan = choose(self._region(start, cut, last=False))
                 if plan is not None:
                     return self._carry_out(plan)
                 return [] if self.begun else self._prose(cut)
