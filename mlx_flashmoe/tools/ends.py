@@ -343,7 +343,9 @@ def opens(region: Region, place: int) -> int | None:
     function = marks[place]
     if function.kind != "function" or function.name not in region.names or place + 1 >= len(marks):
         return None
-    before = marks[section - 1].end if section else 0
+    # Without its outer mark a call has to begin a line; with it, it may follow another call there.
+    bare = place == section and region.form.section is not None
+    before = marks[section - 1].end if section and not bare else 0
     if text[max(before, text.rfind("\n", 0, marks[section].start) + 1) : marks[section].start].strip():
         return None
     if text[function.end : marks[place + 1].start].strip():
