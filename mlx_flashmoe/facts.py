@@ -61,3 +61,7 @@ class Facts:
     def quantization(self) -> str:
         """For people: "4-bit", "BF16"."""
         return "BF16" if self.bits == 16 else f"{self.bits}-bit"
+
+
+UNKNOWN = Facts("unknown", 0, 16, 0)
+"""Facts about a model that was not loaded from a folder."""

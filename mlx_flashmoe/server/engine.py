@@ -13,6 +13,7 @@ from typing import Any
 from starlette.requests import Request
 
 from mlx_flashmoe.chat_template import fit
+from mlx_flashmoe.facts import UNKNOWN, Facts
 from mlx_flashmoe.grammar import Constrainer
 from mlx_flashmoe.sampling import LogitsProcessor, Sampler, picking
 from mlx_flashmoe.scoring import TokenInfo
@@ -98,6 +99,10 @@ class Engine:
     @property
     def tokenizer(self) -> Tokenizer:
         return self.worker.tokenizer
+
+    @property
+    def facts(self) -> Facts:
+        return getattr(self.worker.model, "facts", UNKNOWN)
 
     def tokens(self, ask: Ask) -> list[int]:
         """The prompt. Raises RequestError for messages that the template refuses."""

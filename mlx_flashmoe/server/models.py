@@ -91,8 +91,8 @@ def _openai(state: Any) -> dict[str, Any]:
             "n_ctx": served.max_context,
             "n_ctx_train": served.context_length or served.max_context,
             "n_vocab": served.vocab_size,
-            "n_params": served.facts.parameters,
-            "size": served.facts.size,
+            "n_params": state.engine.facts.parameters,
+            "size": state.engine.facts.size,
         },
     }
 
@@ -116,9 +116,9 @@ def _lm_studio(state: Any) -> dict[str, Any]:
         "object": "model",
         "type": "llm",
         "publisher": "mlx-flashmoe",
-        "arch": served.facts.family,
+        "arch": state.engine.facts.family,
         "compatibility_type": "mlx",
-        "quantization": served.facts.quantization,
+        "quantization": state.engine.facts.quantization,
         "state": "loaded",
         "max_context_length": served.max_context,
         "loaded_context_length": served.max_context,

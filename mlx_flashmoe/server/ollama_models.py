@@ -55,7 +55,7 @@ async def version(request: Request) -> Response:
 
 async def tags(request: Request) -> Response:
     state = request.app.state
-    listed = {**_named(state), "modified_at": _started(state), "size": state.engine.worker.model.facts.size}
+    listed = {**_named(state), "modified_at": _started(state), "size": state.engine.facts.size}
     return JSON({"models": [listed]})
 
 
@@ -76,7 +76,7 @@ async def show(request: Request) -> Response:
     await _asked(request)
     state = request.app.state
     served, tokenizer = state.engine.worker.model, state.engine.tokenizer
-    facts = served.facts
+    facts = state.engine.facts
     return JSON(
         {
             "modelfile": f"# {state.engine.name}, served by mlx-flashmoe\n",
@@ -144,7 +144,7 @@ def _named(state: Any) -> dict[str, Any]:
 
 
 def _details(state: Any) -> dict[str, Any]:
-    facts = state.engine.worker.model.facts
+    facts = state.engine.facts
     return {
         "parent_model": "",
         "format": "safetensors",
