@@ -19,9 +19,9 @@ from mlx_flashmoe.convert.hub import CHUNK, HubFile, Repository, Stopped, hub_er
 from mlx_flashmoe.convert.part import PartFile, Span
 from mlx_flashmoe.errors import SourceError
 
-# Eight connections of 5 MB/s fill 320 Mbit/s; more would crowd out whoever shares the line, or be refused.
+# Eight connections of 5 MB/s fill 320 Mbit/s; more would crowd out other users of the line, or be refused.
 CONNECTIONS = 8
-# Bytes of a range: a request's wait is short beside it, and eight of them are all that a kill can lose.
+# Bytes of a range: a request's wait is short against it, and eight of them are all that a kill can lose.
 RANGE = 32 << 20
 # Towards a file's end ranges get shorter, down to this, so that the connections finish at about the same time.
 LEAST_RANGE = 4 << 20
@@ -100,7 +100,7 @@ class Download:
         self._connections = connections
         self._changed = connections.changed
         self._error: BaseException | None = None
-        self._halted = threading.Event()  # nobody waits for it any more
+        self._halted = threading.Event()  # its result is not wanted any more
         self._writing = threading.Lock()  # held while ``_part`` is written, and while that changes
         self._part: PartFile | None = None
         self._missing: list[Span] = []  # not asked for yet
@@ -116,7 +116,7 @@ class Download:
         return max(0, self.received - self._had) / max(time.monotonic() - self._began, 0.001)
 
     def wait(self, seconds: float) -> bool:
-        """Whether it is complete within that time. Raises what went wrong."""
+        """Returns whether it is complete within that time. Raises the error that stopped it."""
         self._thread.join(seconds)
         if self._thread.is_alive():
             return False
@@ -176,7 +176,7 @@ class Download:
         return right
 
     def _hash(self, part: PartFile) -> bool:
-        """Whether the file is what the hub has, as soon as it is complete. Keeps what arrives meanwhile."""
+        """Returns whether the file is the hub's, as soon as it is complete. Keeps what arrives meanwhile."""
         hasher, hashed = self.file.hasher(), 0
         while hashed < self.file.size:
             with self._changed:
@@ -196,7 +196,7 @@ class Download:
     # The threads of the connections.
 
     def next_range(self) -> _Range | None:
-        """What to ask for next, if anything. The caller holds ``changed``."""
+        """The next range to ask for, if any. The caller holds ``changed``."""
         if self._halted.is_set() or self._part is None or not self._missing:
             return None
         if self._asked and not self._answered:

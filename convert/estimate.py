@@ -37,7 +37,7 @@ def disk_needs(todo: Sequence[Unit], checkpoint: Checkpoint, other_files: int) -
 
     Args:
         todo: units still to be done, in order.
-        other_files: bytes written besides.
+        other_files: bytes of other files that are written.
     """
     storage = checkpoint.storage
     size = {name: file.header.file_size for name, file in checkpoint.shards.items()}
@@ -71,17 +71,17 @@ def expected_time(
     seconds, rates = _converting_time(needs, quantized, checkpoint, destination)
     lacking = {n for unit in todo for n in unit.shards if _to_download(checkpoint, n)}
     nbytes = sum(checkpoint.shards[n].header.file_size for n in lacking)
-    besides = ""
+    download = ""
     if nbytes > WORTH_MEASURING:
         largest = max(lacking, key=lambda n: checkpoint.shards[n].header.file_size)
         rate = _downloading_rate(checkpoint, largest)
         rates.insert(0, f"{show_size(rate)}/s of downloading")
         seconds = max(seconds, nbytes / rate)
     elif nbytes:
-        besides = f" and the download of {show_size(nbytes)}"
+        download = f" and the download of {show_size(nbytes)}"
     if not rates:
-        return f"it takes less than a minute{besides}"
-    return f"it takes about {show_duration(max(seconds, 1))}{besides}, at {', '.join(rates)} measured now"
+        return f"it takes less than a minute{download}"
+    return f"it takes about {show_duration(max(seconds, 1))}{download}, at {', '.join(rates)} measured now"
 
 
 def _converting_time(

@@ -198,7 +198,7 @@ class Answer:
 
 
 def _without(skipped: int, chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """What follows the first ``skipped`` bytes."""
+    """The bytes after the first ``skipped``."""
     for chunk in chunks:
         if len(chunk) > skipped:
             yield chunk[skipped:]
@@ -232,7 +232,7 @@ def retried(
 
     Args:
         received: bytes that have come; never fewer than before.
-        pause: waits so many seconds before the next attempt: longer each time, and at least as long as the server asks.
+        pause: seconds before the next attempt: longer each time, and at least as long as the server asks.
     """
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -252,7 +252,7 @@ def retried(
 
 
 def _lasting(status: int) -> bool:
-    """Whether the same request will be answered so again."""
+    """Returns whether the same request would get the same answer."""
     return 400 <= status < 500 and status not in (408, 429)
 
 

@@ -60,7 +60,7 @@ class PartFile:
 
     @property
     def missing(self) -> list[Span]:
-        """What is not there, in order."""
+        """The missing ranges, in order."""
         ends = [0, *(stop for _, stop in self._there)]
         starts = [*(start for start, _ in self._there), self._size]
         return [(a, b) for a, b in zip(ends, starts) if a < b]

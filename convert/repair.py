@@ -1,6 +1,6 @@
 """Mending a converted folder: what is damaged is made again from the checkpoint, and nothing else is read of it.
 
-What is made must have the manifest's checksum before it is written, and must have it again when the disk is read.
+Each mended file must have the manifest's checksum before it is written, and must have it again when the disk is read.
 
 A blob is written where it is. Killed in the middle, every byte of it is the old one or the right one, and it is
 still in the record of damage (damage.py). Any other file is made in ``.conversion`` and takes its place when it is
@@ -59,7 +59,7 @@ def mend(
         note: called with lines: what is mended.
 
     Returns:
-        Whether anything was damaged.
+        True if anything was damaged.
 
     Raises:
         SourceError: ``source`` cannot be read.

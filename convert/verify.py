@@ -57,7 +57,7 @@ def verify(
 ) -> int:
     """Reads a converted folder again, from the disk rather than from the page cache, and compares.
 
-    What is damaged is also recorded in the folder: ``convert`` with the same arguments as before mends it.
+    Damage is also recorded in the folder: ``convert`` with the same arguments as before mends it.
 
     Args:
         path: what ``convert`` made.

@@ -124,7 +124,7 @@ def main() -> int:
 
 
 def streamed(model: StreamingModel) -> str:
-    """What was in memory, and what came from the disk."""
+    """A line on the experts in memory and those read from the disk."""
     arena, stats = model.arena, model.stats()
     store = arena.store
     sizes = {layer: store.num_experts(layer) * store.layout(layer).blob_size for layer in store.layers}

@@ -78,13 +78,13 @@ class ChatTemplate:
             raise RequestError(f"the chat template cannot render these messages: {e}") from None
 
     def reads(self, variable: str) -> bool:
-        """Whether the template looks at a variable."""
+        """Returns whether the template looks at a variable."""
         from jinja2.meta import find_undeclared_variables
 
         return variable in find_undeclared_variables(_environment().parse(self.source))
 
     def takes(self, *roles: str) -> bool:
-        """Whether messages of these roles are rendered, each once and in this order."""
+        """Returns whether messages of these roles are rendered, each once and in this order."""
         texts = [f"<{i}{i}{i}>" for i in range(len(roles))]
         try:
             text = self.render([{"role": role, "content": t} for role, t in zip(roles, texts)])
@@ -93,7 +93,7 @@ class ChatTemplate:
         places = [text.find(t) for t in texts]
         return all(p >= 0 for p in places) and places == sorted(places)
 
-    # What the template can render, found by trying. It does not change as a conversation grows: if it did, a
+    # The template's abilities, found by trying. It does not change as a conversation grows: if it did, a
     # conversation's prompt would no longer begin with the one before, and none of that would be reused.
 
     @cached_property

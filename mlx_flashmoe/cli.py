@@ -709,9 +709,9 @@ def _chat(arguments: argparse.Namespace) -> int:
         )
         print_note(sampling_line)
         if not tokenizer.has_chat_template:
-            raise RequestError("the checkpoint has no chat template: use generate to go on from a text")
+            raise RequestError("the checkpoint has no chat template: use generate to continue a text")
         if session is None:
-            # What goes through a pipe is saved where it is asked for.
+            # A conversation in a pipe is saved only where that is asked for.
             session = Session.begin(print_note) if reader.interactive else Session()
         if arguments.system_prompt is not None:
             session.system = arguments.system_prompt

@@ -1,4 +1,4 @@
-"""Facts about a model, for those who list models."""
+"""Facts about a model, for lists of models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mlx_flashmoe.layout import Manifest
 
 @dataclass(frozen=True)
 class Facts:
-    """What a converted folder holds.
+    """The contents of a converted folder.
 
     Attributes:
         family: the checkpoint's model_type.

@@ -263,7 +263,7 @@ def wanted_files(repository: Repository, manifest: Manifest) -> Iterator[_Listed
 
 
 def _is_there(out: Destination, file: HubFile) -> bool:
-    """Whether the file is complete: it got its name, which it gets when its hash was right."""
+    """Returns whether the file is complete: it gets its name when its hash was right."""
     paths = (out.state / MODEL / file.name, out.folder / file.name)
     return any(path.is_file() and path.stat().st_size == file.size for path in paths)
 

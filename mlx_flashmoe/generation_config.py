@@ -1,7 +1,7 @@
 """How a model is sampled if a command or a request does not say: by its checkpoint's generation_config.json.
 
 One rule for generate, chat and serve. ``do_sample`` false is greedy, as is a file that says nothing about sampling, or
-none at all: transformers and mlx-lm take the most likely token, too. Options of the command line come before the
+none at all: transformers and mlx-lm take the most likely token, too. Options of the command line override the
 file, and fields of a request before both.
 """
 
@@ -20,7 +20,7 @@ _DRAWN = {"temp": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "m
 
 
 def suggested_sampling(folder: Path) -> dict[str, Any]:
-    """What generation_config.json says of sampling, as arguments of ``picking``; empty if it says nothing.
+    """The sampling of generation_config.json, as arguments of ``picking``; empty if it says nothing.
 
     Raises:
         FormatError: it is not a JSON object, or a value is out of range.

@@ -43,7 +43,7 @@ _PLAIN_OBJECT = (
     {"type", "properties", "required", "additionalProperties", "$schema", "strict"} | _REMARKS | _DEFINITIONS
 )
 _PLAIN_TEXT = {"type", "enum", "const", "minLength", "maxLength"} | _REMARKS
-# What plain text in tags may not hold, because the parser would take it for the value's end. JSON can hold it.
+# Plain text in tags may not hold these, because the parser would take it for the value's end. JSON can hold it.
 _FORBIDDEN = r"<\/parameter>[ \t\r\n]*(<parameter=|<\/function>)|\n<parameter=[^<>\n]+>\n"
 _VALUE_END = "\n</parameter>\n"
 _NEXT, _LAST = "<parameter=", "</function>"
@@ -264,7 +264,7 @@ class _Ends:
         return bool(matcher.validate_tokens(self._only_in_text) == 1)
 
     def _end_of_calls(self, matcher: Any) -> list[int]:
-        """What ends all calls, if it may come now. Its first tokens may be those of another call."""
+        """The mark that ends all calls, if it may come now. Its first tokens may be those of another call."""
         comes = self._last and matcher.validate_tokens(self._last) == len(self._last)
         return self._last if comes and not self._in_text(matcher) else []
 

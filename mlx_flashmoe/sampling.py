@@ -164,7 +164,7 @@ class AnswerPenalty:
         self._prompt = 0
 
     def begin(self, prompt_tokens: int) -> None:
-        """An answer begins, after so many tokens. The token loop calls this before the first step."""
+        """An answer begins, after a prompt of ``prompt_tokens``. The token loop calls this before the first step."""
         self._prompt = prompt_tokens
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:

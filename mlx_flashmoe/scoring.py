@@ -57,7 +57,7 @@ def token_infos(logprobs: mx.array, tokens: mx.array, top: int) -> list[TokenInf
     Args:
         logprobs: [R, V].
         tokens: [R] token ids.
-        top: how many of a row's most likely tokens to tell of.
+        top: number of a row's most likely tokens to return.
     """
     own: Any = mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0].tolist()
     best: list[Any] = [[] for _ in own]
@@ -82,7 +82,7 @@ def prompt_infos(
     Args:
         prompt: token ids, at least one.
         cache: of ``model.make_cache()``, empty; updated.
-        top: how many of the most likely tokens to tell of, per token.
+        top: number of most likely tokens to return, per token.
         progress: see :func:`mlx_flashmoe.generate.prefill`.
     """
     yield TokenInfo(prompt[0], None, [])

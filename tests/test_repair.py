@@ -1,4 +1,4 @@
-"""What is damaged in a converted folder is mended from the source, that alone, and whatever kills it on the way."""
+"""Damage in a converted folder is mended from the source, and nothing else is written, whatever kills it on the way."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def test_a_connection_that_breaks_while_ranges_come(tmp_path: Path, server: Hub)
 
 @pytest.mark.parametrize("name", [expert_file(2), expert_file(0), "model.safetensors", "config.json"])
 def test_another_source(made: tuple[Path, Path], tmp_path: Path, name: str) -> None:
-    """Of the same shapes, of other shapes, gone: each is an error, and nothing is written."""
+    """A source of the same shapes, of other shapes, or gone: each is an error, and nothing is written."""
     source, ideal = made
     out = tmp_path / "out"
     shutil.copytree(ideal, out)

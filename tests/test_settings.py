@@ -1,4 +1,4 @@
-"""What a request may set: by every name, in every form, kept to or refused by name."""
+"""Settings of a request: by every name, in every form, kept to or refused by name."""
 
 from __future__ import annotations
 

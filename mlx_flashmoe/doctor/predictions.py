@@ -32,7 +32,7 @@ from mlx_flashmoe.sizes import show_size
 
 FEWER = 4  # active experts: what the original system uses
 PROMPT = 512  # tokens of the prompt whose first token is predicted
-# Of a Mac's memory, what its GPU may use: macOS gives it two thirds of a small memory, three quarters of a larger one.
+# The share of a Mac's memory that its GPU may use: two thirds of a small memory, three quarters of a larger one.
 SMALL_MEMORY, SMALL_GPU_SHARE, GPU_SHARE = 35e9, 2 / 3, 3 / 4
 
 
@@ -51,7 +51,7 @@ class Other:
 
     @property
     def gpu_share(self) -> float:
-        """Of its memory, what a model may take."""
+        """The part of its memory that a model may take."""
         if self.bandwidth is None or self.memory is None:
             return 1.0
         return SMALL_GPU_SHARE if self.memory < SMALL_MEMORY else GPU_SHARE

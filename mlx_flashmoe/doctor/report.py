@@ -72,7 +72,7 @@ def run(
         return
     if context < 2:
         raise RequestError(f"--context {context}: at least 2 tokens are needed")
-    # What can be wrong is found before half a minute is spent.
+    # Wrong arguments are found before half a minute is spent.
     if expert_memory not in ("auto", "os"):
         memory.parse_size(expert_memory)
     check_report(json_file)
@@ -182,7 +182,7 @@ def _reasons(needs: Needs, rates: Rates, row: Row, total: int, usable: int, othe
 
 
 def _details(model: str, needs: Needs, rates: Rates, row: Row, other: Other) -> dict[str, str]:
-    """What the model takes, and the machine's other figures."""
+    """The model's needs, and the machine's other figures."""
     s = needs.settings
     weights = f"{_rate(rates.dense)} dense, {_rate(rates.experts)} of experts"
     if rates.dense == rates.experts:

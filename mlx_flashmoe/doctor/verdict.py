@@ -82,7 +82,7 @@ def verdict(needs: Needs, row: Row, fits: bool, prompt: int, free: int | None) -
 
 
 def commands(model: str, needs: Needs, row: Row) -> list[str]:
-    """What to type, for a shell: convert, unless that is done, then chat."""
+    """The commands to type in a shell: convert, unless that is done, then chat."""
     out = []
     folder = model
     if not needs.converted:

@@ -93,7 +93,7 @@ def _begin(event: Event) -> dict[str, Any]:
 
 
 def _delta(event: Event) -> dict[str, Any] | None:
-    """What an event adds to its block; None if it only begins or ends it."""
+    """The delta that an event adds to its block; None if it only begins or ends it."""
     if isinstance(event, Thinking):
         return {"type": "thinking_delta", "thinking": event.text}
     if isinstance(event, Text):
@@ -105,7 +105,7 @@ _KINDS = {Thinking: "thinking", Text: "text", CallDelta: "tool_use"}
 
 
 def _continues(block: dict[str, Any] | None, event: Event) -> bool:
-    """Whether an event belongs to the block before it."""
+    """Returns whether an event belongs to the block before it."""
     return block is not None and block["type"] == _KINDS.get(type(event))
 
 

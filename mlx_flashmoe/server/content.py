@@ -19,7 +19,7 @@ from mlx_flashmoe.schema import read_json
 from mlx_flashmoe.server.errors import ApiError
 from mlx_flashmoe.tokenizer import THINK_END, THINK_START
 
-# What a part of some kind shows, where that is not text.
+# Senses by which parts that hold no text are named.
 _SENSES = {"image": "image", "audio": "audio", "video": "video"}
 _TEXT_KINDS = {"text", "input_text", "output_text", "refusal", "thinking", "reasoning"}
 _BREAKS = "\n\n"  # between documents; texts of one message follow each other as they are

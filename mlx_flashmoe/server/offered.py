@@ -17,7 +17,7 @@ NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
 
 
 class Offered:
-    """What may be called.
+    """The functions that may be called.
 
     Args:
         tools: of a request.

@@ -1,4 +1,4 @@
-"""Ollama's API: /api/chat and /api/generate. What it tells of the model is in ``ollama_models.py``.
+"""Ollama's API: /api/chat and /api/generate. Its lists of models are in ``ollama_models.py``.
 
 Answers are streamed unless the request says otherwise, a JSON object per line.
 """

@@ -1,4 +1,4 @@
-"""What Ollama's API tells of the model: /api/tags, /api/show, /api/ps, /api/pull and /api/version."""
+"""The model in Ollama's API: /api/tags, /api/show, /api/ps, /api/pull and /api/version."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ async def embed(request: Request) -> Response:
 
 
 def capabilities(tokenizer: Tokenizer) -> list[str]:
-    """What the model can do, as its chat template tells."""
+    """The model's abilities, as its chat template shows them."""
     found = ["completion"]
     tool = {"type": "function", "function": {"name": "a_tool_that_is_shown", "parameters": {}}}
     try:

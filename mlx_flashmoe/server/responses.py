@@ -68,7 +68,7 @@ OPERATIONS = {
 }
 _VALIDATOR = validator(REQUEST)
 
-# Of a request's fields, those that its response repeats, and what they are if it does not have them.
+# The fields of a request that its response repeats, with their defaults.
 _REPEATED: dict[str, Any] = {
     "instructions": None,
     "max_output_tokens": None,

@@ -1,4 +1,4 @@
-"""The output of a response: its items, and the events that tell of them as they are written."""
+"""The output of a response: its items, and the events that announce them as they are written."""
 
 from __future__ import annotations
 

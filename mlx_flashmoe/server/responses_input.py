@@ -121,7 +121,7 @@ class Conversation:
 
 
 class _Answer:
-    """What the model wrote between two messages of others."""
+    """The model's items between two messages of others, as one message."""
 
     def __init__(self) -> None:
         self.thinking: list[str] = []

@@ -245,7 +245,7 @@ _Validator = extend(
 
 
 def validator(schema: Schema) -> Draft202012Validator:
-    """What checks request bodies."""
+    """The validators of request bodies."""
     return _Validator(schema)
 
 

@@ -11,7 +11,7 @@ The right one explains the rest of the answer best. Every way to read the text h
 - the end of a value with a new parameter of the schema after it costs 5 if it is taken for text, and so does the end
   of a call with another call after it.
 
-Of ways that cost the same, the one that ends values first is taken. So a value that quotes whole calls, or a single
+Among ways of equal cost, the one that ends values first wins. So a value that quotes whole calls, or a single
 mark, is whole. One thing cannot be told apart: a value that holds closing marks and then a whole call reads, byte for
 byte, like two calls, and is read so.
 """
@@ -306,7 +306,7 @@ class _Search:
         self._push(way, cost, place, _State("text", place + 1), own=own, end=end)
 
     def _follows(self, place: int) -> str:
-        """What follows a mark: "text", or "calls", which the end of the answer is as well."""
+        """Returns what follows a mark: "text", or "calls", which also stands for the end of the answer."""
         end = self.r.marks[place].end
         rest_end = self.r.marks[place + 1].start if place + 1 < len(self.r.marks) else len(self.r.text)
         if self.r.text[end:rest_end].strip():

@@ -1,4 +1,4 @@
-"""What an answer is made of: thinking, text and calls, in the order in which the model writes them."""
+"""The parts of an answer: thinking, text and calls, in the order in which the model writes them."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ _LINE = 80  # characters of a line that are looked at: is it blank, is it a fenc
 
 @dataclass(frozen=True)
 class Opening:
-    """What a call begins with. ``bare``: only at the start of a line, because it stands for nothing by itself."""
+    """A mark that a call begins with. ``bare``: only at the start of a line; elsewhere it may stand for itself."""
 
     pattern: Pattern
     bare: bool = False

@@ -20,7 +20,7 @@ class JsonForm:
     """Calls with JSON arguments.
 
     Args:
-        openings: what comes before the object, and its brace. A field "name" is the function's name; without one,
+        openings: the text before the object, and its brace. A field "name" is the function's name; without one,
             the object is ``{"name": …, "arguments": {…}}``.
         endings: marks that follow the object, in order; each may be missing.
         certain: no prose has these marks, because they are tokens of their own: a call is one anywhere.

@@ -137,7 +137,7 @@ class TagMarks:
 
     @property
     def openings(self) -> list[Pattern]:
-        """What a call can begin with: with its section's mark, and, by itself, at the start of a line."""
+        """The marks that a call can begin with: its section's mark, and, by itself, at the start of a line."""
         if self.section is None:
             return [self.function]
         return [mark(self.section, SPACE, *self.function.parts), self.function]

@@ -70,11 +70,11 @@ class AnswerParser:
         return self._parser.in_call
 
     def feed(self, text: str, token: int | None = None) -> list[Event]:
-        """What one more piece of text settles. ``token``: the id of the token that it comes from."""
+        """Returns the events that one more piece of text settles. ``token``: the id of the token that it comes from."""
         return self._events(self._parser.feed(text, token))
 
     def finish(self) -> list[Event]:
-        """What was held back when the answer ends."""
+        """Returns the events that were held back, when the answer ends."""
         return self._events(self._parser.finish())
 
     def _events(self, readings: list[Reading]) -> list[Event]:
@@ -86,7 +86,7 @@ class AnswerParser:
 
 
 class _Parser:
-    """Does the work, and tells of calls that were cut."""
+    """Does the work, and reports calls that were cut."""
 
     def __init__(
         self,

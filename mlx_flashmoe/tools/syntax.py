@@ -39,7 +39,7 @@ class AnswerReader(Protocol):
 
 @dataclass(frozen=True)
 class Wrapping:
-    """What forced calls are written with: text around the name and the arguments, which are JSON.
+    """The marks of forced calls: text around the name and the arguments, which are JSON.
 
     Attributes:
         start, end: around all calls; between: two of them.

@@ -117,7 +117,7 @@ class TagReader:
             end -= length - len(self._text)
         return events
 
-    # What comes
+    # New marks
 
     def _plain(self) -> list[Reading]:
         """Text follows the marks so far."""

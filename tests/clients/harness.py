@@ -100,7 +100,7 @@ def documented(client: str, served: Served) -> str:
 
 
 def run(command: list[str], settings: str = "") -> str:
-    """What a client prints that is run in a shell after lines of settings. It has two minutes, and no keyboard."""
+    """The output of a client that is run in a shell after lines of settings. It has two minutes, and no keyboard."""
     done = subprocess.run(
         ["bash", "-e", "-c", f'{settings}\nexec "$@"', "bash", *command],
         stdin=subprocess.DEVNULL,

@@ -21,7 +21,7 @@ PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/
 
 @dataclass(frozen=True)
 class Turn:
-    """What a client says of a turn.
+    """A turn, as the client reports it.
 
     Attributes:
         answer: the model's last text.

@@ -11,7 +11,7 @@ from mlx_flashmoe.tools.syntaxes.kimi import KIMI
 from mlx_flashmoe.tools.syntaxes.minimax import MINIMAX
 from mlx_flashmoe.tools.syntaxes.qwen import QWEN
 
-# What the template of a syntax says, the most particular first.
+# Words in the template of each syntax, the most particular first.
 _SIGNS = (
     (("<|channel|>",), HARMONY),
     (("<minimax:tool_call>",), MINIMAX),
