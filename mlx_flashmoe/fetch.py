@@ -125,9 +125,9 @@ def _repository(name: str, out: Destination) -> Repository:
         return Repository(name, None)
     except SourceError as e:
         line = str(e)
-        raise SourceError(
-            line if "no such folder" in line else f"there is no folder {name}; {line}"
-        ) from None
+        if "no such folder" not in line:
+            line = f"there is no folder {name}; {line}"
+        raise SourceError(f"{line}. A checkpoint is converted first: {convert_command(name)}") from None
 
 
 def _pin(out: Destination, commit: str) -> None:

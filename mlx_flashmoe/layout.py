@@ -232,9 +232,17 @@ def expert_files(
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # the name of one on the hub
 
 
+def converted_name(source: str | os.PathLike[str]) -> str:
+    """A name for the folder that a checkpoint is converted to: one that the checkpoint does not have."""
+    name = Path(source).resolve().name
+    if not name.endswith("bit"):
+        name += "-4bit"
+    return f"{name}-flashmoe" if Path(source).exists() and Path(name).exists() else name
+
+
 def convert_command(source: str | os.PathLike[str]) -> str:
     """The command that converts a checkpoint: a folder, or a repository on the hub."""
-    made = f"{Path(source).resolve().name}-4bit"
+    made = converted_name(source)
     return (
         f"python -m mlx_flashmoe convert --hf-path {shlex.quote(str(source))} --mlx-path {shlex.quote(made)}"
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
 from mlx_flashmoe.doctor.examine import Needs
 from mlx_flashmoe.doctor.predictions import Row
+from mlx_flashmoe.layout import converted_name
 from mlx_flashmoe.sizes import show_size
 
 WORTH_AN_OPTION = (
@@ -86,7 +86,7 @@ def commands(model: str, needs: Needs, row: Row) -> list[str]:
     out = []
     folder = model
     if not needs.converted:
-        folder = _made(model)
+        folder = converted_name(model)
         out.append(
             _wrapped([f"{PROGRAM} convert", f"--hf-path {_quoted(model)}", f"--mlx-path {_quoted(folder)}"])
         )
@@ -104,15 +104,6 @@ def _setting(row: Row) -> str:
         if row.plan.arena >= 10 * size:
             return f"--expert-memory {row.plan.arena // size}{unit}"
     return f"--expert-memory {row.plan.arena}B"
-
-
-def _made(model: str) -> str:
-    """A name for the converted folder: one that the source does not have."""
-    source = Path(model)
-    name = source.resolve().name
-    if not name.endswith("bit"):
-        name += "-4bit"
-    return f"{name}-flashmoe" if source.exists() and Path(name).exists() else name
 
 
 def _quoted(path: str) -> str:
