@@ -563,6 +563,20 @@ def test_who_goes_away_makes_room_at_once(address: str, gpt: Any) -> None:
     assert made.choices[0].message.content == "c"
 
 
+def test_a_request_that_is_sent_again_does_not_wait_for_the_one_that_was_given_up(
+    address: str, gpt: Any
+) -> None:
+    body = json.dumps({"messages": [user("SLOWLY FOREVER SAY(b)")]})  # would take a minute and more
+    given_up = http.client.HTTPConnection(address.removeprefix("http://"), timeout=10)
+    given_up.request("POST", "/v1/chat/completions", body)
+    while not metric(address, "busy"):
+        time.sleep(0.005)
+    given_up.close()
+    started = time.monotonic()
+    made = gpt.chat.completions.create(model="any", messages=[user("SAY(c)")])
+    assert made.choices[0].message.content == "c" and time.monotonic() - started < 10
+
+
 def test_the_end_of_the_server_ends_its_answers() -> None:
     with running() as (address, process), ThreadPoolExecutor(3) as pool:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0, timeout=30)
