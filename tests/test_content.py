@@ -258,6 +258,32 @@ def test_messages_of_anthropics_form() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("system", "shown"),
+    [
+        (f"{anthropic_messages.BILLING} a=1;", None),
+        (f"{anthropic_messages.BILLING} a=1;\nYou code.", "You code."),
+        (
+            [
+                {"type": "text", "text": f"{anthropic_messages.BILLING} a=1;"},
+                {"type": "text", "text": "You code."},
+            ],
+            "You code.",
+        ),
+        (
+            f"You code.\n{anthropic_messages.BILLING} quoted",
+            f"You code.\n{anthropic_messages.BILLING} quoted",
+        ),
+        (None, None),
+    ],
+)
+def test_the_line_that_changes_with_every_request_is_left_out(system: Any, shown: str | None) -> None:
+    said, _ = anthropic_messages.conversation(
+        {"system": system, "messages": [{"role": "user", "content": "q"}]}, {}
+    )
+    assert said[:-1] == ([{"role": "system", "content": shown}] if shown else [])
+
+
 def test_deferred_tools_are_told_where_they_are_referred_to() -> None:
     tools = [
         {"name": "ToolSearch", "input_schema": {"type": "object"}},

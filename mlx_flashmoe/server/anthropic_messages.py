@@ -57,8 +57,9 @@ def _described(content: Any, deferred: dict[str, Any], loaded: dict[str, Any]) -
 
 def _system(content: Any) -> str:
     blocks = content if isinstance(content, list) else [content]
-    texts = (text(block, "system") for block in blocks)
-    return "\n\n".join(t for t in texts if t and not t.startswith(BILLING))
+    texts = [text(block, "system") for block in blocks]
+    texts = [t.partition("\n")[2] if t.startswith(BILLING) else t for t in texts]
+    return "\n\n".join(t for t in texts if t)
 
 
 def _messages(message: dict[str, Any], place: str, refuse_media: bool) -> list[dict[str, Any]]:
