@@ -854,6 +854,18 @@ def test_a_pipe_that_is_not_text_is_one_line(folder: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith(b"error: standard input is not UTF-8: ")
 
 
+def test_a_chat_that_is_terminated_leaves_the_terminal_as_it_was(folder: Path) -> None:
+    terminal = Terminal("--model", folder, *NO_THINKING)
+    terminal.wait_for("Ctrl-C stops an answer")
+    terminal.wait_for(">")
+    terminal.type("one\r")
+    terminal.wait_for(r"one\s+\w")  # the answer has begun, and keys are not shown
+    assert not termios.tcgetattr(terminal.ours)[3] & termios.ECHO
+    terminal.process.terminate()
+    assert terminal.process.wait(30) == 128 + signal.SIGTERM
+    assert termios.tcgetattr(terminal.ours)[3] & termios.ECHO
+
+
 def test_a_chat_in_a_terminal(folder: Path, tmp_path: Path) -> None:
     terminal = Terminal("--model", folder, *NO_THINKING)
     terminal.wait_for("Ctrl-C stops an answer")
