@@ -105,7 +105,9 @@ def serve(
             )
             listener.listen()  # who comes before the loop runs waits for it
             place = f"[{host}]" if ":" in host else host
-            announce(f"{name}: http://{place}:{listener.getsockname()[1]}/v1 answers; Ctrl-C ends it")
+            address = f"http://{place}:{listener.getsockname()[1]}/v1"
+            context = f"{worker.model.max_context:,} tokens of context"
+            announce(f"{name}: {address} answers, with {context}; Ctrl-C ends it")
             _Server(config, worker).run(sockets=[listener])
         finally:
             worker.close()
