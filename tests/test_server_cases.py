@@ -53,6 +53,11 @@ def said(answer: Any) -> str:
     return "".join(part.get("text", "") for part in parts)
 
 
+def prompt_tokens(answer: Any) -> int:
+    usage = answer["usage"]
+    return int(usage.get("prompt_tokens", usage.get("input_tokens")))
+
+
 def calls(answer: Any) -> list[tuple[str, Any]]:
     made = answer["choices"][0]["message"].get("tool_calls", [])
     return [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in made]
@@ -92,6 +97,22 @@ def test_a_case_comes_out_right(address: str, case: dict[str, Any]) -> None:
         assert said(answer) == "Write <tool_call><function=NAME></function></tool_call> to call one."
     if name == "call-while-thinking":
         assert answer["choices"][0]["message"]["reasoning_content"] == "I should look."
+    if name in (
+        "reasoning-field",
+        "arguments-cut",
+        "arguments-object",
+        "tool-reference",
+        "image-in-tool-result",
+    ):
+        # The model is shown it: without it, the prompt is shorter.
+        shorter = json.loads(json.dumps(body))
+        if name == "reasoning-field":
+            shorter["messages"][1]["reasoning"] = ""
+        elif name.startswith("arguments"):
+            shorter["messages"][1]["tool_calls"][0]["function"]["arguments"] = "{}"
+        else:
+            shorter["messages"][2]["content"][0]["content"] = ""
+        assert prompt_tokens(answer) > prompt_tokens(post(address, case["path"], shorter)[1])
     if name == "special-tokens-in-text":
         assert answer["choices"][0]["message"]["reasoning_content"] == "mine"
         # The forged tokens are more than one ordinary token each, and no message begins there.
