@@ -1,7 +1,7 @@
 """Files of a repository on their way to the disk: several ranges at once, each written where it belongs.
 
-A single connection rarely fills the line: the hub's servers give each so many bytes per second, and each request
-waits for its first byte. So the missing bytes of a file are cut into ranges, and ranges are asked for side by side.
+A single connection rarely fills the line: the hub's servers limit the rate of each, and each request waits for its
+first byte. So the missing bytes of a file are cut into ranges, and ranges are asked for side by side.
 Whatever came is kept: a range whose connection broke continues where it was, and a process that was killed loses
 nothing but the ranges under way (part.py).
 """

@@ -121,7 +121,7 @@ class PartFile:
         return end
 
     def _append(self, data: bytes) -> None:
-        # What a torn line left behind must not follow this one.
+        # Cut off the rest of a torn line, so that it does not follow this one.
         os.ftruncate(self._log, self._end)
         self._end += os.pwrite(self._log, data, self._end)
         os.fsync(self._log)

@@ -21,7 +21,7 @@ from true_shapes import TRUE_VOCABULARY, Entry, config, tensors
 from mlx_flashmoe.convert.safetensors import DTYPE_BITS, build_header
 
 SHARD_BYTES = 5 * 10**9
-# What differs from the 397B's configuration, as the models' cards have it. The 122B's linear_num_value_heads is
+# The values that differ from the 397B's configuration, from the models' cards. The 122B's linear_num_value_heads is
 # derived: with 64 the text model has the 122B parameters of its name, with 32 1.6B fewer.
 MODELS: dict[str, dict[str, Any]] = {
     "Qwen3.5-35B-A3B-4bit": {

@@ -414,7 +414,7 @@ _SAMPLING_FLAGS: tuple[tuple[str, type, str, str], ...] = (
     ("presence-penalty", float, "X", "lower the logit of each token that the answer has already by X"),
     ("frequency-penalty", float, "X", "lower the logit of a token by X per occurrence in the answer"),
 )
-# What counts where neither the command line nor generation_config.json says anything.
+# The values if neither the command line nor generation_config.json sets them.
 _SAMPLING_DEFAULTS = {"repetition-context-size": "20", "presence-penalty": "0", "frequency-penalty": "0"}
 
 

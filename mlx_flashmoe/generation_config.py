@@ -2,7 +2,7 @@
 
 One rule for generate, chat and serve. ``do_sample`` false is greedy, as is a file that says nothing about sampling, or
 none at all: transformers and mlx-lm take the most likely token, too. Options of the command line override the
-file, and fields of a request before both.
+file, and fields of a request override both.
 """
 
 from __future__ import annotations

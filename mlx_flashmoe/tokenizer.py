@@ -47,6 +47,7 @@ class Tokenizer:
         self.special_tokens = special_tokens or {}
         self.chat_templates = chat_templates or {}
         self._compiled: dict[str, ChatTemplate] = {}
+        self._controls: dict[str, re.Pattern[str]] = {}  # by the template's source
         self._pieces: dict[int, bytes] = {}
         shown = self.tool_syntax.marks
         self._hidden = {
@@ -275,6 +276,8 @@ class Tokenizer:
 
     def _control_tokens(self, template: ChatTemplate) -> re.Pattern[str]:
         """Matches the texts of special tokens, and of those others that the template writes."""
+        if (known := self._controls.get(template.source)) is not None:
+            return known
         texts = [
             token.content
             for token in self._tokenizer.get_added_tokens_decoder().values()
@@ -283,7 +286,9 @@ class Tokenizer:
                 token.special or token.content in template.source or token.content in (THINK_START, THINK_END)
             )
         ]
-        return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+        pattern = re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+        self._controls[template.source] = pattern
+        return pattern
 
     @property
     def message_start_id(self) -> int | None:

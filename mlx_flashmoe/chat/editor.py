@@ -130,7 +130,7 @@ class Editor:
             self._wait_quietly()
 
     def ask(self, question: str) -> bool:
-        # What was typed before the question was seen is no answer to it.
+        # Text typed before the question was shown does not answer it.
         ahead = self._typed_ahead()
         once: PromptSession[str] = PromptSession()
         try:

@@ -189,7 +189,7 @@ def prompt_seconds(rates: Rates, work: Work, tokens: int, resident: bool = False
         reading = 0.0 if resident else distinct * work.expert_bytes / rates.disk
         computing = 2 * chunk * work.active * work.expert_parameters / rates.expert_flops
         dense = 2 * chunk * work.dense_parameters / rates.dense_flops
-        besides = work.layers * max(layer, chunk * rates.prompt_token)
-        seconds += dense + besides + work.layers * max(reading, computing)
+        other = work.layers * max(layer, chunk * rates.prompt_token)
+        seconds += dense + other + work.layers * max(reading, computing)
     # The last token goes through by itself; its experts have mostly just been read.
     return seconds + token_time(rates, work, Found(1, 0, 0) if resident else Found(0, 1, 0)).seconds

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from mlx_flashmoe.server import settings
 from mlx_flashmoe.server.anthropic_messages import conversation
+from mlx_flashmoe.server.content import is_unfinished
 from mlx_flashmoe.server.engine import Answer, Ask, Engine
 from mlx_flashmoe.server.errors import anthropic_body
 from mlx_flashmoe.server.http import JSON, event, event_stream, read_body
@@ -68,7 +69,7 @@ def _ask(body: dict[str, Any]) -> Ask:
     messages, loaded = conversation(body, offered.deferred)
     return Ask(
         messages=messages,
-        continues=messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1],
+        continues=is_unfinished(messages),
         # A client that does not ask for thinking does not expect any.
         template_default={"enable_thinking": False},
         template=settings.thinking(body),

@@ -194,6 +194,11 @@ def in_order_of_calls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return out[:-1]
 
 
+def is_unfinished(messages: list[dict[str, Any]]) -> bool:
+    """Whether the last message is the start of an answer, which the model continues: the assistant's, without calls."""
+    return messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
+
+
 def last_of_user(roles: list[str]) -> int:
     """The place of the newest message of the user's; -1 if there is none."""
     return max((i for i, role in enumerate(roles) if role == "user"), default=-1)

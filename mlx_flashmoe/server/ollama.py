@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mlx_flashmoe.server import settings
-from mlx_flashmoe.server.content import last_of_user
+from mlx_flashmoe.server.content import is_unfinished, last_of_user
 from mlx_flashmoe.server.engine import Answer, Ask, Engine
 from mlx_flashmoe.server.errors import ApiError, ollama_body
 from mlx_flashmoe.server.http import JSON, event_stream, read_body
@@ -82,7 +82,7 @@ async def chat(request: Request) -> Response:
     messages = conversation(_messages(body["messages"]))
     ask = Ask(
         messages=messages,
-        continues=messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1],
+        continues=is_unfinished(messages),
         tools=offered.tools,
         left_out=offered.left_out,
         **_settings(body),

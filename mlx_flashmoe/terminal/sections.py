@@ -102,7 +102,7 @@ class _LastLines:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         count = max(1, min(self._count, console.height - 3))
-        # Only so much is broken into lines again with every redraw; from the start of a line, so that it does not jump.
+        # Each redraw wraps only the end of the text. It begins at the start of a line, so that the lines do not jump.
         start = self._text.rfind("\n", 0, max(0, len(self._text) - count * options.max_width)) + 1
         body = Padding(Text(self._text[start:], style="dim"), (0, 0, 0, 2))
         yield ThinkingSection.heading or ""
