@@ -6,30 +6,13 @@ Kernels read experts where they lie in it; nothing is unpacked, copied or gather
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
-from types import ModuleType
-
 import mlx.core as mx
 
-from mlx_flashmoe.kernels import gpu, reference
-from mlx_flashmoe.layout import BITS, BlobLayout
+from mlx_flashmoe.kernels import chosen, gpu, on_cpu
+from mlx_flashmoe.kernels.dense import quantized_matmul
+from mlx_flashmoe.layout import BlobLayout
 
 __all__ = ["expert_ffn", "expert_rows", "quantized_matmul"]
-
-
-@cache
-def _cpu() -> ModuleType:
-    """The SIMD kernels, or the reference where numba is absent or does not go with the installed numpy."""
-    try:
-        return import_module("mlx_flashmoe.kernels.cpu")
-    except ImportError:
-        return reference
-
-
-def _backend() -> ModuleType:
-    """The module whose functions run on the current device."""
-    return gpu.backend() or _cpu()
 
 
 def expert_ffn(
@@ -47,7 +30,12 @@ def expert_ffn(
     Returns:
         [T, D] in x's dtype. Accumulated in float32.
     """
-    return _backend().expert_ffn(x, slab, slots, weights, layout)
+    language = gpu.current()
+    if language is None:
+        y: mx.array = on_cpu.module().expert_ffn(x, slab, slots, weights, layout)
+        return y
+    choice = chosen.for_ffn(language, layout, x.dtype, slots.shape[-1])
+    return choice.expert_ffn(language, x, slab, slots, weights, layout)
 
 
 def expert_rows(x: mx.array, slab: mx.array, slots: mx.array, layout: BlobLayout) -> mx.array:
@@ -66,24 +54,8 @@ def expert_rows(x: mx.array, slab: mx.array, slots: mx.array, layout: BlobLayout
         [P, D]: down(silu(gate(x)) * up(x)) of each row's expert; on a GPU in x's dtype, on the CPU in float32, so
         that a weighted sum of them in order has the bits of expert_ffn.
     """
-    return _backend().expert_rows(x, slab, slots, layout)
-
-
-def quantized_matmul(
-    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
-) -> mx.array:
-    """x @ dequantized(weight).T, as ``mx.quantized_matmul``; on the CPU with the expert kernel's inner loop.
-
-    Args:
-        x: [..., in] activations.
-        weight: uint32 [out, in * bits / 32], MLX's affine format.
-        scales, biases: [out, in / group_size].
-    """
-    if mx.default_device().type == mx.DeviceType.cpu and bits in BITS and _cpu() is not reference:
-        return _cpu().quantized_matmul(x, weight, scales, biases, group_size, bits)
-    if mx.default_device() == mx.gpu and mx.cuda.is_available() and x.shape[-1] <= group_size:
-        # MLX 0.32.4 gives wrong sums, or NaN, for inputs of a single group on Hopper; only tiny models have them.
-        return x @ mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits).T
-    return mx.quantized_matmul(
-        x, weight, scales=scales, biases=biases, transpose=True, group_size=group_size, bits=bits
-    )
+    language = gpu.current()
+    if language is None:
+        y: mx.array = on_cpu.module().expert_rows(x, slab, slots, layout)
+        return y
+    return chosen.for_rows(language, layout, x.dtype).expert_rows(language, x, slab, slots, layout)

@@ -1,15 +1,10 @@
-"""The kernels on NVIDIA GPUs, through ``mx.fast.cuda_kernel``. Contracts: :mod:`mlx_flashmoe.kernels`.
-
-Kernels are made at first use: without CUDA, MLX refuses to make them, and this module must still import.
-"""
+"""The kernels on NVIDIA GPUs, compiled by ``nvrtc.py``. Contracts: :mod:`mlx_flashmoe.kernels`."""
 
 from __future__ import annotations
 
 from functools import partial
 
-import mlx.core as mx
-
-from mlx_flashmoe.kernels import gpu
+from mlx_flashmoe.kernels import gpu, nvrtc
 
 LANGUAGE = gpu.Language(
     prelude="prelude.cuh",
@@ -17,7 +12,7 @@ LANGUAGE = gpu.Language(
 const uint3 group = blockIdx;
 const unsigned simdgroup = threadIdx.x / 32, lane = threadIdx.x % 32;
 """,
-    make_kernel=mx.fast.cuda_kernel,
+    make_kernel=nvrtc.Kernel,
     # 40 KiB of shared memory hold the inputs of ten experts of the 397B at once.
     tiling=gpu.Tiling(
         gate_simdgroups=4,

@@ -1,5 +1,5 @@
-"""What the gated delta rule computes with, for one token, in one launch: a causal depthwise convolution with silu,
-L2-normalized queries and keys, the decay and beta.
+"""What the gated delta rule computes with: a causal depthwise convolution with silu, L2-normalized queries and keys,
+the decay and beta. For one token on a GPU in one launch.
 
 It takes the place of some fifteen small operations; the roundings are theirs.
 """
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_flashmoe.kernels import gpu
+from mlx_flashmoe.kernels import gpu, trust
 
 # A threadgroup takes one head, of queries, keys or values, and a thread one of its channels.
 _SOURCE = """
@@ -54,7 +54,7 @@ if (head < 2 * KEY_HEADS) {
 
 
 class DeltaInputs(NamedTuple):
-    """float32 q, k [B, 1, Hk, D]; v [B, 1, Hv, D]; decay, beta [B, 1, Hv]; the convolution's state after."""
+    """float32 q, k [B, T, Hk, Dk]; v [B, T, Hv, Dv]; decay, beta [B, T, Hv]; the convolution's state after."""
 
     q: mx.array
     k: mx.array
@@ -64,9 +64,106 @@ class DeltaInputs(NamedTuple):
     after: mx.array
 
 
-def supports(key_dim: int, value_dim: int) -> bool:
-    """Whether heads are of one width, and of whole SIMD groups."""
-    return key_dim == value_dim and key_dim % 32 == 0 and key_dim <= 1024
+def delta_inputs(
+    qkv: mx.array,
+    a: mx.array,
+    b: mx.array,
+    *,
+    before: mx.array,
+    filter: mx.array,
+    a_log: mx.array,
+    dt_bias: mx.array,
+    key_heads: int,
+    key_dim: int,
+) -> DeltaInputs:
+    """Queries, keys and values behind the convolution, silu and normalization, and the rule's decay and beta.
+
+    Args:
+        qkv: [B, T, 2 Hk * Dk + Hv * Dv], queries, keys and values, each with its heads in order.
+        a, b: [B, T, Hv], what the decay and beta are made from.
+        before: [B, past, 2 Hk * Dk + Hv * Dv], the convolution's state, in qkv's dtype.
+        filter: [2 Hk * Dk + Hv * Dv, past + 1, 1], the convolution's weights.
+        a_log, dt_bias: [Hv].
+        key_heads, key_dim: Hk and Dk.
+    """
+    _, past, channels = before.shape
+    value_heads = a.shape[-1]
+    language = gpu.current() if qkv.shape[1] == 1 else None
+    alike = channels == (2 * key_heads + value_heads) * key_dim  # queries, keys and values
+    rest: dict[str, Any] = {"before": before, "filter": filter, "a_log": a_log, "dt_bias": dt_bias}
+    rest["key_heads"] = key_heads
+    if language is not None and alike and right(language, qkv.dtype, key_dim, key_heads, value_heads, past):
+        return launch(language, qkv, a, b, **rest)
+    return _plain(qkv, a, b, **rest, key_dim=key_dim)
+
+
+def _plain(
+    qkv: mx.array,
+    a: mx.array,
+    b: mx.array,
+    *,
+    before: mx.array,
+    filter: mx.array,
+    a_log: mx.array,
+    dt_bias: mx.array,
+    key_heads: int,
+    key_dim: int,
+) -> DeltaInputs:
+    batch, tokens, channels = qkv.shape
+    keys = key_heads * key_dim
+    whole = mx.concatenate([before, qkv], axis=1)
+    # A copy: a slice would keep the whole prompt's activations alive.
+    after = mx.contiguous(whole[:, whole.shape[1] - before.shape[1] :])
+    mixed = mx.conv1d(whole, filter, groups=channels)
+    q, k, v = mx.split(mixed * mx.sigmoid(mixed), [keys, 2 * keys], axis=-1)
+    dt = a.astype(mx.float32) + dt_bias.astype(mx.float32)
+    return DeltaInputs(
+        l2_normalize(q.reshape(batch, tokens, key_heads, key_dim), key_dim**-0.5),
+        l2_normalize(k.reshape(batch, tokens, key_heads, key_dim)),
+        v.reshape(batch, tokens, a.shape[-1], -1).astype(mx.float32),
+        mx.exp(-mx.exp(a_log.astype(mx.float32)) * mx.logaddexp(dt, 0)),
+        mx.sigmoid(b).astype(mx.float32),
+        after,
+    )
+
+
+def l2_normalize(x: mx.array, scale: float = 1.0) -> mx.array:
+    """scale * x / sqrt(sum(x^2) + 1e-6) over the last axis, in float32.
+
+    As an RMS norm, which divides by the root of the mean instead of the sum.
+    """
+    dims = x.shape[-1]
+    return mx.fast.rms_norm(x.astype(mx.float32), None, 1e-6 / dims) * (scale * dims**-0.5)
+
+
+def right(
+    language: gpu.Language, dtype: mx.Dtype, dims: int, key_heads: int, value_heads: int, past: int
+) -> bool:
+    """Whether the kernel serves heads of ``dims``, all of one width: it can, and it was found right."""
+
+    def compare() -> str:
+        channels = (2 * key_heads + value_heads) * dims
+        qkv, a, b, before, filter, a_log, dt_bias = trust.normals(
+            (2, 1, channels),
+            *[(2, 1, value_heads)] * 2,
+            (2, past, channels),
+            (channels, past + 1, 1),
+            *[(value_heads,)] * 2,
+        )
+        qkv, a, b, before, filter = (part.astype(dtype) for part in (qkv, a, b, before, filter))
+        rest: dict[str, Any] = {
+            "before": before,
+            "filter": filter,
+            "a_log": a_log,
+            "dt_bias": dt_bias,
+            "key_heads": key_heads,
+        }
+        got = launch(language, qkv, a, b, **rest)
+        expected = _plain(qkv, a, b, **rest, key_dim=dims)
+        return trust.judge(got, expected, trust.TOLERANCE[dtype])
+
+    supported = dims % 32 == 0 and dims <= 1024
+    return supported and trust.served("delta_inputs", (dtype, dims, key_heads, value_heads, past), compare)
 
 
 def launch(
@@ -81,16 +178,7 @@ def launch(
     dt_bias: mx.array,
     key_heads: int,
 ) -> DeltaInputs:
-    """On a GPU.
-
-    Args:
-        qkv: [B, 1, (2 Hk + Hv) * D], queries, keys and values, each with its heads in order.
-        a, b: [B, 1, Hv], what the decay and beta are made from.
-        before: [B, past, (2 Hk + Hv) * D], the convolution's state, in qkv's dtype.
-        filter: [(2 Hk + Hv) * D, past + 1, 1], the convolution's weights.
-        a_log, dt_bias: [Hv].
-        key_heads: Hk.
-    """
+    """On a GPU, for one token and heads of one width; arguments as :func:`delta_inputs`."""
     batch, past, channels = before.shape
     value_heads = a.shape[-1]
     dims = channels // (2 * key_heads + value_heads)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import mlx.core as mx
+
+from mlx_flashmoe.kernels import nvrtc, trust
 
 SEGMENT = 16  # tokens of the fallback evaluated at once
 ROWS = 4  # rows of the state a CUDA block takes, one a warp
@@ -34,15 +35,54 @@ def gated_delta_update(
     Returns:
         y float32 [B, T, Hv, Dv], and S after the last token.
     """
-    on_gpu, metal = mx.default_device() == mx.gpu, mx.metal.is_available()
-    if on_gpu and metal and (*k.shape[2:], *v.shape[2:]) in ON_METAL:
+    if mx.default_device() != mx.gpu:
+        return (_on_cpu() or _in_segments)(q, k, v, decay, beta, state)
+    if right(*k.shape[2:], *v.shape[2:]):
+        return _on_gpu(q, k, v, decay, beta, state)
+    return _in_segments(q, k, v, decay, beta, state)
+
+
+def right(key_heads: int, key_dim: int, value_heads: int, value_dim: int) -> bool:
+    """Whether the GPU's kernel serves heads like these: there is one for them, and it was found right."""
+    metal = mx.metal.is_available()
+    shape = (key_heads, key_dim, value_heads, value_dim)
+    if shape not in ON_METAL if metal else key_dim % 32 or value_dim % ROWS:
+        return False
+
+    def compare() -> str:
+        keys, values, heads = (1, 3, key_heads, key_dim), (1, 3, value_heads, value_dim), (1, 3, value_heads)
+        states = (1, value_heads, value_dim, key_dim)
+        q, k, v, a, b, state = trust.normals(keys, keys, values, heads, heads, states)
+        q, k = q * key_dim**-0.5, k * key_dim**-0.5
+        inputs = q, k, v, mx.sigmoid(a), mx.sigmoid(b), state
+        return trust.judge(_on_gpu(*inputs), _step_by_step(*inputs), trust.TOLERANCE[mx.float32])
+
+    return trust.served("gated_delta", shape, compare)
+
+
+def _on_gpu(
+    q: mx.array, k: mx.array, v: mx.array, decay: mx.array, beta: mx.array, state: mx.array
+) -> tuple[mx.array, mx.array]:
+    """MLX's kernel on Metal, ours on CUDA."""
+    if mx.metal.is_available():
         y, state = mx.fast.gated_delta_update(q, k, v, decay, beta, state)
         return y, state
-    if on_gpu and not metal and k.shape[-1] % 32 == 0 and v.shape[-1] % ROWS == 0:
-        return _cuda(q, k, v, decay, beta, state)
-    if not on_gpu and (eager := _on_cpu()) is not None:
-        return eager(q, k, v, decay, beta, state)
-    return _in_segments(q, k, v, decay, beta, state)
+    return _cuda(q, k, v, decay, beta, state)
+
+
+def _step_by_step(
+    q: mx.array, k: mx.array, v: mx.array, decay: mx.array, beta: mx.array, state: mx.array
+) -> tuple[mx.array, mx.array]:
+    """The rule as it is written down, in elementwise operations and sums."""
+    each = v.shape[2] // k.shape[2]
+    q, k = mx.repeat(q, each, axis=2), mx.repeat(k, each, axis=2)
+    outputs = []
+    for t in range(q.shape[1]):
+        state = state * decay[:, t, :, None, None]
+        delta = (v[:, t] - (state * k[:, t, :, None]).sum(axis=-1)) * beta[:, t, :, None]
+        state = state + delta[..., None] * k[:, t, :, None]
+        outputs.append((state * q[:, t, :, None]).sum(axis=-1))
+    return mx.stack(outputs, axis=1), state
 
 
 @cache
@@ -78,7 +118,6 @@ const int lane = threadIdx.x;
 const int row = blockIdx.y * blockDim.y + threadIdx.y;
 const int head = blockIdx.z % Hv;
 const long long batch = blockIdx.z / Hv;
-const int tokens = q_shape[1];
 const long long at = ((batch * Hv + head) * Dv + row) * Dk + lane * PER_LANE;
 float s[PER_LANE];
 for (int i = 0; i < PER_LANE; ++i) s[i] = state[at + i];
@@ -109,12 +148,13 @@ for (int i = 0; i < PER_LANE; ++i) new_state[at + i] = s[i];
 
 
 @cache
-def _cuda_kernel() -> Any:
-    return mx.fast.cuda_kernel(
-        name="flashmoe_gated_delta",
-        input_names=["q", "k", "v", "decay", "beta", "state"],
-        output_names=["y", "new_state"],
-        source=_CUDA,
+def _cuda_kernel() -> nvrtc.Kernel:
+    return nvrtc.Kernel(
+        "flashmoe_gated_delta",
+        ["q", "k", "v", "decay", "beta", "state"],
+        ["y", "new_state"],
+        _CUDA,
+        scalars=["tokens"],
     )
 
 
@@ -125,6 +165,7 @@ def _cuda(
     y, state = _cuda_kernel()(
         inputs=[q, k, v, decay, beta, state],
         template=[("Dk", dims), ("Dv", rows), ("Hk", k.shape[2]), ("Hv", heads)],
+        scalars=[q.shape[1]],
         grid=(32, rows, batch * heads),
         threadgroup=(32, ROWS, 1),
         output_shapes=[v.shape, state.shape],

@@ -9,7 +9,6 @@ from __future__ import annotations
 from itertools import groupby
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from mlx_flashmoe.layout import BlobLayout, Component, Projection
@@ -53,7 +52,8 @@ def expert_rows(x: mx.array, slab: mx.array, slots: mx.array, layout: BlobLayout
     for slot, run in groupby(np.asarray(slots).tolist()):
         stop = start + len(list(run))
         rows = x[start:stop].astype(mx.float32)
-        h = nn.silu(project(rows, slab, slot, layout.gate)) * project(rows, slab, slot, layout.up)
+        gate = project(rows, slab, slot, layout.gate)
+        h = gate * mx.sigmoid(gate) * project(rows, slab, slot, layout.up)
         outputs.append(project(h, slab, slot, layout.down))
         start = stop
     if not outputs:

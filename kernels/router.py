@@ -6,8 +6,9 @@ from functools import cache
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_flashmoe.kernels import gpu
+from mlx_flashmoe.kernels import gpu, trust
 
 MOST_EXPERTS = 1024
 
@@ -59,8 +60,34 @@ def route(logits: mx.array, active: int, normalize: bool) -> tuple[mx.array, mx.
         integer ids [..., active], ascending on the CPU, and float32 weights [..., active].
     """
     language = gpu.for_rows(logits)
-    if language is not None and logits.shape[-1] <= MOST_EXPERTS:
+    if language is not None and right(language, logits.dtype, logits.shape[-1], active, normalize):
         return launch(language, logits, active, normalize)
+    return _plain(logits, active, normalize)
+
+
+def right(language: gpu.Language, dtype: mx.Dtype, experts: int, active: int, normalize: bool) -> bool:
+    """Whether the kernel serves such a router: it can, and it was found right."""
+
+    def compare() -> str:
+        rng = np.random.default_rng(0)
+        order = np.stack([rng.permutation(experts) for _ in range(3)])
+        # The bfloat16 from 1 on: distinct in every dtype, so that there are no ties.
+        logits = mx.array((0x3F80 + order).astype(np.uint16)).view(mx.bfloat16).astype(dtype)
+        got, expected = (
+            _spread(*chosen, experts)
+            for chosen in (launch(language, logits, active, normalize), _plain(logits, active, normalize))
+        )
+        return trust.judge([got], [expected], trust.TOLERANCE[mx.float32])
+
+    return experts <= MOST_EXPERTS and trust.served("router", (dtype, experts, active, normalize), compare)
+
+
+def _spread(ids: mx.array, weights: mx.array, experts: int) -> mx.array:
+    """The weights [rows, experts], 0 for those that were not chosen."""
+    return ((ids[..., None] == mx.arange(experts)) * weights[..., None]).sum(axis=-2)
+
+
+def _plain(logits: mx.array, active: int, normalize: bool) -> tuple[mx.array, mx.array]:
     scores = mx.softmax(logits.astype(mx.float32), axis=-1)
     # Ascending: the order in which a prompt's experts are added up.
     ids = mx.sort(mx.argpartition(scores, kth=-active, axis=-1)[..., -active:], axis=-1)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_flashmoe import user_cache
 from mlx_flashmoe.convert.destination import MODEL, Destination, sync_folder, writing
 from mlx_flashmoe.convert.download import Connections, Download
 from mlx_flashmoe.convert.hub import HubFile, Repository, Unreachable
@@ -36,7 +37,7 @@ Progress = Callable[[int, int, str], None]
 
 def default_directory() -> Path:
     """The folder of fetched models."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-flashmoe" / "models"
+    return user_cache.folder("models")
 
 
 def find(model: str | os.PathLike[str]) -> Path | None:

@@ -8,21 +8,26 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_flashmoe import memory
 from mlx_flashmoe.errors import FormatError, MemoryPlanError
 from mlx_flashmoe.experts import Decode, ExpertStore, ReadAhead, SlotArena, StreamedExperts
-from mlx_flashmoe.experts.store import reads_directly
+from mlx_flashmoe.experts.slab import HostSlab
+from mlx_flashmoe.experts.store import ReadRequest, reads_directly
+from mlx_flashmoe.experts.streamed import slot_layout
 from mlx_flashmoe.facts import Facts
 from mlx_flashmoe.fetch import model_folder
-from mlx_flashmoe.layout import Manifest, expert_files
-from mlx_flashmoe.models import architecture
+from mlx_flashmoe.kernels import chosen, trust
+from mlx_flashmoe.layout import BlobLayout, Manifest, expert_files
+from mlx_flashmoe.models import architecture, check_kernels
 from mlx_flashmoe.models.cache import Cache
 from mlx_flashmoe.models.decoder import mixed_at_once
 from mlx_flashmoe.models.quantized import quantize
@@ -180,6 +185,7 @@ def load(
     prefix_memory: int = 0,
     check_reads: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    kernels: str = "auto",
 ) -> tuple[StreamingModel, Tokenizer]:
     """Loads a converted folder. One without a tokenizer.json loads too; its tokenizer raises when used.
 
@@ -199,8 +205,12 @@ def load(
         check_reads: checksum every expert as it is read; a damaged one is a ReadError when it is needed.
         progress: called with (bytes loaded, bytes to load) as the dense part is read, and the experts, if all of
             them fit.
+        kernels: on a GPU, for the whole process: "auto" compares the custom kernels with plain operations before their
+            first use on a device, and does without those that are wrong; "custom" uses them unseen; "mlx" uses MLX's
+            own operations only.
 
     Raises:
+        FlashMoEError: experts are not computed right on this device.
         FormatError: not a complete converted folder, or its parts contradict each other.
         MemoryPlanError: it does not fit in memory as asked.
         SourceError, ConversionError: a repository cannot be fetched, or not be written.
@@ -265,9 +275,14 @@ def load(
     told(0, total)  # now: to take the memory is work, too
 
     store = ExpertStore(folder, manifest, experts_path, direct_reads or plan.direct, check_reads)
+    trust.use(kernels, announce)
+    layouts = {slot_layout(store, layer): layer for layer in store.layers}
+    for layout, layer in layouts.items():
+        chosen.prepare(layout, dtype, active, partial(_some_experts, store, layer, layout), announce)
     arena = SlotArena(store, plan.slots)
     decode = Decode(arena, ReadAhead(arena) if read_ahead else None)
     model = arch.Model(settings, lambda layer: StreamedExperts(decode, layer), active)
+    check_kernels(model, dtype)
     facts = Facts.of(manifest, weights)
     _load_dense(model, manifest, weights, dtypes, folder, lambda done: told(done, total))
     tokenizer = _load_tokenizer(folder)
@@ -275,7 +290,8 @@ def load(
         arena.load_all(lambda count: told(plan.dense + count * plan.slot_bytes, total))
     told(total, total)
     chunk = prefill_chunk(settings, dtype)
-    identity = _identity(manifest, config, active, dtype)
+    computing = [chosen.identity(layout, dtype, active) for layout in layouts]
+    identity = _identity(manifest, config, active, dtype, [*computing, *trust.wrong()])
     loaded = StreamingModel(model, decode, plan, chunk, kv_bytes, settings.context_length, identity, facts)
     return loaded, tokenizer
 
@@ -286,10 +302,24 @@ def prefill_chunk(settings: Any, dtype: mx.Dtype) -> int:
     return memory.prefill_chunk(settings.activation_bytes(dtype), besides=mixing)
 
 
-def _identity(manifest: Manifest, config: dict[str, Any], active: int, dtype: mx.Dtype) -> str:
-    """A digest of the weights, the settings, the code that computes with them and the device it does so on."""
+def _some_experts(store: ExpertStore, layer: int, layout: BlobLayout, count: int) -> np.ndarray:
+    """The first experts of a layer, as slots hold them: uint32 [count or fewer, blob_size / 4]."""
+    count = min(count, store.num_experts(layer))
+    slab = HostSlab(count, layout.blob_size)
+    store.start([ReadRequest(layer, expert, expert) for expert in range(count)], slab).wait()
+    return slab.host
+
+
+def _identity(
+    manifest: Manifest, config: dict[str, Any], active: int, dtype: mx.Dtype, computing: list[str]
+) -> str:
+    """A digest of the weights, the settings, the code that computes with them and the device it does so on.
+
+    Args:
+        computing: which kernels the device uses.
+    """
     weights = {**manifest.to_json(), "source": None}
-    code = [version("mlx"), version("mlx-flashmoe"), str(mx.default_device().type)]
+    code = [version("mlx"), version("mlx-flashmoe"), str(mx.default_device().type), *computing]
     text = json.dumps([weights, config, active, str(dtype), code], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

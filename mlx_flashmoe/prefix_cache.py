@@ -28,6 +28,7 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
+from mlx_flashmoe import user_cache
 from mlx_flashmoe.models.cache import Cache
 
 MEMORY_BYTES = 10**9
@@ -46,7 +47,7 @@ _HEADER_BYTES = 256  # of a tensor in a safetensors header, at most
 
 def default_directory() -> Path:
     """Where prefixes are kept on disk unless told otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-flashmoe" / "prefixes"
+    return user_cache.folder("prefixes")
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,10 @@ def test_the_cuda_text_follows_the_definition(tmp_path: Path, monkeypatch: pytes
     source.write_text(
         HARNESS
         % {
-            "CONSTANTS": "\n".join(f"constexpr int {name} = {n};" for name, n in called["template"]),
+            "CONSTANTS": "\n".join(
+                f"constexpr int {name} = {n};"
+                for name, n in [*called["template"], ("tokens", *called["scalars"])]
+            ),
             "BLOCK": ", ".join(map(str, launch.threadgroup)),
             "BUFFERS": "\n  ".join(f"{kind} {name} = ({kind})buffers[{i}];" for i, (kind, name) in named),
             "SOURCE": launch.text,

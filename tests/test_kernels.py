@@ -13,8 +13,7 @@ from expert_cases import TOLERANCE, Experts, error, from_bfloat16, layout_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_flashmoe import kernels
-from mlx_flashmoe.kernels import reference
+from mlx_flashmoe.kernels import on_cpu, reference
 from mlx_flashmoe.layout import BITS, GROUP_SIZES
 
 try:
@@ -261,13 +260,13 @@ def test_no_rows(module):
 
 @needs_numba
 def test_the_cpu_gets_the_fast_kernel_and_the_reference_without_numba(monkeypatch):
-    assert kernels._backend() is cpu
-    monkeypatch.setattr(kernels, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
-    kernels._cpu.cache_clear()
+    assert on_cpu.module() is cpu
+    monkeypatch.setattr(on_cpu, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
+    on_cpu.module.cache_clear()
     try:
-        assert kernels._backend() is reference
+        assert on_cpu.module() is reference
     finally:
-        kernels._cpu.cache_clear()
+        on_cpu.module.cache_clear()
 
 
 @needs_numba

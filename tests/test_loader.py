@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 from checkpoints import Spec, write_checkpoint
 
-from mlx_flashmoe import convert, kernels, load, loader, memory
+from mlx_flashmoe import convert, load, loader, memory
 from mlx_flashmoe.errors import FormatError, MemoryPlanError, RequestError
 from mlx_flashmoe.experts import arena, slab, store
 from mlx_flashmoe.experts.store import reads_directly
 from mlx_flashmoe.generate import generate_step, prefill
+from mlx_flashmoe.kernels import on_cpu, reference
 from mlx_flashmoe.layout import PAGE
 from mlx_flashmoe.memory import Plan, parse_size, plan, prefill_chunk
 from mlx_flashmoe.models import decoder
@@ -67,7 +68,7 @@ def test_a_folder_without_tokenizer_loads_and_says_so_when_text_is_wanted(folder
 )
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_pieces_of_a_prompt_change_no_bit(tmp_path: Path, dtype: mx.Dtype) -> None:
-    if kernels._cpu() is kernels.reference:
+    if on_cpu.module() is reference:
         pytest.skip("MLX's own products of one row and of many differ")
     write_checkpoint(tmp_path / "source", Spec(experts=16, per_token=6), "fused")
     (tmp_path / "source" / "tokenizer.json").unlink()

@@ -26,12 +26,13 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_flashmoe import kernels, memory
-from mlx_flashmoe.bench.kernels import memory_reader, random_slab
+from mlx_flashmoe.bench.kernels import memory_reader
 from mlx_flashmoe.doctor.predict import Rates
 from mlx_flashmoe.errors import FlashMoEError
 from mlx_flashmoe.experts import Decode, ExpertStore, SlotArena, StreamedExperts
 from mlx_flashmoe.experts.slab import make_slab
 from mlx_flashmoe.experts.store import ReadRequest
+from mlx_flashmoe.kernels.random_slab import random_slab
 from mlx_flashmoe.layout import (
     MANIFEST,
     PROJECTIONS,

@@ -109,7 +109,7 @@ class SlotArena:
         self.capacity = min(slots, total)
         self.resident = False
         self.policy = policy or LRFU(rows, experts)
-        self.slot_bytes = max(store.layout(layer).blob_size for layer in store.layers)
+        self.slot_bytes = store.slot_bytes
         self._slab = make_slab(self.capacity, self.slot_bytes)
         self.table = make_table(rows, experts)
         self.slot_of = self.table.host

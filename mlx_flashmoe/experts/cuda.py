@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flashmoe.errors import MemoryPlanError
+from mlx_flashmoe.kernels.nvrtc import Kernel
 
 
 def is_current() -> bool:
@@ -24,11 +25,11 @@ def is_current() -> bool:
 
 def device_address(array: mx.array) -> int:
     """Where kernels see ``array``: asked of a kernel, because asking MLX for it moves it to managed memory."""
-    kernel: Any = mx.fast.cuda_kernel(
-        name="flashmoe_address",
-        input_names=["slab"],
-        output_names=["address"],
-        source="if (threadIdx.x == 0) address[0] = reinterpret_cast<unsigned long long>(slab);",
+    kernel = Kernel(
+        "flashmoe_address",
+        ["slab"],
+        ["address"],
+        "if (threadIdx.x == 0) address[0] = reinterpret_cast<unsigned long long>(slab);",
     )
     (address,) = kernel(
         inputs=[array],
@@ -37,7 +38,7 @@ def device_address(array: mx.array) -> int:
         output_shapes=[(1,)],
         output_dtypes=[mx.uint64],
     )
-    return int(address.item())
+    return int(np.asarray(address)[0])
 
 
 class HostCopy:
@@ -86,12 +87,12 @@ def address_array(address: int) -> mx.array:
 
 
 @cache
-def _export_kernel() -> Any:
-    return mx.fast.cuda_kernel(
-        name="flashmoe_export",
-        input_names=["values", "address"],
-        output_names=["done"],
-        source="""
+def _export_kernel() -> Kernel:
+    return Kernel(
+        "flashmoe_export",
+        ["values", "address"],
+        ["done"],
+        """
 const int i = blockIdx.x * blockDim.x + threadIdx.x;
 if (i < N) reinterpret_cast<int*>(address[0])[i] = values[i];
 if (i == 0) done[0] = 1;

@@ -106,6 +106,20 @@ class CudaSlab:
         self._cuda.copy(to, self._thread.staging.address, stop - start, self._thread.stream)
 
 
+class HostSlab:
+    """Plain host memory that nobody computes with: for looking at experts."""
+
+    def __init__(self, slots: int, slot_bytes: int):
+        self.host = np.zeros((slots, slot_bytes // 4), dtype=np.uint32)
+        self.array = mx.zeros((0,), dtype=mx.uint32)
+
+    def begin(self, slot: int, start: int, stop: int) -> memoryview:
+        return memoryview(self.host[slot]).cast("B")[start:stop]
+
+    def finish(self, slot: int, start: int, stop: int) -> None:
+        pass
+
+
 def make_slab(slots: int, slot_bytes: int) -> Slab:
     """A slab in the memory of the current device."""
     if cuda.is_current():

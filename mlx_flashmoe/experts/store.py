@@ -252,6 +252,11 @@ class ExpertStore:
     def layout(self, layer: int) -> BlobLayout:
         return self._files[layer].layout
 
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the largest blob: a slot holds any of them."""
+        return max(file.layout.blob_size for file in self._files.values())
+
     def paths(self, layer: int) -> tuple[Path, ...]:
         """The layer's expert file, wherever there is a copy."""
         return self._files[layer].paths

@@ -18,6 +18,8 @@ from mlx_flashmoe import kernels
 from mlx_flashmoe.errors import ReadError
 from mlx_flashmoe.experts.arena import SlotArena
 from mlx_flashmoe.experts.decode import Decode
+from mlx_flashmoe.experts.store import ExpertStore
+from mlx_flashmoe.layout import BlobLayout
 
 # Experts a wave has at most: enough to keep the disk busy, few enough that neither the first wave's reading
 # nor the last wave's computing, which nothing overlaps, weighs much.
@@ -70,10 +72,15 @@ def pieces(bounds: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
 
 def one_a_token(tokens: np.ndarray) -> Iterator[np.ndarray]:
     """Every token's first row, then every token's second, and so on; ``tokens`` is the token of each row."""
-    order = np.argsort(tokens, kind="stable")
+    order = np.argsort(tokens, kind="stable").astype(np.int32)
     _, starts, counts = np.unique(tokens[order], return_index=True, return_counts=True)
     for nth in range(counts.max()):
         yield order[starts[counts > nth] + nth]
+
+
+def slot_layout(store: ExpertStore, layer: int) -> BlobLayout:
+    """The layout of a layer's experts in the slab, where every slot has the size of the largest blob."""
+    return replace(store.layout(layer), blob_size=store.slot_bytes)
 
 
 class StreamedExperts(nn.Module):
@@ -90,8 +97,7 @@ class StreamedExperts(nn.Module):
         self._arena = decode.arena
         self._layer = layer
         self._row = self._arena.row_of[layer]
-        # In the slab every slot has the same size, whatever the layer's own blobs need.
-        self._layout = replace(self._arena.store.layout(layer), blob_size=self._arena.slot_bytes)
+        self._layout = slot_layout(self._arena.store, layer)
 
     def wants_guess(self, tokens: int) -> bool:
         """Whether a call with so many tokens would make use of ``likely``."""
@@ -147,7 +153,9 @@ class StreamedExperts(nn.Module):
         self._arena.all_computed()  # the ids come from all of it; a prompt's outputs are large
         tokens, top_k = ids.shape
         flat = ids.reshape(-1)
-        order = np.argsort(flat, kind="stable")
+        order = np.argsort(flat, kind="stable").astype(
+            np.int32
+        )  # as all indices: MLX has fewer kernels to compile
         experts, starts = np.unique(flat[order], return_index=True)
         bounds = np.append(starts, flat.size)
         self._arena.touch(self._layer, experts)

@@ -7,12 +7,13 @@ be built on before it is known where its experts will be.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_flashmoe.experts import cuda
+from mlx_flashmoe.kernels.nvrtc import Kernel
 
 
 class SlotTable(Protocol):
@@ -62,12 +63,12 @@ class CudaTable:
 
 
 @cache
-def _lookup_kernel() -> Any:
-    return mx.fast.cuda_kernel(
-        name="flashmoe_lookup",
-        input_names=["ids", "row"],
-        output_names=["slots"],
-        source="""
+def _lookup_kernel() -> Kernel:
+    return Kernel(
+        "flashmoe_lookup",
+        ["ids", "row"],
+        ["slots"],
+        """
 const int i = blockIdx.x * blockDim.x + threadIdx.x;
 if (i < N) slots[i] = max(reinterpret_cast<const volatile int*>(row[0])[ids[i]], 0);
 """,

@@ -5,6 +5,9 @@ What architectures share is beside them, a file each: ``decoder``, ``attention``
 
 from types import ModuleType
 
+import mlx.core as mx
+import mlx.nn as nn
+
 from mlx_flashmoe.errors import FormatError
 from mlx_flashmoe.models import qwen3_5_moe, qwen3_moe, qwen3_next
 
@@ -24,3 +27,15 @@ def architecture(model_type: str) -> ModuleType:
             f"model_type {model_type!r} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}"
         )
     return ARCHITECTURES[model_type]
+
+
+def check_kernels(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Compares every kernel that the model's layers use on a GPU with plain operations, before it is needed.
+
+    Args:
+        dtype: of the activations.
+    """
+    for module in model.modules():
+        check = getattr(module, "check_kernels", None)
+        if check is not None:
+            check(dtype)

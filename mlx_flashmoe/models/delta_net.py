@@ -7,13 +7,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_flashmoe.kernels import gpu
-from mlx_flashmoe.kernels.delta_inputs import DeltaInputs, launch, supports
-from mlx_flashmoe.kernels.gated_delta import gated_delta_update
+from mlx_flashmoe.kernels import delta_inputs, gated_delta, gpu
 from mlx_flashmoe.models.cache import RecurrentCache
 from mlx_flashmoe.models.config import BaseConfig
-from mlx_flashmoe.models.fused import decay_and_beta, replayed, silu
-from mlx_flashmoe.models.norm import GatedRMSNorm, l2_normalize
+from mlx_flashmoe.models.fused import replayed
+from mlx_flashmoe.models.norm import GatedRMSNorm
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,6 @@ class GatedDeltaNet(nn.Module):
         super().__init__()
         self.key_heads, self.key_dim = config.linear_num_key_heads, config.linear_key_head_dim
         self.value_heads, self.value_dim = config.linear_num_value_heads, config.linear_value_head_dim
-        self.splits = [config.keys, 2 * config.keys]
         channels = 2 * config.keys + config.values
         self.conv1d = nn.Conv1d(
             channels, channels, config.linear_conv_kernel_dim, groups=channels, bias=False
@@ -94,34 +91,30 @@ class GatedDeltaNet(nn.Module):
         B, T, _ = x.shape
         qkv, z, b, a = self.project(x)
         q, k, v, decay, beta, after = self._inputs(qkv, a, b, before)
-        y, state = gated_delta_update(q, k, v, decay, beta, state)
+        y, state = gated_delta.gated_delta_update(q, k, v, decay, beta, state)
         z = z.reshape(B, T, self.value_heads, self.value_dim)
         return self.out_proj(self.norm(y, z).reshape(B, T, -1)), after, state
 
-    def _inputs(self, qkv: mx.array, a: mx.array, b: mx.array, before: mx.array) -> DeltaInputs:
+    def _inputs(self, qkv: mx.array, a: mx.array, b: mx.array, before: mx.array) -> delta_inputs.DeltaInputs:
         """From queries, keys and values before the convolution, and its state ``before``."""
-        language = gpu.current()
-        if language is not None and qkv.shape[1] == 1 and supports(self.key_dim, self.value_dim):
-            return launch(
-                language,
-                qkv,
-                a,
-                b,
-                before=before,
-                filter=self.conv1d.weight,
-                a_log=self.A_log,
-                dt_bias=self.dt_bias,
-                key_heads=self.key_heads,
-            )
-        B, T, _ = qkv.shape
-        whole = mx.concatenate([before, qkv], axis=1)
-        # A copy: a slice would keep the whole prompt's activations alive.
-        after = mx.contiguous(whole[:, whole.shape[1] - before.shape[1] :])
-        q, k, v = mx.split(silu(self.conv1d(whole)), self.splits, axis=-1)
-        return DeltaInputs(
-            l2_normalize(q.reshape(B, T, self.key_heads, self.key_dim), self.key_dim**-0.5),
-            l2_normalize(k.reshape(B, T, self.key_heads, self.key_dim)),
-            v.reshape(B, T, self.value_heads, self.value_dim).astype(mx.float32),
-            *decay_and_beta(a, b, self.A_log, self.dt_bias),
-            after,
+        return delta_inputs.delta_inputs(
+            qkv,
+            a,
+            b,
+            before=before,
+            filter=self.conv1d.weight,
+            a_log=self.A_log,
+            dt_bias=self.dt_bias,
+            key_heads=self.key_heads,
+            key_dim=self.key_dim,
         )
+
+    def check_kernels(self, dtype: mx.Dtype) -> None:
+        """Compares the kernels that serve this layer on a GPU, if there is one, before they are needed."""
+        language = gpu.current()
+        if language is not None:
+            past = self.conv1d.weight.shape[1] - 1
+            heads = self.key_heads, self.value_heads
+            if self.key_dim == self.value_dim:
+                delta_inputs.right(language, dtype, self.key_dim, *heads, past)
+            gated_delta.right(self.key_heads, self.key_dim, self.value_heads, self.value_dim)

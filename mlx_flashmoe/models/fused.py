@@ -12,18 +12,22 @@ from typing import Any, TypeVar
 from weakref import WeakMethod
 
 import mlx.core as mx
-import mlx.nn as nn
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def fused(function: F) -> F:
-    """One kernel for all of ``function``'s elementwise operations, where the current device is a GPU."""
+    """One kernel for all of ``function``'s elementwise operations, where that pays.
+
+    It does on Metal. MLX compiles each for CUDA in every new session of the machine, for seconds: there a prompt, whose
+    time they do not matter to, uses plain operations.
+    """
     compiled = mx.compile(function, shapeless=True)
 
     @wraps(function)
     def call(*arrays: mx.array) -> Any:
-        return compiled(*arrays) if mx.default_device() == mx.gpu else function(*arrays)
+        pays = mx.default_device() == mx.gpu and (mx.metal.is_available() or replays(arrays[0]))
+        return compiled(*arrays) if pays else function(*arrays)
 
     return call  # type: ignore[return-value]
 
@@ -60,13 +64,8 @@ def replays(x: mx.array) -> bool:
 
 @fused
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """silu(gate) * up."""
-    return nn.silu(gate) * up
-
-
-@fused
-def silu(x: mx.array) -> mx.array:
-    return nn.silu(x)
+    """silu(gate) * up. Spelled out, because MLX compiles its own silu."""
+    return gate * mx.sigmoid(gate) * up
 
 
 @fused
@@ -79,10 +78,3 @@ def gated(x: mx.array, gate: mx.array) -> mx.array:
 def plus_gated(residual: mx.array, y: mx.array, x: mx.array, gate: mx.array) -> mx.array:
     """residual + (y + x * sigmoid(gate))."""
     return residual + (y + x * mx.sigmoid(gate))
-
-
-@fused
-def decay_and_beta(a: mx.array, b: mx.array, a_log: mx.array, dt_bias: mx.array) -> tuple[mx.array, mx.array]:
-    """The gated delta rule's exp(-exp(A_log) * softplus(a + dt_bias)) and sigmoid(b), in float32."""
-    dt = nn.softplus(a.astype(mx.float32) + dt_bias.astype(mx.float32))
-    return mx.exp(-mx.exp(a_log.astype(mx.float32)) * dt), mx.sigmoid(b).astype(mx.float32)

@@ -7,7 +7,7 @@ from typing import Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_flashmoe.kernels.router import route
+from mlx_flashmoe.kernels import gpu, router
 from mlx_flashmoe.models.fused import plus_gated, replayed, swiglu
 from mlx_flashmoe.models.together import Together
 
@@ -48,7 +48,13 @@ class MoE(nn.Module):
 
     def route(self, logits: mx.array) -> tuple[mx.array, mx.array]:
         """The experts of each token, from the gate's output: ids and weights [..., K]."""
-        return route(logits, self._active, self._normalize)
+        return router.route(logits, self._active, self._normalize)
+
+    def check_kernels(self, dtype: mx.Dtype) -> None:
+        """Compares the kernel that serves the router on a GPU, if there is one, before it is needed."""
+        language = gpu.current()
+        if language is not None:
+            router.right(language, dtype, self.gate.weight.shape[0], self._active, self._normalize)
 
 
 class SharedExpert(nn.Module):

@@ -5,17 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_flashmoe.kernels.add_norm import add_norm, rms_norm
-from mlx_flashmoe.kernels.gated_norm import gated_norm
-
-
-def l2_normalize(x: mx.array, scale: float = 1.0) -> mx.array:
-    """scale * x / sqrt(sum(x^2) + 1e-6) over the last axis, in float32.
-
-    As an RMS norm, which divides by the root of the mean instead of the sum.
-    """
-    dims = x.shape[-1]
-    return mx.fast.rms_norm(x.astype(mx.float32), None, 1e-6 / dims) * (scale * dims**-0.5)
+from mlx_flashmoe.kernels import add_norm, gated_norm, gpu
 
 
 class RMSNorm(nn.Module):
@@ -30,11 +20,17 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:
-        return rms_norm(x, self.weight, self.eps)
+        return add_norm.rms_norm(x, self.weight, self.eps)
 
     def after_adding(self, x: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
         """x + y, and the norm of that."""
-        return add_norm(x, y, self.weight, self.eps)
+        return add_norm.add_norm(x, y, self.weight, self.eps)
+
+    def check_kernels(self, dtype: mx.Dtype) -> None:
+        """Compares the kernels that serve this layer on a GPU, if there is one, before they are needed."""
+        language = gpu.current()
+        if language is not None:
+            add_norm.right(language, dtype, self.weight.size)
 
 
 class GatedRMSNorm(nn.Module):
@@ -46,4 +42,10 @@ class GatedRMSNorm(nn.Module):
         self.eps = eps
 
     def __call__(self, y: mx.array, gate: mx.array) -> mx.array:
-        return gated_norm(y, gate, self.weight, self.eps)
+        return gated_norm.gated_norm(y, gate, self.weight, self.eps)
+
+    def check_kernels(self, dtype: mx.Dtype) -> None:
+        """As of RMSNorm."""
+        language = gpu.current()
+        if language is not None:
+            gated_norm.right(language, dtype, self.weight.size)

@@ -1,0 +1,227 @@
+"""How the experts of one layout are computed on a GPU: by the custom kernels, as they are fastest, or by MLX.
+
+``prepare`` compares and measures once on a device, with experts of the model that is loaded, and keeps the outcome in
+the user's cache. Whoever calls the kernels without it gets the language's own choice, compared on random experts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Hashable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_flashmoe import user_cache
+from mlx_flashmoe.errors import FlashMoEError
+from mlx_flashmoe.kernels import gpu, mlx_experts, reference, trust, tuning
+from mlx_flashmoe.kernels.random_slab import random_slab
+from mlx_flashmoe.layout import BlobLayout
+
+MLX = "mlx"
+SAMPLE_BYTES = 160 << 20  # of experts that are measured with: more than the caches of a device hold
+RUNS = (1, 9, 5)  # rows of the experts that expert_rows is compared on
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Attributes:
+    ffn, rows: the formulation of expert_ffn and of expert_rows; MLX for MLX's own operations.
+    tiling: of the custom kernels.
+    wrong: what was found wrong with the custom kernels; "" if nothing was.
+    """
+
+    ffn: str
+    rows: str
+    tiling: gpu.Tiling
+    wrong: str = ""
+
+    def expert_ffn(
+        self,
+        language: gpu.Language,
+        x: mx.array,
+        slab: mx.array,
+        slots: mx.array,
+        weights: mx.array,
+        layout: BlobLayout,
+    ) -> mx.array:
+        """See :func:`mlx_flashmoe.kernels.expert_ffn`."""
+        if self.ffn == MLX:
+            return mlx_experts.expert_ffn(x, slab, slots, weights, layout)
+        return gpu.expert_ffn(_tiled(language, self.tiling), x, slab, slots, weights, layout, self.ffn)
+
+    def expert_rows(
+        self, language: gpu.Language, x: mx.array, slab: mx.array, slots: mx.array, layout: BlobLayout
+    ) -> mx.array:
+        """See :func:`mlx_flashmoe.kernels.expert_rows`."""
+        if self.rows == MLX:
+            return mlx_experts.expert_rows(x, slab, slots, layout)
+        return gpu.expert_rows(_tiled(language, self.tiling), x, slab, slots, layout, self.rows)
+
+
+_choices: dict[tuple[Hashable, ...], Choice] = {}
+_languages: dict[tuple[gpu.Language, gpu.Tiling], gpu.Language] = {}
+
+
+def _tiled(language: gpu.Language, tiling: gpu.Tiling) -> gpu.Language:
+    if tiling == language.tiling:
+        return language
+    key = language, tiling
+    if key not in _languages:
+        _languages[key] = replace(language, tiling=tiling)
+    return _languages[key]
+
+
+def for_ffn(language: gpu.Language, layout: BlobLayout, dtype: mx.Dtype, top_k: int) -> Choice:
+    """What computes a few tokens with ``top_k`` experts each."""
+    key = (trust.mode(), layout, dtype, top_k)
+    return _choices.get(key) or _unprepared(key, language, layout, dtype, top_k)
+
+
+def for_rows(language: gpu.Language, layout: BlobLayout, dtype: mx.Dtype) -> Choice:
+    """What computes rows that are grouped by expert."""
+    key = (trust.mode(), layout, dtype)
+    return _choices.get(key) or _unprepared(key, language, layout, dtype, 2)
+
+
+def prepare(
+    layout: BlobLayout,
+    dtype: mx.Dtype,
+    top_k: int,
+    experts: Callable[[int], np.ndarray],
+    announce: Callable[[str], None] | None = None,
+) -> Choice | None:
+    """Decides how the experts of a model's layout are computed on the current device, before they are needed.
+
+    Args:
+        dtype: of the activations.
+        top_k: experts of a token.
+        experts: gives so many of the model's experts, or all if it has fewer: uint32 [count, blob_size / 4].
+        announce: is told that something is measured, which takes seconds, before it is.
+
+    Returns:
+        the choice; None on a CPU.
+
+    Raises:
+        FlashMoEError: neither the custom kernels nor MLX's operations compute what they should.
+    """
+    language = gpu.current()
+    if language is None:
+        return None
+    key = (trust.mode(), layout, dtype, top_k)
+    if key not in _choices:
+        file = trust.kept_name("chosen", key)
+        kept = None if trust.mode() == MLX else user_cache.read("kernels", file)
+        if kept is not None:
+            choice = _from_json(kept)
+        elif trust.mode() == MLX:
+            choice = Choice(MLX, MLX, language.tiling)
+        else:
+            if announce is not None:
+                announce(
+                    "kernels: measured once on this device for experts like these, which takes some seconds"
+                )
+            blobs = experts(max(top_k + 1, len(RUNS), SAMPLE_BYTES // layout.blob_size))
+            slab = mx.array(blobs) | mx.array(
+                0, mx.uint32
+            )  # computed, so that a GPU has it in its own memory
+            choice = Choice(*tuning.tune(language, slab, layout, dtype, min(top_k, len(blobs))))
+            if trust.mode() == "auto":
+                choice = compared(language, choice, blobs, layout, dtype, top_k)
+            user_cache.write("kernels", file, json.dumps(asdict(choice)).encode())
+        _take(key, choice)
+    return _choices[key]
+
+
+def compared(
+    language: gpu.Language,
+    choice: Choice,
+    blobs: np.ndarray,
+    layout: BlobLayout,
+    dtype: mx.Dtype,
+    top_k: int,
+) -> Choice:
+    """The choice if it computes what it should; else the language's own; else MLX's operations.
+
+    Args:
+        blobs: uint32 [count, blob_size / 4], experts to compare on.
+
+    Raises:
+        FlashMoEError: not even MLX's operations do.
+    """
+    few = blobs[: max(top_k + 1, len(RUNS))]
+    own = Choice(gpu.DEFAULT_FORMULATION, gpu.best_for_rows(language, layout, dtype), language.tiling)
+    wrong = ""
+    for candidate in dict.fromkeys([choice, own, Choice(MLX, MLX, language.tiling)]):
+        found = trust.reason(partial(_compare, language, candidate, few, layout, dtype, top_k))
+        if not found:
+            return replace(candidate, wrong=wrong if candidate.ffn == MLX else "")
+        wrong = found if candidate.ffn != MLX else wrong
+    raise FlashMoEError(
+        f"experts are not computed right on this device, neither by the custom kernels ({wrong}) nor by MLX's own "
+        f"operations ({found}); {trust.REPORT}"
+    )
+
+
+def identity(layout: BlobLayout, dtype: mx.Dtype, top_k: int) -> str:
+    """What computes such experts on the current device, as text: outputs depend on it, bit for bit."""
+    language = gpu.current()
+    if language is None:
+        return ""
+    ffn, rows = for_ffn(language, layout, dtype, top_k), for_rows(language, layout, dtype)
+    return f"{ffn.ffn} {rows.rows} {ffn.tiling} {rows.tiling}"
+
+
+def _take(key: tuple[Hashable, ...], choice: Choice) -> None:
+    """Uses a choice from now on, for rows too unless they have one."""
+    _choices[key] = choice
+    _choices.setdefault(key[:3], choice)
+    if choice.wrong:
+        trust.tell("experts", choice.wrong)
+
+
+def _unprepared(
+    key: tuple[Hashable, ...], language: gpu.Language, layout: BlobLayout, dtype: mx.Dtype, top_k: int
+) -> Choice:
+    choice = Choice(gpu.DEFAULT_FORMULATION, gpu.best_for_rows(language, layout, dtype), language.tiling)
+    if trust.mode() == MLX:
+        choice = Choice(MLX, MLX, language.tiling)
+    elif trust.mode() == "auto":
+        blobs = np.array(random_slab(layout, max(top_k + 1, len(RUNS))))
+        choice = compared(language, choice, blobs, layout, dtype, top_k)
+    _take(key, choice)
+    return choice
+
+
+def _compare(
+    language: gpu.Language, choice: Choice, blobs: np.ndarray, layout: BlobLayout, dtype: mx.Dtype, top_k: int
+) -> str:
+    """What is wrong with a choice's results, "" if nothing is, beside MLX's float32 products on the CPU."""
+    count = len(blobs)
+    k = min(top_k, count)
+    slots = np.stack([np.roll(np.arange(count), t)[:k] for t in range(2)]).astype(np.int32)
+    rows = np.repeat(np.arange(min(count, len(RUNS)), dtype=np.int32), RUNS[:count])
+    x, several = trust.normals((2, layout.hidden_size), (len(rows), layout.hidden_size))
+    x, several = x.astype(dtype), several.astype(dtype)
+    weights = np.random.default_rng(0).uniform(0.05, 1, slots.shape).astype(np.float32)
+    slab = mx.array(blobs) | mx.array(0, mx.uint32)
+    got = [
+        choice.expert_ffn(language, x[:1], slab, mx.array(slots[:1]), mx.array(weights[:1]), layout),
+        choice.expert_ffn(language, x, slab, mx.array(slots), mx.array(weights), layout),
+        choice.expert_rows(language, several, slab, mx.array(rows), layout),
+    ]
+    mx.eval(got)
+    host = [np.array(a.astype(mx.float32)) for a in (x, several)]
+    with mx.stream(mx.cpu):
+        x, several, slab = mx.array(host[0]), mx.array(host[1]), mx.array(blobs)
+        both = reference.expert_ffn(x, slab, mx.array(slots), mx.array(weights), layout)
+        expected = [both[:1], both, reference.expert_rows(several, slab, mx.array(rows), layout)]
+        mx.eval(expected)
+        return trust.judge(got, expected, trust.TOLERANCE[dtype])
+
+
+def _from_json(text: bytes) -> Choice:
+    data = json.loads(text)
+    return Choice(**{**data, "tiling": gpu.Tiling(**data["tiling"])})

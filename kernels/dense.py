@@ -1,0 +1,50 @@
+"""The product of the dense layers: quantized weights that every token uses."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from mlx_flashmoe.kernels import on_cpu, reference
+from mlx_flashmoe.layout import BITS
+
+MANY_ROWS = (
+    8  # from here on MLX's CUDA product is compiled at first use, which takes half a minute for each format
+)
+DEQUANTIZED_BYTES = 1 << 26  # at once: a whole head would be gigabytes
+
+
+def quantized_matmul(
+    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
+) -> mx.array:
+    """x @ dequantized(weight).T, as ``mx.quantized_matmul``; on the CPU with the expert kernel's inner loop.
+
+    Args:
+        x: [..., in] activations.
+        weight: uint32 [out, in * bits / 32], MLX's affine format.
+        scales, biases: [out, in / group_size].
+    """
+    device = mx.default_device()
+    if device.type == mx.DeviceType.cpu and bits in BITS and on_cpu.module() is not reference:
+        y: mx.array = on_cpu.module().quantized_matmul(x, weight, scales, biases, group_size, bits)
+        return y
+    if device == mx.gpu and mx.cuda.is_available():
+        many = x.size >= MANY_ROWS * x.shape[-1] and x.dtype != mx.float32
+        # MLX 0.32.4 gives wrong sums, or NaN, for inputs of a single group on Hopper; only tiny models have them.
+        if many or x.shape[-1] <= group_size:
+            return dequantized_matmul(x, weight, scales, biases, group_size, bits)
+    return mx.quantized_matmul(
+        x, weight, scales=scales, biases=biases, transpose=True, group_size=group_size, bits=bits
+    )
+
+
+def dequantized_matmul(
+    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
+) -> mx.array:
+    """The same by a plain product with the dequantized weight, some rows of it at once."""
+    step = max(1, DEQUANTIZED_BYTES // (x.shape[-1] * x.dtype.size))
+    pieces = []
+    for start in range(0, weight.shape[0], step):
+        w, s, b = (part[start : start + step] for part in (weight, scales, biases))
+        piece = mx.dequantize(w, s, b, group_size=group_size, bits=bits).astype(x.dtype)
+        pieces.append(x @ piece.T)
+    return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=-1)

@@ -1,0 +1,34 @@
+"""Random experts, for measuring and comparing kernels."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_flashmoe.kernels import reference
+from mlx_flashmoe.layout import BlobLayout, Component
+
+
+def random_slab(layout: BlobLayout, slots: int) -> mx.array:
+    """uint32 [slots, blob_size / 4] of random experts whose outputs are about as large as their inputs."""
+    rng = np.random.default_rng(0)
+    slab = rng.integers(0, 2**32, (slots, layout.blob_size // 4), dtype=np.uint32)
+
+    def put(component: Component, values: np.ndarray) -> None:
+        typed = mx.array(values.astype(np.float32)).astype(reference.DTYPES[component.dtype])
+        words = np.asarray(typed.view(mx.uint32))
+        slab[:, component.offset // 4 : component.offset // 4 + words.shape[-1]] = words
+
+    for p in layout.projections.values():
+        if p.scales is None or p.biases is None:
+            put(p.weight, rng.standard_normal(p.out_dims * p.in_dims) / p.in_dims**0.5)
+            continue
+        levels = 2**p.bits - 1
+        shape = (slots, p.scales.shape[0] * p.scales.shape[1])
+        scales = rng.uniform(0.5, 1.5, shape) * 6 / levels / p.in_dims**0.5
+        put(p.scales, scales)
+        put(p.biases, scales * (-levels / 2))
+    # Computed rather than handed over, so that a GPU has it in its own memory.
+    device = mx.array(slab) | mx.array(0, mx.uint32)
+    mx.eval(device)
+    return device

@@ -1,0 +1,182 @@
+"""Measures on a GPU which formulation and which cut of the work are fastest for one layout of experts.
+
+Each launch is varied by itself, beside the language's own choice, in rounds whose order is drawn anew. A variant is
+chosen where it is faster on average and no slower at any number of tokens; a tie leaves the language's own.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import replace
+from time import perf_counter
+from typing import TypeVar
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_flashmoe.kernels import gpu
+from mlx_flashmoe.layout import BlobLayout
+
+TOKENS = (1, 4, 16)
+RUN = (
+    5  # rows of an expert in a measurement of expert_rows; a prompt of 256 has as many with 10 of 512 experts
+)
+CALLS = 6  # in a row, each on the result of the one before
+ROUNDS = 9
+LEAST_GAIN = 0.97  # of the time, on average
+MOST_LOSS = 1.02  # of the time, at any number of tokens
+
+V = TypeVar("V", bound=Hashable)
+Launch = Callable[[], float]
+
+
+def tune(
+    language: gpu.Language, slab: mx.array, layout: BlobLayout, dtype: mx.Dtype, top_k: int
+) -> tuple[str, str, gpu.Tiling]:
+    """The formulations of expert_ffn and expert_rows, and the tiling, that are fastest on the current device.
+
+    Args:
+        slab: uint32 [slots, blob_size / 4], better more than the device's caches hold.
+        dtype: of the activations.
+        top_k: experts of a token; at most as many as there are slots.
+    """
+    formulations = [*gpu.FORMULATIONS]
+    if language.prefer_matrix and gpu.supports_matrix(layout, dtype):
+        formulations.append(gpu.MATRIX)
+
+    def ffn(formulation: str, tiling: gpu.Tiling) -> list[Launch]:
+        return _ffn(replace(language, tiling=tiling), slab, layout, dtype, top_k, formulation)
+
+    def rows(formulation: str, tiling: gpu.Tiling) -> list[Launch]:
+        return [_rows(replace(language, tiling=tiling), slab, layout, dtype, formulation)]
+
+    tiling = language.tiling
+    best = fastest(gpu.DEFAULT_FORMULATION, formulations, lambda f: ffn(f, tiling))
+    for tilings in (gate_tilings(tiling, best), down_tilings(tiling, best)):
+        # Each is a change to the tiling found so far.
+        tiling = fastest(tiling, [replace(tiling, **change) for change in tilings], lambda t: ffn(best, t))
+    own = gpu.best_for_rows(language, layout, dtype)
+    both = [own] if own == gpu.DEFAULT_FORMULATION else [own, gpu.DEFAULT_FORMULATION]
+    ways = [(f, replace(tiling, **change)) for f in both for change in ({}, *rows_tilings(f))]
+    best_rows, tiling = fastest((own, tiling), ways, lambda way: rows(*way))
+    return best, best_rows, tiling
+
+
+def gate_tilings(tiling: gpu.Tiling, formulation: str) -> list[dict[str, int]]:
+    """Changes to a tiling that cut the first launch of expert_ffn otherwise."""
+    if formulation == gpu.MATRIX:
+        return [{"matrix_gate": n} for n in (2, 8)]
+    return [{"gate_simdgroups": n, "gate_rows": r} for n, r in _CUTS]
+
+
+def down_tilings(tiling: gpu.Tiling, formulation: str) -> list[dict[str, int]]:
+    """Changes to a tiling that cut the second launch of expert_ffn otherwise."""
+    if formulation == gpu.MATRIX:
+        return [{"matrix_down": n} for n in (4, 16)]
+    return [{"down_simdgroups": n, "down_rows": r} for n, r in _CUTS]
+
+
+def rows_tilings(formulation: str) -> list[dict[str, int]]:
+    """Changes to a tiling that cut expert_rows otherwise."""
+    if formulation == gpu.MATRIX:
+        return [{"matrix_rows": n} for n in (2, 8)]
+    return [{"rows_simdgroups": n, "tile": tile} for n in (4, 8) for tile in (4, 8)]
+
+
+_CUTS = ((4, 1), (4, 2), (8, 1), (8, 2), (4, 4))  # SIMD groups of a threadgroup, rows of a SIMD group
+
+
+def fastest(own: V, ways: Iterable[V], launches: Callable[[V], list[Launch]]) -> V:
+    """The way whose launches take the least time; ``own`` unless another is clearly faster.
+
+    Args:
+        launches: the measurements of a way, the same number for each; each returns seconds.
+    """
+    measured = {}
+    for way in dict.fromkeys([own, *ways]):
+        try:
+            measured[way] = launches(way)
+            for launch in measured[way]:
+                launch()  # compiles
+        except (RuntimeError, ValueError):  # the device has not what it takes: registers, threadgroup memory
+            if way == own:
+                return own
+            del measured[way]
+    seconds = {way: [[] for _ in of] for way, of in measured.items()}  # type: dict[V, list[list[float]]]
+    rng = np.random.default_rng(0)
+    order = list(measured)
+    for _ in range(ROUNDS):
+        for i in rng.permutation(len(order)):
+            for taken, launch in zip(seconds[order[i]], measured[order[i]], strict=True):
+                taken.append(launch())
+    return better(own, {way: [statistics.median(t) for t in taken] for way, taken in seconds.items()})
+
+
+def better(own: V, seconds: dict[V, list[float]]) -> V:
+    """The way with the least time relative to ``own``'s, if that is a gain on average and a loss nowhere."""
+    ratios = {
+        way: [a / b for a, b in zip(taken, seconds[own], strict=True)] for way, taken in seconds.items()
+    }
+    gains = {way: statistics.geometric_mean(r) for way, r in ratios.items() if max(r) <= MOST_LOSS}
+    least = min(gains, key=lambda way: gains[way], default=own)
+    return least if gains.get(least, 1.0) <= LEAST_GAIN else own
+
+
+def _ffn(
+    language: gpu.Language,
+    slab: mx.array,
+    layout: BlobLayout,
+    dtype: mx.Dtype,
+    top_k: int,
+    formulation: str,
+) -> list[Launch]:
+    def measure(tokens: int) -> Launch:
+        weights = mx.full((tokens, top_k), 1 / top_k)
+        turns = _turns(slab.shape[0], tokens, top_k)
+
+        def launch() -> float:
+            x = _activations(tokens, layout, dtype)
+            started = perf_counter()
+            for slots in turns:
+                x = gpu.expert_ffn(language, x, slab, slots, weights, layout, formulation)
+            mx.eval(x)
+            return perf_counter() - started
+
+        return launch
+
+    return [measure(tokens) for tokens in TOKENS]
+
+
+def _rows(
+    language: gpu.Language, slab: mx.array, layout: BlobLayout, dtype: mx.Dtype, formulation: str
+) -> Launch:
+    slots = mx.array(np.repeat(np.arange(slab.shape[0], dtype=np.int32), RUN))
+
+    def launch() -> float:
+        x = _activations(slots.size, layout, dtype)
+        started = perf_counter()
+        for _ in range(2):
+            x = gpu.expert_rows(language, x, slab, slots, layout, formulation)
+        mx.eval(x)
+        return perf_counter() - started
+
+    return launch
+
+
+def _turns(slots: int, tokens: int, top_k: int) -> list[mx.array]:
+    """int32 [tokens, top_k] for each of ``CALLS`` calls, going round the slots in an order that is not theirs."""
+    order = np.random.default_rng(1).permutation(slots)
+    each = tokens * top_k
+    turns = [
+        mx.array(order[(i * each + np.arange(each)) % slots].reshape(tokens, top_k).astype(np.int32))
+        for i in range(CALLS)
+    ]
+    mx.eval(turns)
+    return turns
+
+
+def _activations(rows: int, layout: BlobLayout, dtype: mx.Dtype) -> mx.array:
+    x = mx.full((rows, layout.hidden_size), 0.5, dtype)
+    mx.eval(x)
+    return x
