@@ -20,7 +20,7 @@ PROJECT_WITH = .[$(if $(BACKEND),$(BACKEND)$(comma))$(1)]
 help:
 	@echo "make demo       set up .venv, convert a small trained model, hold a short conversation"
 	@echo "make test       run the tests"
-	@echo "make lint       ruff and mypy"
+	@echo "make lint       ruff, and mypy as on Linux and as on macOS"
 	@echo "make reference  compare with transformers and mlx-lm (installs torch), then the slow tests"
 	@echo "make clients    agents and packages as they come, against the server (needs node and git; 4 GB)"
 	@echo "make clean      remove .venv, .clients and demo"
@@ -39,7 +39,8 @@ test: $(VENV)/installed-test
 lint: $(VENV)/installed-lint
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m mypy
+	$(RUN) -m mypy --platform linux
+	$(RUN) -m mypy --platform darwin --cache-dir .mypy_cache/darwin
 
 reference: $(VENV)/installed-test $(VENV)/installed-reference
 	$(RUN) -m pytest -o addopts=-q tests/reference $(ARGS)
