@@ -182,6 +182,20 @@ def test_open_for_reading(tmp_path: Path) -> None:
 
 
 @macos
+def test_direct_reads_leave_no_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 16384)
+    commands, real = [], system.fcntl.fcntl
+    monkeypatch.setattr(system.fcntl, "fcntl", lambda *call: (commands.append(call), real(*call))[1])
+    through, around = (system.open_for_reading(path, direct) for direct in (False, True))
+    assert commands == [(around, 48, 1)]  # F_NOCACHE
+    assert crc32_on_disk(through, 0, 16384) == zlib.crc32(b"x" * 16384)
+    assert commands[1:] == [(through, 48, 1)]
+    os.close(through)
+    os.close(around)
+
+
+@macos
 def test_open_for_direct_reads_where_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"x")
