@@ -15,12 +15,13 @@ PROJECT := .$(if $(BACKEND),[$(BACKEND)])
 comma := ,
 PROJECT_WITH = .[$(if $(BACKEND),$(BACKEND)$(comma))$(1)]
 
-.PHONY: help demo test lint reference clients clean
+.PHONY: help demo test test-darwin lint reference clients clean
 
 help:
 	@echo "make demo       set up .venv, convert a small trained model, hold a short conversation"
 	@echo "make test       run the tests"
-	@echo "make lint       ruff and mypy"
+	@echo "make test-darwin  on Linux, run them with what Python has on macOS, and no more"
+	@echo "make lint       ruff, and mypy as on Linux and as on macOS"
 	@echo "make reference  compare with transformers and mlx-lm (installs torch), then the slow tests"
 	@echo "make clients    agents and packages as they come, against the server (needs node and git; 4 GB)"
 	@echo "make clean      remove .venv, .clients and demo"
@@ -36,10 +37,15 @@ demo/small_moe/flashmoe.json: examples/small_moe/model/model.safetensors $(VENV)
 test: $(VENV)/installed-test
 	$(RUN) -m pytest $(ARGS)
 
+# In every process sitecustomize.py of that folder is imported first.
+test-darwin: $(VENV)/installed-test
+	PYTHONPATH='$(CURDIR)/tests/darwin' $(RUN) -m pytest $(ARGS)
+
 lint: $(VENV)/installed-lint
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m mypy
+	$(RUN) -m mypy --platform linux
+	$(RUN) -m mypy --platform darwin --cache-dir .mypy_cache/darwin
 
 reference: $(VENV)/installed-test $(VENV)/installed-reference
 	$(RUN) -m pytest -o addopts=-q tests/reference $(ARGS)

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mlx_flashmoe import system
 from mlx_flashmoe.convert.destination import sync_folder, writing
 from mlx_flashmoe.convert.source import is_side_file
 from mlx_flashmoe.errors import FormatError
@@ -115,7 +116,7 @@ def save_record(folder: Path, damage: Damage) -> None:
             with open(temporary, "w", encoding="utf-8") as f:
                 json.dump({name: sorted(ids) for name, ids in sorted(damage.items())}, f)
                 f.flush()
-                os.fsync(f.fileno())
+                system.flush(f.fileno())
             os.replace(temporary, path)
         else:
             path.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
+from mlx_flashmoe import system
 from mlx_flashmoe.convert.reread import crc32_on_disk, let_go
 from mlx_flashmoe.errors import ConversionError
 from mlx_flashmoe.layout import MANIFEST, STATE, Manifest
@@ -263,7 +264,7 @@ class OutputFile:
     def sync(self) -> None:
         """Puts what was written on the disk for good."""
         with writing(self.path):
-            os.fsync(self._fd)
+            system.flush(self._fd)
             let_go(self._fd)
 
     def crc32(self, offset: int, nbytes: int) -> int:
@@ -303,8 +304,4 @@ def writing(path: Path) -> Iterator[None]:
 def sync_folder(folder: Path) -> None:
     """Puts a folder's entries on the disk for good."""
     with writing(folder):
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        system.flush_folder(folder)

@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_flashmoe import system
 from mlx_flashmoe.convert.destination import Destination, writing
 from mlx_flashmoe.convert.download import CONNECTIONS
 from mlx_flashmoe.convert.side_by_side import side_by_side
@@ -134,7 +135,7 @@ def _writing_rate(path: Path, nbytes: int) -> float:
     try:
         with writing(path), open(path, "wb", buffering=0) as f:
             f.write(data)
-            os.fsync(f.fileno())
+            system.flush(f.fileno())
     finally:
         path.unlink(missing_ok=True)
     return nbytes / (time.perf_counter() - started)
@@ -144,8 +145,7 @@ def _reading_rate(path: Path, nbytes: int) -> float:
     # From its middle: the beginning has just been read for the header.
     with open(path, "rb", buffering=0) as f:
         size = os.fstat(f.fileno()).st_size
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        system.forget_pages(f.fileno())
         started = time.perf_counter()
         n = len(os.pread(f.fileno(), nbytes, max(0, size // 2 - nbytes // 2)))
         return n / (time.perf_counter() - started)

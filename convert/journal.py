@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_flashmoe import system
 from mlx_flashmoe.convert.destination import writing
 from mlx_flashmoe.convert.safetensors import Header
 
@@ -117,7 +118,7 @@ class Journal:
             while data:
                 n = os.pwrite(self._fd, data, end)
                 data, end = data[n:], end + n
-            os.fsync(self._fd)
+            system.flush(self._fd)
         self._end = end
 
     def _read(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from mlx_flashmoe import system
 from mlx_flashmoe.convert.destination import sync_folder, writing
 from mlx_flashmoe.convert.journal import read_record, record_line
 
@@ -80,7 +81,7 @@ class PartFile:
     def keep(self, spans: list[Span]) -> None:
         """Flushes what was written there, and records it."""
         with writing(self._part):
-            os.fsync(self._fd)
+            system.flush(self._fd)
             self._append(b"".join(record_line({"there": span}) for span in spans))
         for span in spans:
             self._add(span)
@@ -124,7 +125,7 @@ class PartFile:
         # Cut off the rest of a torn line, so that it does not follow this one.
         os.ftruncate(self._log, self._end)
         self._end += os.pwrite(self._log, data, self._end)
-        os.fsync(self._log)
+        system.flush(self._log)
 
     def _add(self, span: Span) -> None:
         joined: list[Span] = []

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import threading
 import zlib
 
 import numpy as np
+
+from mlx_flashmoe import system
 
 PIECE = 8 << 20
 _own = threading.local()
@@ -20,10 +21,8 @@ def crc32_on_disk(fd: int, offset: int, nbytes: int) -> int:
         OSError: reading failed.
         EOFError: the file ends before.
     """
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
-    elif hasattr(fcntl, "F_NOCACHE"):
-        fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
+    system.forget_pages(fd, offset, nbytes)
+    system.keep_no_pages(fd)
     buffer = getattr(_own, "buffer", None)
     if buffer is None:
         buffer = _own.buffer = np.empty(PIECE, np.uint8).data
@@ -43,5 +42,4 @@ def let_go(fd: int) -> None:
     A conversion never comes back to them, and hundreds of GB of them would push out everybody else's. It is also
     faster: memory that has just been let go of is at hand, where other memory must be looked for.
     """
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    system.forget_pages(fd)

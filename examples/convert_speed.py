@@ -13,13 +13,13 @@ import os
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 from true_shapes import make_checkpoint, measure_conversion
 
+from mlx_flashmoe import system
 from mlx_flashmoe.convert import verify
 
 
@@ -27,19 +27,19 @@ def forget(folder: Path) -> None:
     """Writes out what is not on the disk yet, and has the page cache forget the files."""
     os.sync()
     for path in folder.rglob("*"):
-        if path.is_file() and hasattr(os, "posix_fadvise"):
+        if path.is_file():
             with open(path, "rb") as f:
-                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                system.forget_pages(f.fileno())
 
 
 def copy(source: Path, destination: Path) -> float:
     """Seconds of cp, with flushing; never a reflink."""
-    reflink = ["--reflink=never"] if sys.platform.startswith("linux") else []
+    reflink = ["--reflink=never"] if system.LINUX else []
     started = time.perf_counter()
     subprocess.run(["cp", "-r", *reflink, str(source), str(destination)], check=True)
     for path in destination.iterdir():
         with open(path, "rb") as f:
-            os.fsync(f.fileno())
+            system.flush(f.fileno())
     return time.perf_counter() - started
 
 

@@ -13,7 +13,6 @@ import hashlib
 import multiprocessing
 import os
 import random
-import resource
 import statistics
 import sys
 import tempfile
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from hub_server import serve
 
+from mlx_flashmoe import system
 from mlx_flashmoe.convert import download
 from mlx_flashmoe.convert.hub import Repository
 
@@ -61,9 +61,9 @@ def theirs(folder: Path) -> Path:
 
 def child(url: str, folder: str, peak: Any) -> None:
     ask(url)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = system.peak_memory()
     ours(download.CONNECTIONS, Path(folder))
-    peak.value = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    peak.value = system.peak_memory() - before
 
 
 def measure(way: Callable[[Path], Path], digest: str) -> float:
@@ -130,7 +130,7 @@ def main() -> None:
             assert made == digest and os.listdir(folder) == [NAME]
         extra = (hub.sent - before - size) / 1e6
         print(f"killed {kills} times and resumed: bit for bit the same; {extra:.0f} MB came a second time")
-        print(f"memory of the last process while it downloaded: {peak.value / 1000:.0f} MB more than before")
+        print(f"memory of the last process while it downloaded: {peak.value / 1e6:.0f} MB more than before")
 
 
 if __name__ == "__main__":

@@ -160,13 +160,13 @@ def make_checkpoint(folder: Path, layers: int, layout: str, vocabulary: int) -> 
 
 
 CONVERT = """
-import json, resource, sys, time
+import json, sys, time
+from mlx_flashmoe import system
 from mlx_flashmoe.convert import convert
 started = time.perf_counter()
 convert(sys.argv[1], sys.argv[2], q_bits=json.loads(sys.argv[3]))
 seconds = time.perf_counter() - started
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-print(json.dumps({"peak": peak, "seconds": seconds}))
+print(json.dumps({"peak": system.peak_memory(), "seconds": seconds}))
 """
 
 
@@ -179,9 +179,9 @@ def measure_conversion(source: Path, destination: Path, q_bits: int | None) -> d
 
 
 GENERATE = """
-import json, resource, sys, time
+import json, sys, time
 import mlx.core as mx, numpy as np
-from mlx_flashmoe import load
+from mlx_flashmoe import load, system
 from mlx_flashmoe.generate import generate_step
 model, _ = load(sys.argv[1], expert_memory=sys.argv[2])
 cache = model.make_cache()
@@ -189,9 +189,9 @@ prompt = np.random.default_rng(0).integers(0, model.vocab_size, int(sys.argv[3])
 started = time.perf_counter()
 tokens = [token for token, _ in generate_step(mx.array(prompt), model, max_tokens=8, prompt_cache=cache)]
 seconds = time.perf_counter() - started
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 planned = model.plan.dense + model.plan.arena + sum(layer.nbytes for layer in cache)
-print(json.dumps({"peak": peak, "planned": planned, "seconds": seconds, "read": model.stats().bytes_read}))
+peak, read = system.peak_memory(), model.stats().bytes_read
+print(json.dumps({"peak": peak, "planned": planned, "seconds": seconds, "read": read}))
 """
 
 

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -39,6 +38,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from mlx_flashmoe import system
 from mlx_flashmoe.kernels.reference import DTYPES
 from mlx_flashmoe.layout import BlobLayout, Component, Projection
 from mlx_flashmoe.threads import Shared, Threads
@@ -388,15 +388,7 @@ def _combiner() -> Callable[..., None]:
 # ---------------------------------------------------------------------------------------------- threads
 
 
-def _available_cpus() -> list[int]:
-    """The processors this process may use; where the system does not say which, as many as there are."""
-    try:
-        return sorted(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        return list(range(os.cpu_count() or 1))
-
-
-CPUS = _available_cpus()
+CPUS = system.usable_processors()
 THREADS = min(len(CPUS), 16)
 
 
@@ -407,15 +399,14 @@ def _pool() -> Threads:
     def settle() -> None:
         # Linux wakes a thread where its waker runs: workers would share a core for a call's first milliseconds,
         # which is most of it. With fewer threads than processors it has better choices than the first few.
-        if len(CPUS) == THREADS and hasattr(os, "sched_setaffinity"):
-            with suppress(OSError):  # the processor has been taken away since
-                os.sched_setaffinity(0, {next(homes)})  # 0: this thread alone
+        if len(CPUS) == THREADS:
+            system.stay_on(next(homes))
 
     return Threads(THREADS, "flashmoe-cpu", settle)
 
 
-if hasattr(os, "register_at_fork"):  # a forked child has none of the pool's threads
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+# A forked child has none of the pool's threads.
+os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def split(work: Callable[[int, int], None], bounds: list[int]) -> None:

@@ -15,6 +15,7 @@ from contextlib import closing, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from mlx_flashmoe import system
 from mlx_flashmoe.errors import FlashMoEError, RequestError
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "mlx_flashmoe") -> int:
 def _missing(module: str) -> str:
     """The line for a package that is not installed."""
     package = module.partition(".")[0]
-    if package == "mlx" and sys.platform == "linux":
+    if package == "mlx" and system.LINUX:
         return "MLX is missing: pip install 'mlx-flashmoe[cpu]', or [cuda] for an NVIDIA GPU; in a clone '.[cpu]'"
     return f"the Python package {package} is missing: pip install {package}, or install mlx-flashmoe anew"
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_flashmoe import user_cache
+from mlx_flashmoe import system, user_cache
 from mlx_flashmoe.convert.destination import MODEL, Destination, sync_folder, writing
 from mlx_flashmoe.convert.download import Connections, Download
 from mlx_flashmoe.convert.hub import HubFile, Repository, Unreachable
@@ -136,7 +136,7 @@ def _pin(out: Destination, commit: str) -> None:
     with writing(path), open(path.with_suffix(".new"), "w", encoding="utf-8") as f:
         f.write(commit)
         f.flush()
-        os.fsync(f.fileno())
+        system.flush(f.fileno())
         os.replace(f.name, path)
         sync_folder(out.state)
 

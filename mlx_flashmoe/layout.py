@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_flashmoe import system
 from mlx_flashmoe.errors import FormatError
 
 FORMAT = "mlx-flashmoe"
@@ -313,13 +314,9 @@ class Manifest:
         with open(temporary, "w", encoding="utf-8") as f:
             json.dump(self.to_json(), f, separators=(",", ":"))
             f.flush()
-            os.fsync(f.fileno())
+            system.flush(f.fileno())
         os.replace(temporary, folder / MANIFEST)
-        directory = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        system.flush_folder(folder)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], also: Sequence[str | os.PathLike[str]] = ()) -> Manifest:

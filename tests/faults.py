@@ -1,15 +1,18 @@
 """Conversions in processes of their own that die on the way: killed at an instant, or at the n-th change to the disk.
 
 A power cut is a kill after which whatever was not flushed may be lost: the process counts what it wrote since the
-last fsync, and takes some of it back before it dies. Processes are forked from one that has imported everything.
+last flush (fsync; on macOS, where that does not reach the disk, F_FULLFSYNC), and takes some of it back before it
+dies. Processes are forked from one that has imported everything.
 """
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import random
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,8 +36,8 @@ class Cut:
     unsynced: dict[int, list[tuple[int, bytes]]] = field(
         default_factory=dict
     )  # inode -> what was there before
-    paths: dict[int, str] = field(default_factory=dict)
-    made: dict[str, list[str]] = field(default_factory=dict)  # folder -> entries that are new since its fsync
+    paths: dict[int, str] = field(default_factory=dict)  # inode -> where it was opened
+    made: dict[str, list[str]] = field(default_factory=dict)  # folder -> entries that are new since its flush
 
     def step(self) -> None:
         """Another change to the disk. One at a time: what is lost is what other threads have not flushed."""
@@ -58,6 +61,9 @@ class Cut:
                     os.unlink(path)
 
 
+MACOS = sys.platform == "darwin"
+
+_real_fcntl = fcntl.fcntl
 _real: dict[str, Callable[..., Any]] = {
     name: getattr(os, name)
     for name in ("pwrite", "fsync", "ftruncate", "rename", "replace", "unlink", "mkdir", "rmdir", "open")
@@ -80,22 +86,36 @@ def _install(cut: Cut) -> None:
         cut.step()
         stat = os.fstat(fd)
         before = os.pread(fd, len(data), offset).ljust(len(data), b"\0")
-        cut.paths[stat.st_ino] = os.readlink(f"/proc/self/fd/{fd}") if cut.power else ""
         cut.unsynced.setdefault(stat.st_ino, []).append((offset, before))
         return _real["pwrite"](fd, data, offset)
+
+    def flushed(fd: int) -> None:
+        inode = os.fstat(fd).st_ino
+        cut.unsynced.pop(inode, None)
+        cut.made.pop(cut.paths.get(inode, ""), None)
 
     def fsync(fd: int) -> None:
         cut.step()
         _real["fsync"](fd)
-        cut.unsynced.pop(os.fstat(fd).st_ino, None)
-        if cut.power:
-            cut.made.pop(os.readlink(f"/proc/self/fd/{fd}"), None)
+        if not MACOS:
+            flushed(fd)
+
+    def control(fd: int, command: int, argument: Any = 0) -> Any:
+        full = MACOS and command == fcntl.F_FULLFSYNC
+        if full:
+            cut.step()
+        result = _real_fcntl(fd, command, argument)
+        if full:
+            flushed(fd)
+        return result
 
     def open_(path: Any, flags: int, *rest: Any, **named: Any) -> int:
         new = flags & os.O_CREAT and not os.path.exists(path)
         if new:
             cut.step()
         fd = _real["open"](path, flags, *rest, **named)
+        if "dir_fd" not in named:  # shutil's, of folders that it removes
+            cut.paths[os.fstat(fd).st_ino] = os.path.abspath(path)
         if new:
             folder, entry = os.path.split(os.path.abspath(path))
             cut.made.setdefault(folder, []).append(entry)
@@ -111,6 +131,7 @@ def _install(cut: Cut) -> None:
     for name in _real:
         change = {"pwrite": pwrite, "fsync": fsync, "open": open_}.get(name) or counted(name)
         setattr(os, name, alone(change))
+    fcntl.fcntl = alone(control)
 
 
 def _convert(source: str, out: Path, options: dict[str, Any], cut: Cut | None, started: Any) -> None:

@@ -211,7 +211,11 @@ def test_everything_is_measured_and_nothing_is_left(tmp_path: Path, monkeypatch:
     settings = architecture("qwen3_5_moe").Config.from_dict(config)
     layout = BlobLayout.build(128, 64, dict.fromkeys(PROJECTIONS, Quantization(4, 32)), "bfloat16")
     rates = machine.measure_rates("qwen3_5_moe", settings, layout, 2, tmp_path)
-    assert all(0 < rate < 1e15 for rate in vars(rates).values())
+    measured = dict(vars(rates))
+    # Seconds beyond what weights take: where plain operations are slow, the weights of small layers take all.
+    beyond = [measured.pop(name) for name in ("layer", "resident_layer", "prompt_token")]
+    assert all(0 <= seconds < 60 for seconds in beyond)
+    assert all(0 < rate < 1e15 for rate in measured.values())
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(FlashMoEError, match="cannot be written there"):
         machine.measure_reads(layout, 2, tmp_path / "nowhere")

@@ -12,7 +12,7 @@ On a GPU: copying an array, reading and writing counted.
 from __future__ import annotations
 
 import os
-import platform
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -28,6 +28,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from mlx_flashmoe import system
 from mlx_flashmoe.errors import FlashMoEError, RequestError
 from mlx_flashmoe.kernels import gpu, reference
 from mlx_flashmoe.kernels.random_slab import random_slab
@@ -131,7 +132,7 @@ def memory_reader(slab: mx.array, nbytes: int) -> Callable[[], float]:
         return copy
 
     words = np.asarray(slab).reshape(-1).view(np.uint64)
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = len(system.usable_processors())
     pool = ThreadPoolExecutor(threads)
     pieces = cycle(np.array_split(words, max(1, words.nbytes // 2**20)))  # of 1 MiB
     count = max(threads, nbytes // 2**20)
@@ -235,9 +236,9 @@ def environment() -> dict[str, Any]:
         "device": "cpu" if device.type == mx.DeviceType.cpu else "gpu",
         "device_name": mx.device_info(device).get("device_name"),
         "cpus": os.cpu_count(),
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "python": platform.python_version(),
+        "machine": system.machine_name(),
+        "system": system.system_name(),
+        "python": sys.version.split()[0],
         "versions": {p: v for p in packages if (v := installed(p))},
     }
 

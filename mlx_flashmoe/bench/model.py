@@ -9,7 +9,6 @@ number of experts is read plainly, by as many threads and from the same files, i
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from mlx_flashmoe import system
 from mlx_flashmoe.errors import FlashMoEError, RequestError
 from mlx_flashmoe.experts.readers import READ_THREADS
 from mlx_flashmoe.experts.store import ExpertStore
@@ -116,7 +116,7 @@ def run(
     plain = plain_reads(model.arena.store)
     report = {
         "model": str(Path(folder).resolve().name),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "machine": system.description(),
         "device": str(mx.default_device()),
         "versions": {name: version(name) for name in ("mlx", "mlx-flashmoe")},
         "plan": str(model.plan),

@@ -25,7 +25,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_flashmoe import kernels, memory
+from mlx_flashmoe import kernels, memory, system
 from mlx_flashmoe.bench.kernels import memory_reader
 from mlx_flashmoe.doctor.predict import Rates
 from mlx_flashmoe.errors import FlashMoEError
@@ -167,7 +167,7 @@ def _on_disk(slab: mx.array, layout: BlobLayout, folder: Path) -> Iterator[tuple
             with open(path, "wb") as f:
                 f.write(np.asarray(slab).data)
                 f.flush()
-                os.fsync(f.fileno())
+                system.flush(f.fileno())
             yield Path(name), manifest
     except OSError as e:
         advice = "free some space, or " if e.errno in (errno.ENOSPC, errno.EDQUOT) else ""

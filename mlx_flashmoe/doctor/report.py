@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlx_flashmoe import memory
+from mlx_flashmoe import memory, system
 from mlx_flashmoe.doctor.examine import Needs, examine
 from mlx_flashmoe.doctor.machine import disk_free, measure_machine, measure_reads
 from mlx_flashmoe.doctor.predict import PUBLISHED_HITS, PUBLISHED_SHARE, Rates
@@ -136,7 +134,7 @@ def _print_machine(console: Console, folder: Path) -> None:
     console.print(
         _facts(
             {
-                "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, MLX on the {device}",
+                "machine": f"{system.description()}, MLX on the {device}",
                 "memory": f"{show_size(machine.memory)}, of which a model may take {show_size(machine.usable)}",
                 "": f"copied at {_rate(machine.copying)}, read by the {device} at {_rate(machine.reading)}",
                 "disk": f"{_rate(disk)}: {reads}",

@@ -32,5 +32,5 @@ def _forget_readers() -> None:
     _readers = None
 
 
-if hasattr(os, "register_at_fork"):  # a forked child has none of the threads
-    os.register_at_fork(after_in_child=_forget_readers)
+# A forked child has none of the threads.
+os.register_at_fork(after_in_child=_forget_readers)

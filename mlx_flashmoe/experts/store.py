@@ -6,10 +6,8 @@ Knows files, offsets and threads; nothing of which expert is where, or of models
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import os
-import sys
 import threading
 import time
 import zlib
@@ -19,6 +17,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_flashmoe import system
 from mlx_flashmoe.checksum import crc32_of
 from mlx_flashmoe.errors import FormatError, ReadError
 from mlx_flashmoe.experts.readers import READ_THREADS, readers
@@ -50,34 +49,16 @@ class _LayerFile:
     crc32: tuple[int, ...]
 
 
-def open_for_reading(path: Path, direct: bool) -> int:
-    """A file descriptor. ``direct``: reads go around the operating system's page cache.
-
-    Raises:
-        OSError: it cannot be opened, or not in this way.
-    """
-    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
-    if not direct:
-        return os.open(path, flags)
-    if hasattr(os, "O_DIRECT"):
-        return os.open(path, flags | os.O_DIRECT)
-    if not hasattr(fcntl, "F_NOCACHE"):
-        raise OSError(0, "this system has no direct reads")
-    fd = os.open(path, flags)
-    fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
-    return fd
-
-
 def reads_directly(path: Path) -> bool:
     """Whether reads of this file can go around the page cache, and are known to be faster where they need not.
 
     On Linux, for a CPU: with a model several times larger than memory a token took half the time, because the kernel
     spends much on pages that soon have to go. On macOS, and into a GPU of its own memory, nobody has measured it.
     """
-    if sys.platform != "linux" or mx.default_device() != mx.cpu:
+    if not system.LINUX or mx.default_device() != mx.cpu:
         return False
     try:
-        os.close(open_for_reading(path, direct=True))
+        os.close(system.open_for_reading(path, direct=True))
     except OSError:  # tmpfs and others
         return False
     return True
@@ -232,7 +213,7 @@ class ExpertStore:
                 fds = []
                 for path in paths:
                     try:
-                        fds.append(open_for_reading(path, direct))
+                        fds.append(system.open_for_reading(path, direct))
                     except OSError as e:
                         for fd in fds:
                             os.close(fd)
@@ -351,13 +332,8 @@ class ExpertStore:
                     self.busy_seconds += time.perf_counter() - self._reading_since
 
     def drop_page_cache(self) -> bool:
-        """Asks the operating system to forget the files' pages, for measuring; False where it has no such call."""
-        if not hasattr(os, "posix_fadvise"):
-            return False
-        for file in self._files.values():
-            for fd in file.fds:
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        return True
+        """Asks the operating system to forget the files' pages, for measuring; False where it could not be told so."""
+        return all([system.forget_pages(fd) for file in self._files.values() for fd in file.fds])
 
     def close(self) -> None:
         for file in self._files.values():
