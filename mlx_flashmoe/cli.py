@@ -316,8 +316,8 @@ def _add_model_flags(parser: argparse.ArgumentParser, required: bool = True) -> 
         "--expert-memory",
         default="auto",
         metavar="SIZE",
-        help="memory that holds experts between tokens: a size such as 8GB; auto picks one for this machine; "
-        "os takes little and leaves caching to the operating system (default: %(default)s)",
+        help="memory that holds experts between tokens: a size such as 8GB; auto picks one and leaves to other "
+        "programs what they use now; os takes little and leaves caching to the operating system (default: %(default)s)",
     )
     parser.add_argument(
         "--active-experts",

@@ -33,7 +33,7 @@ from mlx_flashmoe.doctor.predict import Found, Rates, Work, found, skewed, token
 from mlx_flashmoe.errors import FlashMoEError
 from mlx_flashmoe.experts import ExpertStore
 from mlx_flashmoe.layout import PROJECTIONS, BlobLayout, Manifest, Quantization
-from mlx_flashmoe.memory import Plan
+from mlx_flashmoe.memory import Plan, Room
 from mlx_flashmoe.models import architecture
 from mlx_flashmoe.sizes import show_size
 
@@ -44,6 +44,7 @@ SETTINGS = json.loads(RECORDED.read_text())["settings"]
 PUBLISHED_MODEL = Work(60, 512, 4, 7_077_888, 3 * 4096 * 1024, 5_500_000_000, 10_000_000_000, 0, 512)
 M3_MAX = predict.simulated(disk=17.5e9, bandwidth=400e9)
 
+MAC = Room(48 * 10**9, 36 * 10**9, 48 * 10**9)
 SIMULATED = ["--sim-memory", "48GB", "--sim-disk", "17.5GB/s", "--sim-bandwidth", "400GB/s"]
 
 
@@ -389,9 +390,9 @@ def test_the_answer_comes_first_and_all_of_it_fits_a_terminal(
 
 def test_a_model_that_fits_is_not_predicted_with_another_programs_streaming(shapes: dict[str, Path]) -> None:
     needs = examine(str(shapes["35B"]), mx.bfloat16)
-    rows = list(predictions.predictions(needs, M3_MAX, "auto", 8192, 48 * 10**9, 36 * 10**9, mx.bfloat16))
+    rows = list(predictions.predictions(needs, M3_MAX, "auto", 8192, MAC, mx.bfloat16))
     slower = replace(M3_MAX, layer=10.0, disk=1.0, page_cache=1.0)
-    again = list(predictions.predictions(needs, slower, "auto", 8192, 48 * 10**9, 36 * 10**9, mx.bfloat16))
+    again = list(predictions.predictions(needs, slower, "auto", 8192, MAC, mx.bfloat16))
     assert rows[0].where.resident and rows[0].token == again[0].token
     assert rows[0].first_token == again[0].first_token
     # Its weights alone would allow 4.7 ms at 400 GB/s; an M2 Max was reported at 80 tokens/s with MLX (docs).
@@ -408,7 +409,7 @@ def test_a_model_that_fits_and_is_streamed_as_asked_is_not_said_to_be_too_large(
 
 def test_an_arena_is_no_larger_than_the_devices_largest_buffer(shapes: dict[str, Path]) -> None:
     needs = examine(str(shapes["35B"]), mx.bfloat16)
-    sizes = ("auto", 8192, 48 * 10**9, 36 * 10**9, mx.bfloat16)
+    sizes = ("auto", 8192, MAC, mx.bfloat16)
     rows = list(predictions.predictions(needs, M3_MAX, *sizes, largest_buffer=10**10))
     assert rows and all(row.plan.arena <= 10**10 for row in rows)
 
