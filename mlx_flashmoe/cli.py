@@ -10,12 +10,13 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import closing, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mlx_flashmoe.errors import FlashMoEError, RequestError
+from mlx_flashmoe.system import check_processor, keep_awake
 
 if TYPE_CHECKING:
     from mlx_flashmoe.loader import StreamingModel
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "mlx_flashmoe") -> int:
     if unknown:
         arguments.parser.refuse(unknown)
     try:
+        check_processor()
         if not answers and arguments.run in (_generate, _chat):
             raise RequestError("standard output is closed: there is nowhere to write the answer")
         status: int = arguments.run(arguments)
@@ -68,6 +70,15 @@ def main(argv: Sequence[str] | None = None, prog: str = "mlx_flashmoe") -> int:
             _discard_stdout()
             return _failed(f"standard output cannot be written: {e.strerror}")
         raise error
+
+
+@contextmanager
+def _watching_memory() -> Iterator[None]:
+    from mlx_flashmoe.console import print_note
+    from mlx_flashmoe.watch import MemoryWatch
+
+    with MemoryWatch(print_note):
+        yield
 
 
 def _missing(module: str) -> str:
@@ -195,6 +206,7 @@ def _add_convert(commands: Any) -> None:
     parser.set_defaults(run=_convert)
 
 
+@keep_awake()
 def _convert(arguments: argparse.Namespace) -> int:
     from mlx_flashmoe import convert
     from mlx_flashmoe.console import ConversionProgress, print_note
@@ -251,6 +263,7 @@ def _add_verify(commands: Any) -> None:
     parser.set_defaults(run=_verify)
 
 
+@keep_awake()
 def _verify(arguments: argparse.Namespace) -> int:
     import time
 
@@ -483,7 +496,7 @@ def _fetch_model(arguments: argparse.Namespace) -> None:
     if folder is None:
         from mlx_flashmoe.console import ConversionProgress
 
-        with ConversionProgress() as display:
+        with keep_awake(), ConversionProgress() as display:
             try:
                 folder = model_folder(arguments.model, display.note, display.progress)
             except KeyboardInterrupt:
@@ -504,6 +517,8 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
+@keep_awake()
+@_watching_memory()
 def _generate(arguments: argparse.Namespace) -> int:
     # What can be wrong with a request is found before a model is loaded for it.
     options, sampling = _generation_options(arguments)
@@ -786,6 +801,7 @@ def _add_serve(commands: Any) -> None:
     parser.set_defaults(run=_serve)
 
 
+@_watching_memory()
 def _serve(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
@@ -859,6 +875,8 @@ def _add_eval(commands: Any) -> None:
     parser.set_defaults(run=_eval)
 
 
+@keep_awake()
+@_watching_memory()
 def _eval(arguments: argparse.Namespace) -> int:
     from mlx_flashmoe import evaluate
 
@@ -940,6 +958,8 @@ def _add_bench_kernels(benches: Any) -> None:
     parser.set_defaults(run=_bench_kernels)
 
 
+@keep_awake()
+@_watching_memory()
 def _bench_model(arguments: argparse.Namespace) -> int:
     from mlx_flashmoe.bench import model
 
@@ -951,6 +971,7 @@ def _bench_model(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@keep_awake()
 def _bench_kernels(arguments: argparse.Namespace) -> int:
     from mlx_flashmoe.bench import kernels
 
