@@ -23,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from mlx_flashmoe.console import print_note
 from mlx_flashmoe.errors import RequestError
 from mlx_flashmoe.generate import stream_generate
 from mlx_flashmoe.loader import StreamingModel, load
@@ -220,7 +221,7 @@ def run(
 
     console = Console(highlight=False)
     with closing(loading_bar()) as bar:
-        model, tokenizer = load(folder, **options, read_ahead=False, progress=bar)
+        model, tokenizer = load(folder, **options, read_ahead=False, announce=print_note, progress=bar)
     use = ExpertUse(model)
     report: dict[str, Any] = {
         "model": Path(folder).resolve().name,
