@@ -24,7 +24,7 @@ from hub_server import serve
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_flashmoe import convert, load
+from mlx_flashmoe import convert, load, memory
 from mlx_flashmoe.cli import main
 from mlx_flashmoe.convert import hub
 from mlx_flashmoe.doctor import machine, predict, predictions, report, verdict
@@ -296,6 +296,35 @@ def test_a_json_file_that_cannot_be_written_is_refused_before_anything_is_measur
     for name in ("old.json", "new.json"):
         assert main(["doctor", "no/such/folder", "--json", str(tmp_path / name)]) == 2
     assert (tmp_path / "old.json").read_text() == "{}" and not (tmp_path / "new.json").exists()
+
+
+def test_this_machines_memory_is_what_is_free_now(
+    shapes: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Predictions, the command to type, and macOS's limit for the GPU where that is what is in the way."""
+    monkeypatch.setattr(predictions, "measure_rates", lambda *_: M3_MAX)
+    monkeypatch.setattr(memory.system, "sysctl", {memory.WIRED_LIMIT: 0}.get)
+
+    def answered(usable: float, available: float, status: int = 0, total: float = 24e9) -> str:
+        monkeypatch.setattr(memory.Room, "here", lambda: Room(int(total), int(usable), int(available)))
+        assert main(["doctor", str(shapes["35B"])]) == status
+        return " ".join("".join(capsys.readouterr()).split())
+
+    hint = "macOS lets the GPU use 16 GB of 24 GB: with `sudo sysctl iogpu.wired_limit_mb="
+    idle = answered(24e9, 24e9)
+    assert "Fits in memory" in idle and "24 GB are free now" in idle and "sysctl" not in idle
+    busy = answered(24e9, 12e9)
+    assert "Does not fit" in busy and "12 GB are free now" in busy
+    assert all(row[2] != "auto" or row[3] < float(idle.split()[0]) for row in table(busy))
+    assert hint not in answered(16e9, 24e9)  # 18 GB are not enough either
+    assert hint.replace("24", "48") in answered(16e9, 45e9, total=48e9)
+    full = answered(23e9, 10**9)
+    assert "warning: only 1 GB of memory are free now" in full
+    # Not even the least fits: an error.
+    assert "most goes" not in answered(1e9, 24e9, status=2)
+    assert "makes it fit" in answered(1e9, 24e9, status=2, total=1.2e9)
+    small = answered(1.9e9, 24e9, status=2, total=4e9)
+    assert "sudo sysctl" in small and "until the next restart, it fits" in small
 
 
 # --- The command

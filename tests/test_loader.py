@@ -516,6 +516,30 @@ def test_a_longer_context_is_counted_and_refused_where_it_does_not_fit(
         model.reserve(10_000_000)
 
 
+def test_a_longer_context_that_a_macs_gpu_may_not_have_comes_with_the_command(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Room, "here", lambda: Room(10**9, 600 * 10**6, 10**9))
+    monkeypatch.setattr(system, "sysctl", {"iogpu.wired_limit_mb": 0}.get)
+    model, _ = load(folder, expert_memory="os")
+    longest = model.max_context
+    monkeypatch.setattr(model, "context_length", 10**6)
+    with pytest.raises(MemoryPlanError, match=r"wired_limit_mb=715`.* it fits$"):
+        model.reserve(model.max_context + 100)
+    assert longest <= model.max_context
+
+
+def test_a_plan_larger_than_what_is_free_is_announced_with_a_warning(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for available, count in ((10**9, 1), (10**8, 2)):
+        lines: list[str] = []
+        monkeypatch.setattr(Room, "here", lambda: Room(10**9, 10**9, available))  # noqa: B023
+        load(folder, announce=lines.append)
+        assert len(lines) == count and lines[0].startswith("memory: ")
+    assert lines[1].startswith("warning: only 100 MB of memory are free now")
+
+
 def test_memory_for_kept_prompts_is_part_of_the_plan(folder: Path) -> None:
     lines: list[str] = []
     with_prefixes = load(folder, prefix_memory=10**7, announce=lines.append)[0].plan

@@ -15,6 +15,7 @@ from fakes import TalkingModel, make_checkpoint
 from fakes import tokenizer as fake_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.progress import MofNCompleteColumn, TextColumn
 from screen import Screen
 
 from mlx_flashmoe import cli, convert, system, watch
@@ -23,6 +24,9 @@ from mlx_flashmoe.chat.session import Session
 from mlx_flashmoe.chat.view import TerminalView
 from mlx_flashmoe.server.metrics import Metrics
 from mlx_flashmoe.server.worker import End, Job, Worker
+from mlx_flashmoe.terminal.answer import TerminalAnswer
+from mlx_flashmoe.terminal.bars import Bar
+from mlx_flashmoe.terminal.region import print_above
 from mlx_flashmoe.watch import MemoryWatch
 
 LEVEL = {"normal": 1, "warning": 2, "critical": 4}
@@ -107,7 +111,6 @@ def test_notes_in_between_leave_what_is_drawn_as_it_was(
     pieces: list[str], notes: set[int], width: int
 ) -> None:
     """In rows of their own: without them the screen is the same."""
-    from mlx_flashmoe.terminal.answer import TerminalAnswer
 
     def shown(notes: set[int]) -> list[str]:
         screen = Screen(width=width)
@@ -126,6 +129,18 @@ def test_notes_in_between_leave_what_is_drawn_as_it_was(
         f"<note {n}>" for n in sorted(notes) if n < len(pieces)
     ]
     assert [row for row in with_notes if row and row[0] != "<"] == [row for row in shown(set()) if row]
+
+
+def test_a_bar_that_a_thread_draws_lets_notes_of_another_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen()
+    monkeypatch.setattr(Bar, "EVERY", 0.0005)
+    bar = Bar(TextColumn("Loading"), MofNCompleteColumn(), console=screen.console, delay=0)
+    for number in range(100):
+        bar(number, 100)
+        print_above(lambda number=number: screen.console.print(f"<note {number}>"))  # type: ignore[misc]
+        time.sleep(0.001)
+    bar.close()
+    assert screen.text.split("\n") == [f"<note {number}>" for number in range(100)]
 
 
 def test_a_chat_tells_it_above_the_answer_that_is_drawn(
