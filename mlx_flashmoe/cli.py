@@ -10,8 +10,8 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import closing, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -70,15 +70,6 @@ def main(argv: Sequence[str] | None = None, prog: str = "mlx_flashmoe") -> int:
             _discard_stdout()
             return _failed(f"standard output cannot be written: {e.strerror}")
         raise error
-
-
-@contextmanager
-def _watching_memory() -> Iterator[None]:
-    from mlx_flashmoe.console import print_note
-    from mlx_flashmoe.watch import MemoryWatch
-
-    with MemoryWatch(print_note):
-        yield
 
 
 def _missing(module: str) -> str:
@@ -518,7 +509,6 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 @keep_awake()
-@_watching_memory()
 def _generate(arguments: argparse.Namespace) -> int:
     # What can be wrong with a request is found before a model is loaded for it.
     options, sampling = _generation_options(arguments)
@@ -535,6 +525,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     from mlx_flashmoe.generate import answer_room, cut_off
     from mlx_flashmoe.terminal.answer import answer_view
     from mlx_flashmoe.terminal.bars import loading_bar, prompt_bar
+    from mlx_flashmoe.watch import MemoryWatch
 
     with closing(loading_bar()) as bar:
         model, tokenizer = load(
@@ -552,14 +543,15 @@ def _generate(arguments: argparse.Namespace) -> int:
     view = answer_view(tokenizer.opens_thinking(tokens), tokenizer.think_end_id, verbatim)
     progress = prompt_bar()
     try:
-        for response in stream_generate(
-            model,
-            tokenizer,
-            tokens,
-            **options,
-            prompt_progress_callback=progress,
-        ):
-            view.feed(response.text, response.token)
+        with MemoryWatch(print_note):
+            for response in stream_generate(
+                model,
+                tokenizer,
+                tokens,
+                **options,
+                prompt_progress_callback=progress,
+            ):
+                view.feed(response.text, response.token)
     except KeyboardInterrupt:
         status = INTERRUPTED
     finally:
@@ -801,7 +793,6 @@ def _add_serve(commands: Any) -> None:
     parser.set_defaults(run=_serve)
 
 
-@_watching_memory()
 def _serve(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
@@ -876,7 +867,6 @@ def _add_eval(commands: Any) -> None:
 
 
 @keep_awake()
-@_watching_memory()
 def _eval(arguments: argparse.Namespace) -> int:
     from mlx_flashmoe import evaluate
 
@@ -959,7 +949,6 @@ def _add_bench_kernels(benches: Any) -> None:
 
 
 @keep_awake()
-@_watching_memory()
 def _bench_model(arguments: argparse.Namespace) -> int:
     from mlx_flashmoe.bench import model
 

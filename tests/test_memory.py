@@ -33,6 +33,7 @@ class Machine:
             psutil, "virtual_memory", lambda: SimpleNamespace(total=self.total, available=self.available)
         )
         monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(sout=self.swapped))
+        monkeypatch.setattr(system, "available_memory", available_memory)
         monkeypatch.setattr(system, "sysctl", lambda name: self.settings.get(name))
         monkeypatch.setattr(system, "memory_groups", lambda: self.groups)
 
@@ -116,7 +117,10 @@ def test_a_real_group_counts_what_is_held_and_not_the_page_cache(group: Path, tm
     script = """
 import os, sys
 from pathlib import Path
+from types import SimpleNamespace
+import psutil
 from mlx_flashmoe.system import available_memory, physical_memory
+psutil.virtual_memory = lambda: SimpleNamespace(total=2**40, available=2**40)  # the group's figures alone count
 Path(sys.argv[1], "cgroup.procs").write_text(str(os.getpid()))
 file = os.open(sys.argv[2], os.O_RDONLY)
 before = available_memory()

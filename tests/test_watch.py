@@ -37,6 +37,7 @@ def pressure(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Sets the pressure that macOS would report."""
     settings = {"kern.memorystatus_vm_pressure_level": 1}
     monkeypatch.setattr(system, "sysctl", settings.get)
+    monkeypatch.setattr(watch, "PressureGauge", system.PressureGauge)
     monkeypatch.setattr(watch, "available_memory", lambda: 900 * 10**6)
     return lambda level: settings.update({"kern.memorystatus_vm_pressure_level": LEVEL[level]})
 
@@ -268,10 +269,21 @@ def test_serve_tells_of_a_shortage_in_its_log(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("mlx_flashmoe.server.app.serve", lambda load, name, **options: load())
+    monkeypatch.setattr("mlx_flashmoe.server.app._Server.run", lambda self, sockets: None)
     pressure("critical")
-    assert cli.main(["serve", "--model", str(model)]) == 0
-    assert capsys.readouterr().err.splitlines().count(LINE.replace("short", "very short")) == 1
+    assert cli.main(["serve", "--model", str(model), "--port", "0"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines.count(LINE.replace("short", "very short")) == 1
+
+
+def test_before_a_model_runs_an_error_is_all_that_is_said(
+    pressure: Callable[[str], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pressure("critical")
+    for command in ("generate", "eval", "bench", "serve"):
+        more = {"generate": ["--prompt", "Hi"], "eval": ["--text", __file__]}.get(command, [])
+        assert cli.main([command, "--model", str(tmp_path), *more]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_chat_and_a_server_keep_a_mac_awake_while_they_answer(
