@@ -63,6 +63,9 @@ clean:
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info < (3, 10) and sys.exit("error: Python 3.10 or newer is needed, \
 	but $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	@$(PYTHON) -c 'import platform, sys; (sys.platform, platform.machine()) == ("darwin", "x86_64") and \
+	sys.exit("error: MLX needs a Python for Apple Silicon, but $(PYTHON) is for Intel processors; \
+	name another: make PYTHON=/opt/homebrew/bin/python3 $(MAKECMDGOALS)")'
 	@echo "Setting up $(VENV); the first time this takes a minute or two"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) --editable '$(PROJECT)'

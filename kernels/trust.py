@@ -8,7 +8,6 @@ plain operations take its place, and whoever loaded the model is told.
 from __future__ import annotations
 
 import hashlib
-import platform
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
@@ -18,7 +17,7 @@ from importlib.metadata import version
 import mlx.core as mx
 import numpy as np
 
-from mlx_flashmoe import user_cache
+from mlx_flashmoe import system, user_cache
 
 MODES = ("auto", "custom", "mlx")
 TOLERANCE = {mx.float32: 1e-4, mx.bfloat16: 1e-2, mx.float16: 1e-2}
@@ -124,6 +123,5 @@ def _here() -> str:
     for file in sorted(resources.files(__package__).iterdir(), key=lambda f: f.name):
         if file.is_file():
             texts.update(file.read_bytes())
-    system = platform.mac_ver()[0] or platform.release()
     chip = (info.get("device_name"), info.get("architecture"))
-    return f"{chip} {platform.system()} {system} {version('mlx')} {texts.hexdigest()}"
+    return f"{chip} {system.release()} {version('mlx')} {texts.hexdigest()}"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_flashmoe import system
 from mlx_flashmoe.errors import FlashMoEError, RequestError
+from mlx_flashmoe.system import check_processor, keep_awake
 
 if TYPE_CHECKING:
     from mlx_flashmoe.loader import StreamingModel
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "mlx_flashmoe") -> int:
     if unknown:
         arguments.parser.refuse(unknown)
     try:
+        check_processor()
         if not answers and arguments.run in (_generate, _chat):
             raise RequestError("standard output is closed: there is nowhere to write the answer")
         status: int = arguments.run(arguments)
@@ -196,6 +198,7 @@ def _add_convert(commands: Any) -> None:
     parser.set_defaults(run=_convert)
 
 
+@keep_awake()
 def _convert(arguments: argparse.Namespace) -> int:
     from mlx_flashmoe import convert
     from mlx_flashmoe.console import ConversionProgress, print_note
@@ -252,6 +255,7 @@ def _add_verify(commands: Any) -> None:
     parser.set_defaults(run=_verify)
 
 
+@keep_awake()
 def _verify(arguments: argparse.Namespace) -> int:
     import time
 
@@ -317,8 +321,8 @@ def _add_model_flags(parser: argparse.ArgumentParser, required: bool = True) -> 
         "--expert-memory",
         default="auto",
         metavar="SIZE",
-        help="memory that holds experts between tokens: a size such as 8GB; auto picks one for this machine; "
-        "os takes little and leaves caching to the operating system (default: %(default)s)",
+        help="memory that holds experts between tokens: a size such as 8GB; auto picks one and leaves to other "
+        "programs what they use now; os takes little and leaves caching to the operating system (default: %(default)s)",
     )
     parser.add_argument(
         "--active-experts",
@@ -484,7 +488,7 @@ def _fetch_model(arguments: argparse.Namespace) -> None:
     if folder is None:
         from mlx_flashmoe.console import ConversionProgress
 
-        with ConversionProgress() as display:
+        with keep_awake(), ConversionProgress() as display:
             try:
                 folder = model_folder(arguments.model, display.note, display.progress)
             except KeyboardInterrupt:
@@ -505,6 +509,7 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
+@keep_awake()
 def _generate(arguments: argparse.Namespace) -> int:
     # What can be wrong with a request is found before a model is loaded for it.
     options, sampling = _generation_options(arguments)
@@ -521,6 +526,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     from mlx_flashmoe.generate import answer_room, cut_off
     from mlx_flashmoe.terminal.answer import answer_view
     from mlx_flashmoe.terminal.bars import loading_bar, prompt_bar
+    from mlx_flashmoe.watch import MemoryWatch
 
     with closing(loading_bar()) as bar:
         model, tokenizer = load(
@@ -538,14 +544,15 @@ def _generate(arguments: argparse.Namespace) -> int:
     view = answer_view(tokenizer.opens_thinking(tokens), tokenizer.think_end_id, verbatim)
     progress = prompt_bar()
     try:
-        for response in stream_generate(
-            model,
-            tokenizer,
-            tokens,
-            **options,
-            prompt_progress_callback=progress,
-        ):
-            view.feed(response.text, response.token)
+        with MemoryWatch(print_note):
+            for response in stream_generate(
+                model,
+                tokenizer,
+                tokens,
+                **options,
+                prompt_progress_callback=progress,
+            ):
+                view.feed(response.text, response.token)
     except KeyboardInterrupt:
         status = INTERRUPTED
     finally:
@@ -860,6 +867,7 @@ def _add_eval(commands: Any) -> None:
     parser.set_defaults(run=_eval)
 
 
+@keep_awake()
 def _eval(arguments: argparse.Namespace) -> int:
     from mlx_flashmoe import evaluate
 
@@ -941,6 +949,7 @@ def _add_bench_kernels(benches: Any) -> None:
     parser.set_defaults(run=_bench_kernels)
 
 
+@keep_awake()
 def _bench_model(arguments: argparse.Namespace) -> int:
     from mlx_flashmoe.bench import model
 
@@ -952,6 +961,7 @@ def _bench_model(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@keep_awake()
 def _bench_kernels(arguments: argparse.Namespace) -> int:
     from mlx_flashmoe.bench import kernels
 

@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.text import Text
 
 from mlx_flashmoe.sizes import counted, show_duration, show_size
-from mlx_flashmoe.terminal.region import Region, Rendered
+from mlx_flashmoe.terminal.region import Region, Rendered, print_above
 
 if TYPE_CHECKING:
     from mlx_flashmoe.generate import GenerationResponse
@@ -52,7 +52,7 @@ def print_note(message: str) -> None:
 def _print_line(message: str, style: str, styled: int, soft_wrap: bool = True) -> None:
     line = Text(printable(" ".join(message.split("\n"))))
     line.stylize(style, 0, styled)
-    Console(stderr=True, soft_wrap=soft_wrap).print(line)
+    print_above(lambda: Console(stderr=True, soft_wrap=soft_wrap).print(line))
 
 
 def digits(number: float) -> str:

@@ -23,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from mlx_flashmoe.console import print_note
 from mlx_flashmoe.errors import RequestError
 from mlx_flashmoe.generate import stream_generate
 from mlx_flashmoe.loader import StreamingModel, load
@@ -33,6 +34,7 @@ from mlx_flashmoe.scoring import row_logprobs
 from mlx_flashmoe.terminal.bars import loading_bar
 from mlx_flashmoe.tokenizer import Tokenizer
 from mlx_flashmoe.tools import QWEN, Syntax, Text, Tool, ToolCall, parameter_schemas, parse_answer
+from mlx_flashmoe.watch import MemoryWatch
 
 CONTEXT = 512  # tokens of a chunk of text
 LONGEST_ANSWER = 1024  # tokens; one that is longer is cut off there
@@ -220,8 +222,8 @@ def run(
 
     console = Console(highlight=False)
     with closing(loading_bar()) as bar:
-        model, tokenizer = load(folder, **options, read_ahead=False, progress=bar)
-    use = ExpertUse(model)
+        model, tokenizer = load(folder, **options, read_ahead=False, announce=print_note, progress=bar)
+    use, watch = ExpertUse(model), MemoryWatch(print_note)
     report: dict[str, Any] = {
         "model": Path(folder).resolve().name,
         "active_experts": options.get("active_experts"),
@@ -230,7 +232,7 @@ def run(
         # The other model's output does not depend on its memory: it takes as little as it can.
         other = None if against is None else load(against, "os", read_ahead=False)
         length = len(tokenizer.encode(passage, add_special_tokens=False))
-        with Steps("perplexity", length, "tokens") as steps:
+        with watch, Steps("perplexity", length, "tokens") as steps:
             figures = evaluate_text(model, tokenizer, passage, other, steps.advance)
         use.collect()
         report["text"] = {
@@ -241,7 +243,7 @@ def run(
         console.print(_text_table(figures))
     if questions is not None:
         answers = AnswerFigures()
-        with Steps("answers", len(questions), "questions") as steps:
+        with watch, Steps("answers", len(questions), "questions") as steps:
             for question in questions:
                 answer_question(model, tokenizer, question, answers)
                 use.collect()

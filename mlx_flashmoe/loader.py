@@ -141,9 +141,10 @@ class StreamingModel:
             wider = replace(self.plan, kv=kv)
             if wider.total > wider.limit:
                 other = "--prefix-memory" if wider.prefixes > wider.arena else "--expert-memory"
+                hint = memory.Room.here().hint(wider.total, "it fits")
                 raise MemoryPlanError(
                     f"{wider}: a context of {context} tokens does not fit; give fewer tokens, --max-tokens included, "
-                    f"or less {other}"
+                    f"or less {other}{f'; {hint}' * bool(hint)}"
                 )
             self.plan = wider
 
@@ -192,11 +193,12 @@ def load(
     Args:
         path: what ``convert`` made: a folder, or a repository of it on the hub ("org/name"), which is fetched once
             (fetch.py).
-        expert_memory: memory for experts: "8GB" or a number of bytes; "auto" picks from the machine's memory;
+        expert_memory: memory for experts: "8GB" or a number of bytes; "auto" picks from the memory that is free;
             "os" keeps slots only for the layer at work and leaves caching to the operating system.
         active_experts: routed experts a token uses; the checkpoint's own number if None.
         dtype: of the activations; the checkpoint's own on a GPU and float32 on a CPU if None.
-        announce: is given a line about what is fetched, if anything, and the memory plan, before memory is taken.
+        announce: is given a line about what is fetched, if anything, the memory plan, and a warning if less than that
+            is free, before memory is taken.
         read_ahead: read the next layer's likely experts while this one computes, as long as that pays.
         experts_path: more folders that hold copies of some or all of the expert files, best on other disks:
             reads are spread over all copies, and ``path`` itself need not have those that are elsewhere.
@@ -268,7 +270,8 @@ def load(
         ),
     )
     if announce is not None:
-        announce(str(plan))
+        for line in (str(plan), *plan.notes):
+            announce(line)
     _limit_memory(plan)
     total = plan.dense + (plan.arena if plan.slots == experts else 0)
     told = progress or (lambda done, total: None)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from mlx_flashmoe import system
 from mlx_flashmoe.errors import MemoryPlanError
 from mlx_flashmoe.sizes import show_size
 
 # What a generation takes besides the named parts: activations of one chunk of a prompt, buffers MLX keeps for
 # reuse, the interpreter.
 WORKING_BYTES = 500 * 10**6
-# Of memory, what is left to everyone else at least where the arena takes the rest.
+# Of memory, what "auto" leaves to other programs at least.
 OTHERS_SHARE = 0.05
 # Freed buffers MLX may keep for reuse; more would only take memory from the page cache.
 CACHE_LIMIT = 128 * 2**20
@@ -23,6 +22,8 @@ CACHE_LIMIT = 128 * 2**20
 # The interpreter and MLX; on a CPU also numba, and the states of a segment of the delta rule.
 PROCESS_BYTES = {mx.DeviceType.gpu: 64 * 10**6, mx.DeviceType.cpu: 260 * 10**6}
 MAX_CHUNK = 4096
+# macOS's limit of what the GPU may use, in MiB; 0 for its own choice.
+WIRED_LIMIT = "iogpu.wired_limit_mb"
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -49,30 +50,54 @@ def parse_size(text: str | int, flag: str = "--expert-memory", choices: str = ",
     return int(number * _UNITS[match[2]])
 
 
-def physical_memory() -> int:
-    """Bytes of memory, or of a control group's limit on it: programs and page cache together."""
-    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_cgroup_limits()])
+@dataclass(frozen=True)
+class Room:
+    """The memory of a machine, in bytes.
 
+    Attributes:
+        total: what there is; a control group's limit counts.
+        usable: of it, what a model may take: less where a GPU may not use all.
+        available: of it, what is not in use now; page cache is not in use.
+    """
 
-def available_memory() -> int:
-    """Bytes of memory that nobody has taken, page cache included, as Linux counts it; elsewhere all of it."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return physical_memory()
-    kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-    return 1024 * int(kib)
+    total: int
+    usable: int
+    available: int
 
+    @property
+    def free(self) -> int:
+        """Bytes that a model may take without taking from other programs what they use, or may soon need."""
+        return min(self.usable, self.available, self.total - int(OTHERS_SHARE * self.total))
 
-def memory_limit() -> int:
-    """Bytes this process may take: of memory, or of the GPU's working set."""
-    limits = [physical_memory()]
-    if mx.default_device() == mx.gpu:
-        info = mx.device_info()
-        size = info.get("max_recommended_working_set_size") or info.get("memory_size")
-        if size:
-            limits.append(int(size))
-    return min(limits)
+    @classmethod
+    def here(cls) -> Room:
+        """This machine's, now."""
+        total = usable = system.physical_memory()
+        if mx.default_device() == mx.gpu:
+            info = mx.device_info()
+            size = info.get("max_recommended_working_set_size") or info.get("memory_size")
+            if size:
+                usable = min(total, int(size))
+        # What programs use of the host's memory is no part of a GPU's own.
+        shared = mx.default_device() != mx.gpu or mx.metal.is_available()
+        return cls(total, usable, system.available_memory() if shared else total)
+
+    def hint(self, needed: int, then: str) -> str:
+        """The command that lets a Mac's GPU use enough for ``needed`` bytes, and still leaves macOS a quarter or 8 GB.
+
+        Args:
+            then: what is so if it is given.
+
+        Returns:
+            "" where there is no such command, or it would not do.
+        """
+        most = (self.total - min(8 * 10**9, self.total // 4)) // 2**20
+        if not self.usable < needed <= most * 2**20 or system.sysctl(WIRED_LIMIT) is None:
+            return ""
+        return (
+            f"macOS lets the GPU use {show_size(self.usable)} of {show_size(self.total)}: with `sudo sysctl "
+            f"{WIRED_LIMIT}={most}`, which holds until the next restart, {then}"
+        )
 
 
 def largest_buffer() -> int | None:
@@ -81,35 +106,6 @@ def largest_buffer() -> int | None:
         return None
     length = mx.device_info().get("max_buffer_length")
     return int(length) if length else None
-
-
-def _cgroup_limits() -> list[int]:
-    """Memory limits of the control groups this process is in (version 1 and 2), and of their parents."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    limits = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "memory":
-            root, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
-        elif controllers == "":
-            root, name = Path("/sys/fs/cgroup"), "memory.max"
-        else:
-            continue
-        folder = root / path.lstrip("/")
-        while True:
-            try:
-                text = (folder / name).read_text().strip()
-                if text.isdigit():
-                    limits.append(int(text))
-            except OSError:
-                pass
-            if folder == root or folder == folder.parent:
-                break
-            folder = folder.parent
-    return limits
 
 
 def prefill_chunk(activation_bytes: int, besides: int = 0) -> int:
@@ -131,6 +127,7 @@ class Plan:
     reason: str
     prefixes: int = 0
     direct: bool = False  # experts are to be read around the page cache
+    notes: tuple[str, ...] = ()  # lines for the user: too little memory is free, or the GPU may use more
 
     @property
     def arena(self) -> int:
@@ -158,46 +155,47 @@ def plan(
     active: int,
     kv: int,
     prefixes: int = 0,
-    limit: int | None = None,
+    room: Room | None = None,
     largest_buffer: int | None = None,
     may_read_directly: bool = False,
 ) -> Plan:
     """Decides how many slots the arena has.
 
     Args:
-        expert_memory: a size, "os" (slots only for the layer at work; the page cache does the rest), or "auto".
+        expert_memory: a size, "os" (slots only for the layer at work; the page cache does the rest), or "auto", which
+            leaves to other programs what they use.
         dense, kv, prefixes: bytes of the dense part in memory, of the KV cache, of prompts kept for later.
         slot_bytes: bytes of one slot.
         experts: in the whole model.
         active: experts a token uses in a layer.
-        limit: bytes there are; this machine's if None.
+        room: the memory there is; this machine's if None.
         largest_buffer: bytes one array can have, where the device limits that: the arena is one.
         may_read_directly: "auto" may choose to read experts around the page cache.
 
     Raises:
         MemoryPlanError: it does not fit; says what would.
     """
-    limit = memory_limit() if limit is None else limit
+    room = Room.here() if room is None else room
     # In prefill three waves share the arena: one computed, one being read, one spared.
     least = min(experts, max(active, 3))
     most = experts if largest_buffer is None else min(experts, largest_buffer // slot_bytes)
-    room = limit - dense - kv - prefixes - WORKING_BYTES
+    others = dense + kv + prefixes + WORKING_BYTES
     direct = False
     if expert_memory == "auto":
-        if most == experts and experts * slot_bytes <= room:
+        share, rest = room.free - others, "the rest of memory is left to the page cache"
+        if most == experts and experts * slot_bytes <= share:
             slots, reason = experts, "all of them fit"
-        elif may_read_directly:
-            # What is read into the arena need not be in the page cache too; some memory is for everyone else.
-            direct = True
-            others = max(int(OTHERS_SHARE * limit), limit - available_memory())
-            slots = max(least, min(most, (room - others) // slot_bytes))
-            reason = f"{100 * slots / experts:.0f}% of them; the others are read around the page cache"
         else:
-            # Half for the arena, half left to the page cache.
-            slots = max(least, min(most, room // 2 // slot_bytes))
-            reason = f"{100 * slots / experts:.0f}% of them; the rest of memory is left to the page cache"
+            if may_read_directly:
+                # What is read into the arena need not be in the page cache too.
+                direct, rest = True, "the others are read around the page cache"
+            else:
+                share //= 2
+            slots = max(least, min(most, share // slot_bytes))
+            in_use = f"{show_size(room.total - room.available)} are in use, "
+            reason = f"{100 * slots / experts:.0f}% of them; {in_use * (room.free == room.available)}{rest}"
     elif expert_memory == "os":
-        slots = min(experts, max(least, min(32, room // slot_bytes)))
+        slots = min(experts, max(least, min(32, (room.usable - others) // slot_bytes)))
         reason = "for the layer at work; the page cache keeps the rest"
     else:
         slots = min(experts, parse_size(expert_memory) // slot_bytes)
@@ -212,10 +210,24 @@ def plan(
                 f"--expert-memory {expert_memory} holds {slots} experts of {show_size(slot_bytes)}, but a layer "
                 f"at work needs {least}: give at least {show_size(least * slot_bytes)}"
             )
-    result = Plan(dense, int(slots), slot_bytes, kv, limit, reason, prefixes, direct)
-    if result.total > limit:
-        raise MemoryPlanError(f"{result}: does not fit; {_what_is_too_much(result, least)}")
-    return result
+    result = Plan(dense, int(slots), slot_bytes, kv, room.usable, reason, prefixes, direct)
+    if result.total > room.usable:
+        hint = room.hint(result.total, "it fits")
+        raise MemoryPlanError(
+            f"{result}: does not fit; {_what_is_too_much(result, least)}{f'; {hint}' * bool(hint)}"
+        )
+    notes = []
+    if result.total > room.available:
+        less = ", or give less --expert-memory" * (slots > least)
+        notes.append(
+            f"warning: only {show_size(room.available)} of memory are free now, so that the system may swap: "
+            f"close other programs{less}"
+        )
+    if expert_memory == "auto" and slots < most == experts:
+        whole = others + experts * slot_bytes
+        if whole <= replace(room, usable=room.total).free and (hint := room.hint(whole, "all experts fit")):
+            notes.append(hint)
+    return replace(result, notes=tuple(notes))
 
 
 def _what_is_too_much(plan: Plan, least: int) -> str:

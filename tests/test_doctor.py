@@ -24,7 +24,7 @@ from hub_server import serve
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_flashmoe import convert, load
+from mlx_flashmoe import convert, load, memory
 from mlx_flashmoe.cli import main
 from mlx_flashmoe.convert import hub
 from mlx_flashmoe.doctor import machine, predict, predictions, report, verdict
@@ -33,7 +33,7 @@ from mlx_flashmoe.doctor.predict import Found, Rates, Work, found, skewed, token
 from mlx_flashmoe.errors import FlashMoEError
 from mlx_flashmoe.experts import ExpertStore
 from mlx_flashmoe.layout import PROJECTIONS, BlobLayout, Manifest, Quantization
-from mlx_flashmoe.memory import Plan
+from mlx_flashmoe.memory import Plan, Room
 from mlx_flashmoe.models import architecture
 from mlx_flashmoe.sizes import show_size
 
@@ -44,6 +44,7 @@ SETTINGS = json.loads(RECORDED.read_text())["settings"]
 PUBLISHED_MODEL = Work(60, 512, 4, 7_077_888, 3 * 4096 * 1024, 5_500_000_000, 10_000_000_000, 0, 512)
 M3_MAX = predict.simulated(disk=17.5e9, bandwidth=400e9)
 
+MAC = Room(48 * 10**9, 36 * 10**9, 48 * 10**9)
 SIMULATED = ["--sim-memory", "48GB", "--sim-disk", "17.5GB/s", "--sim-bandwidth", "400GB/s"]
 
 
@@ -301,6 +302,35 @@ def test_a_json_file_that_cannot_be_written_is_refused_before_anything_is_measur
     assert (tmp_path / "old.json").read_text() == "{}" and not (tmp_path / "new.json").exists()
 
 
+def test_this_machines_memory_is_what_is_free_now(
+    shapes: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Predictions, the command to type, and macOS's limit for the GPU where that is what is in the way."""
+    monkeypatch.setattr(predictions, "measure_rates", lambda *_: M3_MAX)
+    monkeypatch.setattr(memory.system, "sysctl", {memory.WIRED_LIMIT: 0}.get)
+
+    def answered(usable: float, available: float, status: int = 0, total: float = 24e9) -> str:
+        monkeypatch.setattr(memory.Room, "here", lambda: Room(int(total), int(usable), int(available)))
+        assert main(["doctor", str(shapes["35B"])]) == status
+        return " ".join("".join(capsys.readouterr()).split())
+
+    hint = "macOS lets the GPU use 16 GB of 24 GB: with `sudo sysctl iogpu.wired_limit_mb="
+    idle = answered(24e9, 24e9)
+    assert "Fits in memory" in idle and "24 GB are free now" in idle and "sysctl" not in idle
+    busy = answered(24e9, 12e9)
+    assert "Does not fit" in busy and "12 GB are free now" in busy
+    assert all(row[2] != "auto" or row[3] < float(idle.split()[0]) for row in table(busy))
+    assert hint not in answered(16e9, 24e9)  # 18 GB are not enough either
+    assert hint.replace("24", "48") in answered(16e9, 45e9, total=48e9)
+    full = answered(23e9, 10**9)
+    assert "warning: only 1 GB of memory are free now" in full
+    # Not even the least fits: an error.
+    assert "most goes" not in answered(1e9, 24e9, status=2)
+    assert "makes it fit" in answered(1e9, 24e9, status=2, total=1.2e9)
+    small = answered(1.9e9, 24e9, status=2, total=4e9)
+    assert "sudo sysctl" in small and "until the next restart, it fits" in small
+
+
 # --- The command
 
 
@@ -393,9 +423,9 @@ def test_the_answer_comes_first_and_all_of_it_fits_a_terminal(
 
 def test_a_model_that_fits_is_not_predicted_with_another_programs_streaming(shapes: dict[str, Path]) -> None:
     needs = examine(str(shapes["35B"]), mx.bfloat16)
-    rows = list(predictions.predictions(needs, M3_MAX, "auto", 8192, 48 * 10**9, 36 * 10**9, mx.bfloat16))
+    rows = list(predictions.predictions(needs, M3_MAX, "auto", 8192, MAC, mx.bfloat16))
     slower = replace(M3_MAX, layer=10.0, disk=1.0, page_cache=1.0)
-    again = list(predictions.predictions(needs, slower, "auto", 8192, 48 * 10**9, 36 * 10**9, mx.bfloat16))
+    again = list(predictions.predictions(needs, slower, "auto", 8192, MAC, mx.bfloat16))
     assert rows[0].where.resident and rows[0].token == again[0].token
     assert rows[0].first_token == again[0].first_token
     # Its weights alone would allow 4.7 ms at 400 GB/s; an M2 Max was reported at 80 tokens/s with MLX (docs).
@@ -412,7 +442,7 @@ def test_a_model_that_fits_and_is_streamed_as_asked_is_not_said_to_be_too_large(
 
 def test_an_arena_is_no_larger_than_the_devices_largest_buffer(shapes: dict[str, Path]) -> None:
     needs = examine(str(shapes["35B"]), mx.bfloat16)
-    sizes = ("auto", 8192, 48 * 10**9, 36 * 10**9, mx.bfloat16)
+    sizes = ("auto", 8192, MAC, mx.bfloat16)
     rows = list(predictions.predictions(needs, M3_MAX, *sizes, largest_buffer=10**10))
     assert rows and all(row.plan.arena <= 10**10 for row in rows)
 

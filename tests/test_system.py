@@ -25,7 +25,7 @@ ELSEWHERE = re.compile(
 # Files that may name them, and why.
 MAY_NAME_THEM = {
     "mlx_flashmoe/system.py": "it is their place",
-    "mlx_flashmoe/memory.py": "for now: memory moves to system.py in a change of its own",
+    "mlx_flashmoe/memory.py": "its advice names the command that sets macOS's limit",
     "examples/limited_memory.py": "control groups, which it is about, are Linux's",
     "examples/doctor_against_bench.py": "its limits are control groups too",
 }

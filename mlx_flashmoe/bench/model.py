@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_flashmoe import system
+from mlx_flashmoe.console import print_note
 from mlx_flashmoe.errors import FlashMoEError, RequestError
 from mlx_flashmoe.experts.readers import READ_THREADS
 from mlx_flashmoe.experts.store import ExpertStore
@@ -34,6 +35,7 @@ from mlx_flashmoe.progress import Steps
 from mlx_flashmoe.reports import check_report, write_report
 from mlx_flashmoe.sizes import show_size
 from mlx_flashmoe.terminal.bars import loading_bar
+from mlx_flashmoe.watch import MemoryWatch
 
 WARM_UP_TOKENS = 3
 
@@ -100,7 +102,7 @@ def run(
     # Kernels are compiled at their first use: not part of anything measured.
     _answer(model, rng.integers(0, vocabulary, 40), WARM_UP_TOKENS)
     phases = []
-    with Steps("bench", 3 * len(prompts), "measurements") as steps:
+    with MemoryWatch(print_note), Steps("bench", 3 * len(prompts), "measurements") as steps:
 
         def measured(phase: Phase) -> None:
             phases.append(phase)

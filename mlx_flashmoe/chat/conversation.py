@@ -13,8 +13,10 @@ from mlx_flashmoe.chat.session import Session
 from mlx_flashmoe.chat.settings import Settings
 from mlx_flashmoe.errors import RequestError
 from mlx_flashmoe.generate import GenerationResponse, answer_room, cut_off, stream_generate
+from mlx_flashmoe.system import keep_awake
 from mlx_flashmoe.tokenizer import Message, Tokenizer
 from mlx_flashmoe.tools import Event, Piece, Thinking, ToolCall, answer_parser, pieces
+from mlx_flashmoe.watch import MemoryWatch
 
 ROUNDS = 25
 """Answers in a row that call tools, before the user is asked again."""
@@ -41,7 +43,9 @@ class View(Protocol):
 
     def figures(self, figures: Figures) -> None: ...
 
-    def note(self, text: str) -> None: ...
+    def note(self, text: str) -> None:
+        """A remark; other threads make some, too, while an answer is shown."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,7 @@ class Conversation:
         self.figures: list[Figures] = []
         self._tokenizer = tokenizer
         self._view = view
+        self._watch = MemoryWatch(view.note)
         self._template = template or {}
         self._generation = generation
 
@@ -205,7 +210,7 @@ class Conversation:
                 self._view.show(event)
 
         stats = self.model.stats()
-        with _noting_ctrl_c() as stop_asked:
+        with keep_awake(), self._watch, _noting_ctrl_c() as stop_asked:
 
             def progress(done: int, total: int) -> None:
                 self._view.prompt_progress(done, total)

@@ -21,7 +21,7 @@ from mlx_flashmoe.console import digits, print_error, printable
 from mlx_flashmoe.sizes import counted, show_size
 from mlx_flashmoe.terminal.answer import TerminalAnswer
 from mlx_flashmoe.terminal.bars import Bar, prompt_bar
-from mlx_flashmoe.terminal.region import Lines
+from mlx_flashmoe.terminal.region import Lines, print_above
 from mlx_flashmoe.tools import Piece, Text, Thinking, ToolCall
 
 RESULT_LINES = 8
@@ -134,7 +134,7 @@ class TerminalView(View):
         self.console.print()
 
     def note(self, text: str) -> None:
-        self.console.print(Line(printable(text), style="dim"))
+        print_above(lambda: self.console.print(Line(printable(text), style="dim")))
 
     def error(self, text: str) -> None:
         print_error(text)

@@ -64,14 +64,12 @@ PROMPT_REPEATS = 3  # a prompt takes a CPU a second
 @dataclass(frozen=True)
 class Machine:
     """Attributes:
-    memory: bytes; a control group's limit counts.
-    usable: bytes of it that a model may take: less where a GPU may not use all.
+    room: its memory.
     disk_free: bytes.
     copying, reading: bytes a second that copying memory copies, and that the device reads from its own.
     """
 
-    memory: int
-    usable: int
+    room: memory.Room
     disk_free: int
     copying: float
     reading: float
@@ -79,6 +77,7 @@ class Machine:
 
 def measure_machine(folder: Path) -> Machine:
     """``folder``: on the disk whose space counts."""
+    room = memory.Room.here()  # before this takes some
     source, target = np.ones(PROBE_BYTES // 8), np.ones(PROBE_BYTES // 8)
 
     def copy() -> float:
@@ -88,8 +87,7 @@ def measure_machine(folder: Path) -> Machine:
 
     read = memory_reader(mx.zeros((PROBE_BYTES // 4,), dtype=mx.uint32), PROBE_BYTES)
     return Machine(
-        memory=memory.physical_memory(),
-        usable=memory.memory_limit(),
+        room=room,
         disk_free=disk_free(folder),
         copying=_median(copy),
         reading=_median(read),

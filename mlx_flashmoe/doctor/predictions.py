@@ -92,11 +92,11 @@ def rates_of(needs: Needs, folder: Path, other: Other) -> Rates:
     return rates if other.disk is None else replace(rates, disk=SEQUENTIAL_SHARE * other.disk)
 
 
-def memory_of(other: Other) -> tuple[int, int]:
-    """Bytes of memory, and of it those that a model may take."""
+def memory_of(other: Other) -> memory.Room:
+    """This machine's memory as it is now, or the other's with no programs."""
     if other.memory is None:
-        return memory.physical_memory(), memory.memory_limit()
-    return other.memory, int(other.gpu_share * other.memory)
+        return memory.Room.here()
+    return memory.Room(other.memory, int(other.gpu_share * other.memory), other.memory)
 
 
 def predictions(
@@ -104,8 +104,7 @@ def predictions(
     rates: Rates,
     expert_memory: str,
     context: int,
-    total: int,
-    usable: int,
+    room: memory.Room,
     dtype: mx.Dtype,
     may_read_directly: bool = False,
     largest_buffer: int | None = None,
@@ -117,7 +116,7 @@ def predictions(
     Args:
         expert_memory: what was asked, as for ``load``.
         context: tokens that the KV cache is counted for.
-        total, usable: bytes of memory, and of it those that a model may take.
+        room: the memory there is.
         dtype: of the activations.
         may_read_directly, largest_buffer: as for ``memory.plan``.
 
@@ -127,8 +126,8 @@ def predictions(
     settings, layout = needs.settings, needs.layout
     kv = settings.kv_bytes(context, dtype)
     own = settings.num_experts_per_tok
-    room = usable - needs.dense_in_memory - kv - memory.WORKING_BYTES
-    sizes: list[str | int] = [expert_memory, "auto", "os", room // 4, room // 2, 3 * room // 4]
+    most = room.free - needs.dense_in_memory - kv - memory.WORKING_BYTES
+    sizes: list[str | int] = [expert_memory, "auto", "os", most // 4, most // 2, 3 * most // 4]
     for active in (own, FEWER) if own > FEWER else (own,):
         work = Work(
             layers=needs.layers,
@@ -151,7 +150,7 @@ def predictions(
                     experts=work.layers * work.experts,
                     active=active,
                     kv=kv,
-                    limit=usable,
+                    room=room,
                     largest_buffer=largest_buffer,
                     may_read_directly=may_read_directly,
                 )
@@ -162,7 +161,8 @@ def predictions(
             if plan.slots in seen:
                 continue
             seen.add(plan.slots)
-            left = 0.0 if plan.direct else total * (1 - SYSTEM_SHARE) - plan.total
+            free = min(room.total * (1 - SYSTEM_SHARE), room.available)
+            left = 0.0 if plan.direct else free - plan.total
             where = found(work, plan.slots, left, skewed)
             yield Row(
                 size,
@@ -176,7 +176,9 @@ def predictions(
             )
 
 
-def why_nothing_fits(model: str, needs: Needs, context: int, usable: int, dtype: mx.Dtype) -> str | None:
+def why_nothing_fits(
+    model: str, needs: Needs, context: int, room: memory.Room, dtype: mx.Dtype, other: Other
+) -> str | None:
     """A sentence for a model that cannot run with this context, with what would help; None if some size would fit."""
     settings = needs.settings
     experts = max(3, settings.num_experts_per_tok) * needs.layout.blob_size
@@ -185,6 +187,7 @@ def why_nothing_fits(model: str, needs: Needs, context: int, usable: int, dtype:
         kv = int(settings.kv_bytes(tokens, dtype))
         return needs.dense_in_memory + memory.WORKING_BYTES + experts + kv
 
+    usable = room.usable
     if least(context) <= usable:
         return None
     says = (
@@ -194,4 +197,7 @@ def why_nothing_fits(model: str, needs: Needs, context: int, usable: int, dtype:
     shorter = next((n for n in (65536, 32768, 8192, 2048) if n < context and least(n) <= usable), None)
     if shorter is not None:
         return f"{says}it fits with --context {shorter}, which takes {show_size(least(shorter))}"
+    hint = "" if other.described else room.hint(least(context), "it fits")
+    if hint:
+        return f"{says}{hint}"
     return f"{says}no option makes it fit: use a machine with more memory, or a smaller model"

@@ -81,8 +81,8 @@ def run(
     if not Path(model).exists():
         model = str(find(model) or model)  # what was fetched of a repository
     needs = examine(model, dtype)
-    total, usable = memory_of(other)
-    impossible = why_nothing_fits(model, needs, context, usable, dtype)
+    room = memory_of(other)
+    impossible = why_nothing_fits(model, needs, context, room, dtype, other)
     if impossible is not None:
         raise MemoryPlanError(impossible)
     folder = Path(model) if Path(model).is_dir() else Path.cwd()
@@ -90,16 +90,16 @@ def run(
     here = needs.converted and Path(model).is_dir() and not other.described
     may_read_directly = here and reads_directly(folder / expert_file(0))
     largest = None if other.described else memory.largest_buffer()
-    rows = list(
-        predictions(needs, rates, expert_memory, context, total, usable, dtype, may_read_directly, largest)
-    )
+    rows = list(predictions(needs, rates, expert_memory, context, room, dtype, may_read_directly, largest))
     chosen, why = choose(rows)
 
     free = None if other.described else disk_free(folder)
     fits = any(row.where.resident for row in rows)
     for line in verdict(needs, chosen, fits, min(PROMPT, context), free):
         console.print(Text(line, style="bold"))
-    for note in needs.notes:
+    auto = next((row for row in rows if row.expert_memory == "auto"), chosen)
+    notes = () if other.described else chosen.plan.notes or auto.plan.notes
+    for note in (*needs.notes, *notes):
         console.print(Text(note))  # a path in it is no markup
     console.print()
     for command in commands(model, needs, chosen):
@@ -112,7 +112,7 @@ def run(
     if why:
         console.print(why)
     console.print()
-    facts = _reasons(needs, rates, chosen, total, usable, other)
+    facts = _reasons(needs, rates, chosen, room, other)
     if explain:
         console.print(_facts(facts | _details(model, needs, rates, chosen, other)))
         console.print()
@@ -128,6 +128,7 @@ def run(
 
 def _print_machine(console: Console, folder: Path) -> None:
     machine = measure_machine(folder)
+    room = machine.room
     disk, page_cache = measure_reads(EXPERT, ACTIVE, folder)
     device = "GPU" if mx.default_device() == mx.gpu else "CPU"
     reads = f"{ACTIVE} experts of {show_size(EXPERT.blob_size)} at a time, as of Qwen3.5-397B at 4 bits"
@@ -135,7 +136,8 @@ def _print_machine(console: Console, folder: Path) -> None:
         _facts(
             {
                 "machine": f"{system.description()}, MLX on the {device}",
-                "memory": f"{show_size(machine.memory)}, of which a model may take {show_size(machine.usable)}",
+                "memory": f"{show_size(room.total)}, of which a model may take {show_size(room.usable)}, and "
+                f"{show_size(room.available)} are free now",
                 "": f"copied at {_rate(machine.copying)}, read by the {device} at {_rate(machine.reading)}",
                 "disk": f"{_rate(disk)}: {reads}",
                 "page cache": f"{_rate(page_cache)}: the same",
@@ -158,12 +160,14 @@ def _facts(lines: dict[str, str]) -> Table:
     return table
 
 
-def _reasons(needs: Needs, rates: Rates, row: Row, total: int, usable: int, other: Other) -> dict[str, str]:
+def _reasons(needs: Needs, rates: Rates, row: Row, room: memory.Room, other: Other) -> dict[str, str]:
     """The figures of the machine that the speed depends on, and why they are what they are."""
-    may_take = f"a model may take {show_size(usable)}"
+    may_take = f"a model may take {show_size(room.usable)}"
     if other.gpu_share < 1:
-        share = "two thirds" if usable < 0.7 * total else "three quarters"
+        share = "two thirds" if room.usable < 0.7 * room.total else "three quarters"
         may_take += f": macOS gives a GPU {share}"
+    if other.memory is None:
+        may_take += f"; {show_size(room.available)} are free now"
     reads = f"{needs.settings.num_experts_per_tok} experts of {show_size(needs.layout.blob_size)} at a time"
     disk = f"{_rate(rates.disk)} for {reads}"
     if other.disk is not None:
@@ -176,7 +180,7 @@ def _reasons(needs: Needs, rates: Rates, row: Row, total: int, usable: int, othe
         layer += ": launches, as measured on an NVIDIA H200's host; not on a Mac"
     else:
         layer += ", as another program published of an M3 Max that streams"
-    return {"memory": f"{show_size(total)}; {may_take}", "disk": disk, "a layer": layer}
+    return {"memory": f"{show_size(room.total)}; {may_take}", "disk": disk, "a layer": layer}
 
 
 def _details(model: str, needs: Needs, rates: Rates, row: Row, other: Other) -> dict[str, str]:

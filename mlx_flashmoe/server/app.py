@@ -41,6 +41,7 @@ from mlx_flashmoe.server.responses_store import ResponseStore
 from mlx_flashmoe.server.schemas import openapi
 from mlx_flashmoe.server.worker import Worker
 from mlx_flashmoe.tokenizer import Tokenizer
+from mlx_flashmoe.watch import MemoryWatch
 
 QUEUE_SIZE = 8
 
@@ -74,7 +75,7 @@ def serve(
         sampling: arguments of ``picking`` for requests that do not say.
         template: variables of the chat template for requests that do not say.
         make_prefix_cache: see ``Worker``.
-        announce: is told the address when the server can be used.
+        announce: is told the address when the server can be used, and when the system gets short of memory.
         log: is given a line for each request; see ``server.log``.
 
     Raises:
@@ -108,7 +109,8 @@ def serve(
             address = f"http://{place}:{listener.getsockname()[1]}/v1"
             context = f"{worker.model.max_context:,} tokens of context"
             announce(f"{name}: {address} answers, with {context}; Ctrl-C ends it")
-            _Server(config, worker).run(sockets=[listener])
+            with MemoryWatch(announce):
+                _Server(config, worker).run(sockets=[listener])
         finally:
             worker.close()
 

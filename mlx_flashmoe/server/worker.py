@@ -25,6 +25,7 @@ from mlx_flashmoe.scoring import TokenInfo, prompt_infos, token_infos
 from mlx_flashmoe.server.errors import ApiError
 from mlx_flashmoe.server.metrics import Metrics
 from mlx_flashmoe.server.stops import StopFinder
+from mlx_flashmoe.system import keep_awake
 from mlx_flashmoe.tokenizer import Tokenizer
 from mlx_flashmoe.tools import AnswerParser, Event, Text
 
@@ -237,7 +238,8 @@ class Worker:
     def _answer(self, job: Job) -> None:
         start, before = time.perf_counter(), self.model.stats()
         try:
-            end = self._generate(job)
+            with keep_awake():
+                end = self._generate(job)
         except _Cancelled:
             job.given_up = True
             end = End("stop", error=_stopping() if self._closed else None)

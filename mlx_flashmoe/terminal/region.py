@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
+import weakref
+from collections.abc import Callable
 
 from rich.cells import get_character_cell_size
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -35,13 +38,13 @@ class Region:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._lines: list[str] = []
+        self._lines: list[Rendered] = []
         self._hides_cursor = False
         self._reflows = "XTERM_VERSION" not in os.environ and os.environ.get("TERM") != "linux"
 
     def draw(self, lines: list[Rendered], above: list[Rendered] | None = None) -> None:
         """Replaces the lines; ``above`` is printed for good, before them."""
-        with self._console:  # one write to the terminal: nothing flickers
+        with _lock, self._console:  # one write to the terminal: nothing flickers
             if not self._hides_cursor:
                 self._console.show_cursor(False)
                 self._hides_cursor = True
@@ -50,12 +53,14 @@ class Region:
                 self._console.print(Lines(above))
             if lines:
                 self._console.print(Lines(lines, whole=False), end="", soft_wrap=True)
-            self._lines = ["".join(segment.text for segment in line) for line in lines]
+            self._lines = lines
+            (_regions.add if lines else _regions.discard)(self)
 
     def clear(self, last: list[Rendered] | None = None) -> None:
         """Takes the lines away; ``last`` is printed in their place, for good."""
-        with self._console:
+        with _lock, self._console:
             self._erase()
+            _regions.discard(self)
             if self._hides_cursor:
                 self._console.show_cursor(True)
                 self._hides_cursor = False
@@ -67,11 +72,31 @@ class Region:
         if not self._lines:
             return
         width = self._console.width if self._reflows else 10**9
-        rows = min(self._console.height, sum(rows_of(line, width) for line in self._lines))
+        rows = min(self._console.height, sum(rows_of(_text(line), width) for line in self._lines))
         row = [(ControlType.CARRIAGE_RETURN,), (ControlType.ERASE_IN_LINE, 2)]
         up = [(ControlType.CURSOR_UP, 1), (ControlType.ERASE_IN_LINE, 2)]
         self._console.control(Control(*row, *up * (rows - 1)))  # type: ignore[arg-type]
         self._lines = []
+
+
+_lock = threading.RLock()
+_regions: weakref.WeakSet[Region] = weakref.WeakSet()
+"""Those that are drawn now."""
+
+
+def print_above(print_it: Callable[[], None]) -> None:
+    """Has something printed for good while regions may be drawn, also from another thread: above them."""
+    with _lock:
+        drawn = [(region, region._lines) for region in _regions]
+        for region, _ in drawn:
+            region.draw([])
+        print_it()
+        for region, lines in drawn:
+            region.draw(lines)
+
+
+def _text(line: Rendered) -> str:
+    return "".join(segment.text for segment in line)
 
 
 def rows_of(line: str, width: int) -> int:
