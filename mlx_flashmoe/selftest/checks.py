@@ -30,7 +30,8 @@ def trials(folder: Path) -> list[tuple[str, Trial]]:
     found: list[tuple[str, Trial]] = []
     for name, check in CHECKS.items():
         try:
-            found += [(name, trial) for trial in check(place)]
+            for trial in check(place):
+                found.append((name, trial))
         except Exception as e:
             found.append((name, Trial("its trials", partial(_fail, e))))
     return found

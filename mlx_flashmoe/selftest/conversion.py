@@ -12,6 +12,7 @@ from pathlib import Path
 from mlx_flashmoe.convert import verify
 from mlx_flashmoe.convert.destination import JOURNAL
 from mlx_flashmoe.convert.journal import read_record
+from mlx_flashmoe.errors import FormatError
 from mlx_flashmoe.layout import MANIFEST, STATE
 from mlx_flashmoe.selftest.trial import Trial, Wrong
 from mlx_flashmoe.selftest.workplace import BITS, Workplace, model_types
@@ -47,7 +48,11 @@ def _killed_and_resumed(place: Workplace, model_type: str) -> str:
 
 
 def _verify(place: Workplace, model_type: str) -> str:
-    return f"{show_size(verify(place.model(model_type)))} as they should be"
+    notes: list[str] = []
+    try:
+        return f"{show_size(verify(place.model(model_type), note=notes.append))} as they should be"
+    except FormatError as e:
+        raise Wrong("; ".join(notes) or str(e)) from None
 
 
 def _python(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:

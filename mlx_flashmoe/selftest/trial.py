@@ -69,8 +69,10 @@ def reason(error: Exception) -> str:
 
 
 def shown(error: float) -> str:
-    """An error for people: "0", "2e-6"."""
-    return re.sub(r"e([-+])0*", r"e\1", f"{error:.0e}") if error and math.isfinite(error) else f"{error:.0f}"
+    """An error for people: "0", "2e-6", "3"."""
+    if error >= 1 or error == 0 or math.isnan(error):
+        return f"{error:.0f}"
+    return re.sub("e-0+", "e-", f"{error:.0e}")
 
 
 def compared(parts: Mapping[str, Callable[[], float]], allowed: Mapping[str, float]) -> str:
@@ -79,17 +81,19 @@ def compared(parts: Mapping[str, Callable[[], float]], allowed: Mapping[str, flo
     Raises:
         Wrong: names every part whose error is larger than allowed, or that raises.
     """
-    good, bad = [], []
+    good: list[str] = []
+    bad: dict[str, list[str]] = {}  # a complaint -> the parts it is about
     for name, compute in parts.items():
         try:
             error = compute()
         except Exception as e:
-            bad.append(f"{name}: {reason(e)}")
+            bad.setdefault(reason(e), []).append(name)
             continue
         if error <= allowed[name]:
             good.append(f"{name} {shown(error)}")
         else:
-            bad.append(f"{name} differs by {shown(error)}, allowed is {shown(allowed[name])}")
+            complaint = f"differs by {shown(error)}, allowed is {shown(allowed[name])}"
+            bad.setdefault(complaint, []).append(name)
     if bad:
-        raise Wrong("; ".join(bad))
+        raise Wrong("; ".join(f"{', '.join(names)}: {complaint}" for complaint, names in bad.items()))
     return ", ".join(good)

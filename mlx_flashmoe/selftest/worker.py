@@ -6,6 +6,7 @@ Its output is lines of JSON: the names of all trials, and then a row for each.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -40,6 +41,8 @@ def perform_all(folder: Path, done: Callable[[int, int], None]) -> list[Row]:
                 else:
                     rows.append(Row(**message))
                 done(len(rows), len(names))
+                if len(rows) == len(names):
+                    break
             if not names:
                 return [Row("self-test", "its process", FAILED, process.end())]
             if len(rows) < len(names):
@@ -102,8 +105,9 @@ class _Process:
         return f"the process ended with {how}" + (f": {lines[-1]}" if lines else "")
 
     def _kill(self) -> None:
-        # Until it is waited for, the group is there.
-        os.killpg(self._process.pid, signal.SIGKILL)
+        # The group may be gone; macOS refuses to kill one whose processes have all ended.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
 
