@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import mlx.core as mx
@@ -38,8 +38,8 @@ CASES: Mapping[str, tuple[Callable[[str], Case], ...]] = {
 def row_checks(place: Workplace) -> Iterator[Trial]:
     for name, cases in CASES.items():
         yield Trial(name, partial(_check, cases))
-    for name, (function, shape) in _delta_rules().items():
-        yield Trial(f"delta rule, {name}", partial(_delta_rule, function, shape))
+    for name, (function, shapes) in _delta_rules().items():
+        yield Trial(f"delta rule, {name}", partial(_delta_rule, function, shapes))
 
 
 def _check(cases: tuple[Callable[[str], Case], ...]) -> str:
@@ -57,32 +57,36 @@ def _error(cases: tuple[Callable[[str], Case], ...], dtype: str) -> float:
     return worst
 
 
+Rule = Callable[..., Sequence[mx.array]]  # of y, and the state after
 Shape = tuple[int, int, int, int]  # key heads, value heads, dims of a key, dims of a value
+PUBLISHED: dict[str, Shape] = {"80B": (16, 32, 128, 128), "397B": (16, 64, 128, 128)}
+SMALL: dict[str, Shape] = {"small": (2, 6, 64, 8)}
 
 
-def _delta_rules() -> dict[str, tuple[Callable[..., tuple[mx.array, mx.array]], Shape]]:
-    """Every function that computes it on the current device, and a shape that it serves."""
-    published, small = (16, 32, 128, 128), (2, 6, 64, 8)
-    rules: dict[str, tuple[Callable[..., tuple[mx.array, mx.array]], Shape]] = {
-        "published shape": (gated_delta.gated_delta_update, published),
-        "other shape": (gated_delta.gated_delta_update, small),
-        "MLX's, in segments": (gated_delta._in_segments, small),
-    }
-    if mx.default_device() == mx.gpu and mx.cuda.is_available():
-        rules["CUDA kernel"] = (gated_delta._cuda, published)
+def _delta_rules() -> dict[str, tuple[Rule, dict[str, Shape]]]:
+    """Every function that computes it on the current device, and shapes that it serves."""
+    rules: dict[str, tuple[Rule, dict[str, Shape]]] = {"in segments": (gated_delta._in_segments, SMALL)}
+    if mx.default_device() != mx.gpu:
+        if (eager := gated_delta._on_cpu()) is not None:
+            rules["numba kernel"] = eager, {**PUBLISHED, **SMALL}
+    elif mx.metal.is_available():
+        rules["MLX's kernel"] = mx.fast.gated_delta_update, PUBLISHED
+    else:
+        rules["CUDA kernel"] = gated_delta._cuda, {**PUBLISHED, **SMALL}
     return rules
 
 
-def _delta_rule(function: Callable[..., tuple[mx.array, mx.array]], shape: Shape) -> str:
-    """A prompt, and then a token."""
-    heads, values, key_dims, value_dims = shape
-    parts, allowed = {}, {}
-    for name, tokens in (("prompt", 2 * gated_delta.SEGMENT + 5), ("token", 1)):
-        arrays = delta_rule.random_inputs(1, tokens, heads, values, key_dims, value_dims)
+def _delta_rule(function: Rule, shapes: dict[str, Shape]) -> str:
+    """A prompt, and a token, of each shape."""
+    parts = {name: partial(_delta_error, function, shape) for name, shape in shapes.items()}
+    return compared(parts, dict.fromkeys(parts, delta_rule.TOLERANCE))
 
-        def compute(arrays: list[np.ndarray] = arrays) -> float:
-            y, state = function(*map(mx.array, arrays))
-            return delta_rule.error((np.asarray(y), np.asarray(state)), delta_rule.definition(*arrays))
 
-        parts[name], allowed[name] = compute, delta_rule.TOLERANCE
-    return compared(parts, allowed)
+def _delta_error(function: Rule, shape: Shape) -> float:
+    worst = 0.0
+    for tokens in (2 * gated_delta.SEGMENT + 5, 1):
+        arrays = delta_rule.random_inputs(1, tokens, *shape)
+        y, state = function(*map(mx.array, arrays))
+        want = delta_rule.definition(*arrays)
+        worst = max(worst, delta_rule.error((np.asarray(y), np.asarray(state)), want))
+    return worst

@@ -1,7 +1,8 @@
 """The process that makes the trials, and its other end.
 
-A fault on a GPU, or a kernel that never ends, takes a process with it: the trials are made in one that can be lost.
-Its output is lines of JSON: the names of all trials, and then a row for each.
+A fault on a GPU, or a kernel that never ends, takes a process with it, or spoils it: the trials are made in one that
+can be lost, and after one that has failed the next are made in another. Its output is lines of JSON: the names of all
+trials, and then a row for each.
 """
 
 from __future__ import annotations
@@ -38,14 +39,15 @@ def perform_all(folder: Path, done: Callable[[int, int], None]) -> list[Row]:
             for message in iter(process.next, None):
                 if "names" in message:
                     names = [(check, name) for check, name in message["names"]]
-                else:
-                    rows.append(Row(**message))
+                    continue
+                rows.append(Row(**message))
                 done(len(rows), len(names))
-                if len(rows) == len(names):
+                # What has failed may have left its process, or the device for it, unfit for the next.
+                if rows[-1].outcome == FAILED or len(rows) == len(names):
                     break
-            if not names:
-                return [Row("self-test", "its process", FAILED, process.end())]
-            if len(rows) < len(names):
+            else:
+                if not names:
+                    return [Row("self-test", "its process", FAILED, process.end())]
                 rows.append(Row(*names[len(rows)], FAILED, process.end()))
                 done(len(rows), len(names))
     return rows
