@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from mlx_flashmoe.convert import convert
+from mlx_flashmoe.layout import MANIFEST
 from mlx_flashmoe.models import ARCHITECTURES
 from mlx_flashmoe.selftest.checkpoints import write_checkpoint
 
@@ -35,6 +36,6 @@ class Workplace:
     def model(self, model_type: str) -> Path:
         """The same, converted."""
         folder = self.folder / model_type
-        if not folder.exists():
+        if not (folder / MANIFEST).exists():  # resumes, where a process was lost in the middle
             convert(self.checkpoint(model_type), folder, q_bits=BITS)
         return folder
