@@ -28,7 +28,8 @@ PIPE_CLOSED = 141  # … and one whose reader went away
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "mlx_flashmoe") -> int:
-    """Runs a command and returns its exit status: 0, 2 for an error of the user's, 130 for Ctrl-C.
+    """Runs a command and returns its exit status: 0, 1 if selftest has found a fault, 2 for an error of the user's,
+    130 for Ctrl-C.
 
     Args:
         argv: the arguments, without the program's name; the process's own by default.
@@ -128,6 +129,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_bench(commands)
     _add_doctor(commands)
+    _add_selftest(commands)
     return parser
 
 
@@ -1042,3 +1044,31 @@ def _doctor(arguments: argparse.Namespace) -> int:
         arguments.model, arguments.expert_memory, arguments.context, other, arguments.json, arguments.explain
     )
     return 0
+
+
+# selftest
+
+
+def _add_selftest(commands: Any) -> None:
+    parser = commands.add_parser(
+        "selftest",
+        allow_abbrev=False,
+        help="find out what works on this machine; needs no model",
+        description="Check every part on this machine, in a minute or so and without a model: the kernels against "
+        "exact arithmetic, a small random model of each architecture, a conversion that is killed and resumed, and "
+        "reads. Exit status 1 if something failed; the last line is to be pasted into an issue.",
+    )
+    parser.add_argument(
+        "--folder",
+        metavar="DIR",
+        help="a folder on the disk to measure; some 200 MB are written there, and removed (default: the folder for "
+        "temporary files)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write facts and rows there, too")
+    parser.set_defaults(run=_selftest)
+
+
+def _selftest(arguments: argparse.Namespace) -> int:
+    from mlx_flashmoe.selftest.run import run
+
+    return 0 if run(arguments.folder, arguments.json) else 1

@@ -9,22 +9,13 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from expert_cases import TOLERANCE, Experts, decode, encode, error, layout_of
 
 from mlx_flashmoe.kernels import cuda, gpu
 from mlx_flashmoe.layout import BITS, GROUP_SIZES
+from mlx_flashmoe.selftest.expert_cases import TOLERANCE, Experts, layout_of
+from mlx_flashmoe.selftest.floats import DTYPES, decode, encode, error, to_float64, to_mlx
 
 pytestmark = pytest.mark.skipif(not mx.cuda.is_available(), reason="MLX finds no CUDA device")
-
-DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-
-
-def to_mlx(a: np.ndarray) -> mx.array:
-    return mx.array(a).view(mx.bfloat16) if a.dtype == np.uint16 else mx.array(a)
-
-
-def to_float64(a: mx.array) -> np.ndarray:
-    return np.array(a.astype(mx.float32)).astype(np.float64)
 
 
 def check_ffn(layout, dtype, formulation=None, tokens=1, top_k=3, count=5, seed=0) -> None:

@@ -16,6 +16,7 @@ import pytest
 from metal_emulator import COMPILER, HERE, Job, Launch, run
 
 from mlx_flashmoe.kernels import gated_delta
+from mlx_flashmoe.selftest.delta_rule import TOLERANCE, definition, error, random_inputs
 
 B, T, HK, HV, DK, DV = 2, 37, 2, 6, 64, 8
 
@@ -52,30 +53,11 @@ OUTPUTS = ("y", "new_state")
 
 
 def inputs() -> list[np.ndarray]:
-    rng = np.random.default_rng(0)
-    q, k = (rng.standard_normal((B, T, HK, DK)) for _ in range(2))
-    k /= np.linalg.norm(k, axis=-1, keepdims=True)
-    v = rng.standard_normal((B, T, HV, DV))
-    decay, beta = (rng.uniform(0.3, 1, (B, T, HV)) for _ in range(2))
-    state = rng.standard_normal((B, HV, DV, DK))
-    return [a.astype(np.float32) for a in (q, k, v, decay, beta, state)]
-
-
-def definition(q, k, v, decay, beta, state) -> tuple[np.ndarray, np.ndarray]:
-    """Token by token in float64."""
-    q, k, v, decay, beta, s = (a.astype(np.float64) for a in (q, k, v, decay, beta, state))
-    q, k = (np.repeat(a, HV // HK, axis=2) for a in (q, k))
-    y = np.empty(v.shape)
-    for t in range(T):
-        s = s * decay[:, t, :, None, None]
-        delta = (v[:, t] - (s @ k[:, t, :, :, None])[..., 0]) * beta[:, t, :, None]
-        s = s + delta[..., None] * k[:, t, :, None, :]
-        y[:, t] = (s @ q[:, t, :, :, None])[..., 0]
-    return y, s
+    return random_inputs(B, T, HK, HV, DK, DV)
 
 
 def close(got: tuple[np.ndarray, ...], want: tuple[np.ndarray, ...]) -> bool:
-    return all(np.linalg.norm(g - w) <= 1e-5 * np.linalg.norm(w) for g, w in zip(got, want))
+    return error(got, want) <= TOLERANCE
 
 
 FUNCTIONS = {

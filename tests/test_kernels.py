@@ -9,12 +9,13 @@ from itertools import product
 import mlx.core as mx
 import numpy as np
 import pytest
-from expert_cases import TOLERANCE, Experts, error, from_bfloat16, layout_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_flashmoe.kernels import on_cpu, reference
 from mlx_flashmoe.layout import BITS, GROUP_SIZES
+from mlx_flashmoe.selftest.expert_cases import TOLERANCE, Experts, layout_of
+from mlx_flashmoe.selftest.floats import error, from_bfloat16
 
 try:
     from mlx_flashmoe.kernels import cpu

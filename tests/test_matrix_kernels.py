@@ -12,10 +12,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from expert_cases import Experts, decode, encode, error, layout_of
 from metal_emulator import COMPILER, HERE, Job, Sparse, compile_kernels, record, run
 
 from mlx_flashmoe.kernels import gpu, metal
+from mlx_flashmoe.selftest.expert_cases import Experts, layout_of
+from mlx_flashmoe.selftest.floats import decode, encode, error
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (g++ or clang++) to emulate with")
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from expert_cases import TOLERANCE, Experts, decode, encode, error, layout_of, pack
 from metal_emulator import COMPILER, Job, Launch, Sparse, check_address_spaces, compile_kernels, record, run
 
 from mlx_flashmoe.kernels import gpu, metal
 from mlx_flashmoe.layout import BITS, GROUP_SIZES, BlobLayout
+from mlx_flashmoe.selftest.expert_cases import TOLERANCE, Experts, layout_of, pack
+from mlx_flashmoe.selftest.floats import decode, encode, error
 
 pytestmark = pytest.mark.skipif(
     COMPILER is None, reason="no C++ compiler (g++ or clang++) to emulate Metal with"

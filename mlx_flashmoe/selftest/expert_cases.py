@@ -1,4 +1,4 @@
-"""Random experts for the kernels' tests, and what they compute in float64.
+"""Random experts, and what they compute in float64: what kernels are compared with, here and in the tests.
 
 Nothing here uses MLX's quantization: values are packed and unpacked by this file alone (one test compares
 that with MLX's own), so that kernels and reference cannot share a mistake.
@@ -8,34 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from mlx_flashmoe.layout import BlobLayout, Quantization
+from mlx_flashmoe.layout import BlobLayout, Component, Quantization
+from mlx_flashmoe.selftest.floats import Array, decode, encode
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 1e-2}
 
 
-def to_bfloat16(a: np.ndarray) -> np.ndarray:
-    """float32 -> the bits of the nearest bfloat16, ties to even."""
-    bits = np.ascontiguousarray(a, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-
-
-def from_bfloat16(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def encode(a: np.ndarray, dtype: str) -> np.ndarray:
-    """float array -> the array stored for it; bfloat16 as uint16."""
-    if dtype == "bfloat16":
-        return to_bfloat16(a)
-    return np.asarray(a, np.float32 if dtype == "float32" else np.float16)
-
-
-def decode(a: np.ndarray) -> np.ndarray:
-    """The inverse of encode, in float64."""
-    return (from_bfloat16(a) if a.dtype == np.uint16 else a).astype(np.float64)
-
-
-def pack(q: np.ndarray, bits: int) -> np.ndarray:
+def pack(q: Array, bits: int) -> Array:
     """Integers [rows, n] -> uint32 [rows, n * bits / 32]: a stream of bits, the lowest first."""
     each = np.unpackbits(q.astype(np.uint8)[..., None], axis=-1, bitorder="little")  # 8 bits a value
     stream = each[..., :bits].reshape(q.shape[0], -1)
@@ -49,17 +28,17 @@ class Experts:
         rng = np.random.default_rng(seed)
         self.layout = layout
         self.blobs = np.zeros((count, layout.blob_size), np.uint8)
-        self.matrices: list[dict[str, np.ndarray]] = []
+        self.matrices: list[dict[str, Array]] = []
         for blob in self.blobs:
             matrices = {}
             for name, p in layout.projections.items():
                 shape = (p.out_dims, p.in_dims)
 
-                def put(component, data, blob=blob):
+                def put(component: Component, data: Array, blob: Array = blob) -> None:
                     at = component.offset
                     blob[at : at + component.nbytes] = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
 
-                if p.scales is None:
+                if p.scales is None or p.biases is None:
                     w = encode(rng.standard_normal(shape) / np.sqrt(p.in_dims), p.weight.dtype)
                     put(p.weight, w)
                     matrices[name] = decode(w)
@@ -76,13 +55,14 @@ class Experts:
                 matrices[name] = q * wide[0] + wide[1]
             self.matrices.append(matrices)
 
-    def one(self, expert: int, x: np.ndarray) -> np.ndarray:
+    def one(self, expert: int, x: Array) -> Array:
         """down(silu(gate(x)) * up(x)): x float64 [..., D] -> float64 [..., D]."""
         m = self.matrices[expert]
         g, u = x @ m["gate"].T, x @ m["up"].T
-        return (g / (1 + np.exp(-g)) * u) @ m["down"].T
+        y: Array = (g / (1 + np.exp(-g)) * u) @ m["down"].T
+        return y
 
-    def ffn(self, x: np.ndarray, experts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    def ffn(self, x: Array, experts: Array, weights: Array) -> Array:
         """x [T, D], experts and weights [T, K] -> [T, D], all float64."""
         return np.stack(
             [
@@ -93,7 +73,11 @@ class Experts:
 
 
 def layout_of(
-    hidden: int, intermediate: int, bits, group_size, dtype: str | dict[str, str] = "bfloat16"
+    hidden: int,
+    intermediate: int,
+    bits: int | tuple[int, ...],
+    group_size: int | tuple[int, ...],
+    dtype: str | dict[str, str] = "bfloat16",
 ) -> BlobLayout:
     """bits and group_size: one for all, or one for each of gate, up and down."""
     bits = bits if isinstance(bits, tuple) else (bits,) * 3
@@ -102,10 +86,3 @@ def layout_of(
         n: Quantization(b, 0 if b == 16 else g) for n, b, g in zip(("gate", "up", "down"), bits, group_size)
     }
     return BlobLayout.build(hidden, intermediate, quantization, dtype)
-
-
-def error(out: np.ndarray, expected: np.ndarray) -> float:
-    """|out - expected| / |expected|, the larger of the whole array's and the worst row's. NaN is infinite."""
-    difference = np.linalg.norm(out - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
-    worst = max(float(difference.max()), float(np.abs(out - expected).max() / np.abs(expected).max()))
-    return worst if np.isfinite(worst) else float("inf")
