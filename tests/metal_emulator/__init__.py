@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import platform
 import re
 import shutil
 import subprocess
@@ -32,9 +33,11 @@ import numpy as np
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++") or shutil.which("clang++")
-FLAGS = ["-std=gnu++14", "-O1", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra"]
+FLAGS = ["-std=gnu++14", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra"]
+FLAGS += ["-march=native"] if platform.machine() == "x86_64" else []  # for its fma; ARM always has one
 FLAGS += ["-Wno-attributes", "-Wno-unknown-pragmas", "-Wno-unused-variable", "-Wno-ignored-attributes"]
 FLAGS += ["-Wno-unused-parameter", "-Wno-unused-but-set-parameter", "-Wno-type-limits", "-Wno-div-by-zero"]
+FLAGS += ["-Wno-deprecated-declarations"]  # macOS calls ucontext's functions deprecated
 DTYPES = {mx.float32: np.float32, mx.bfloat16: np.uint16, mx.float16: np.float16, mx.int32: np.int32}
 
 
