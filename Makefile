@@ -15,12 +15,13 @@ PROJECT := .$(if $(BACKEND),[$(BACKEND)])
 comma := ,
 PROJECT_WITH = .[$(if $(BACKEND),$(BACKEND)$(comma))$(1)]
 
-.PHONY: help demo test lint reference clients clean
+.PHONY: help demo test lint metal reference clients clean
 
 help:
 	@echo "make demo       set up .venv, convert a small trained model, hold a short conversation"
 	@echo "make test       run the tests"
 	@echo "make lint       ruff and mypy"
+	@echo "make metal      every Metal kernel in every format, in an emulation (needs g++ or clang++; two minutes)"
 	@echo "make reference  compare with transformers and mlx-lm (installs torch), then the slow tests"
 	@echo "make clients    agents and packages as they come, against the server (needs node and git; 4 GB)"
 	@echo "make clean      remove .venv, .clients and demo"
@@ -40,6 +41,11 @@ lint: $(VENV)/installed-lint
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# In one process, whose report at the end then knows of every launch.
+metal: $(VENV)/installed-test
+	PYTHONPATH=tests $(RUN) -m pytest -o addopts=-q -p metal_emulator.report \
+		tests/test_metal_kernels.py tests/test_row_kernels.py tests/test_metal_coverage.py $(ARGS)
 
 reference: $(VENV)/installed-test $(VENV)/installed-reference
 	$(RUN) -m pytest -o addopts=-q tests/reference $(ARGS)

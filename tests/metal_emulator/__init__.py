@@ -33,6 +33,7 @@ import numpy as np
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++") or shutil.which("clang++")
+CLANG = next(filter(None, map(shutil.which, ("clang++", "clang++-14", "clang++-16", "clang++-18"))), None)
 FLAGS = ["-std=gnu++14", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra"]
 FLAGS += ["-march=native"] if platform.machine() == "x86_64" else []  # for its fma; ARM always has one
 FLAGS += ["-Wno-attributes", "-Wno-unknown-pragmas", "-Wno-unused-variable", "-Wno-ignored-attributes"]
@@ -173,6 +174,9 @@ def check_address_spaces(launch: Launch, clang: str) -> None:
     assert done.returncode == 0, done.stderr[:4000]
 
 
+EXECUTED: list[Launch] = []  # what run() has run in this process without an objection, for report.py
+
+
 @dataclass
 class Sparse:
     """An array of `total` bytes of which only `pieces` (offset -> bytes) may be touched."""
@@ -229,4 +233,5 @@ def run(libraries: dict[str, Path], jobs: list[Job]) -> list[dict[str, np.ndarra
         if done.returncode:
             raise AssertionError(f"exit status {done.returncode}: {done.stderr[-3000:]}")
         results: list[dict[str, np.ndarray]] = pickle.loads(answer.read_bytes())
+        EXECUTED.extend(launch for job in jobs for launch in job.launches)
         return results
