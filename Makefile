@@ -20,7 +20,7 @@ PROJECT_WITH = .[$(if $(BACKEND),$(BACKEND)$(comma))$(1)]
 help:
 	@echo "make demo       set up .venv, convert a small trained model, hold a short conversation"
 	@echo "make test       run the tests"
-	@echo "make lint       ruff and mypy"
+	@echo "make lint       ruff, mypy, shellcheck, and the workflows against their schema"
 	@echo "make metal      every Metal kernel in every format, in an emulation (needs g++ or clang++; two minutes)"
 	@echo "make reference  compare with transformers and mlx-lm (installs torch), then the slow tests"
 	@echo "make clients    agents and packages as they come, against the server (needs node and git; 4 GB)"
@@ -41,6 +41,8 @@ lint: $(VENV)/installed-lint
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/shellcheck .ci/*
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 # In one process, whose report at the end then knows of every launch.
 metal: $(VENV)/installed-test
