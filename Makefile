@@ -15,13 +15,14 @@ PROJECT := .$(if $(BACKEND),[$(BACKEND)])
 comma := ,
 PROJECT_WITH = .[$(if $(BACKEND),$(BACKEND)$(comma))$(1)]
 
-.PHONY: help demo test test-darwin lint reference clients clean
+.PHONY: help demo test test-darwin lint metal reference clients clean
 
 help:
 	@echo "make demo       set up .venv, convert a small trained model, hold a short conversation"
 	@echo "make test       run the tests"
 	@echo "make test-darwin  on Linux, run them with what Python has on macOS, and no more"
-	@echo "make lint       ruff, and mypy as on Linux and as on macOS"
+	@echo "make lint       ruff, mypy as on Linux and as on macOS, shellcheck, and the workflows against their schema"
+	@echo "make metal      every Metal kernel in every format, in an emulation (needs g++ or clang++; two minutes)"
 	@echo "make reference  compare with transformers and mlx-lm (installs torch), then the slow tests"
 	@echo "make clients    agents and packages as they come, against the server (needs node and git; 4 GB)"
 	@echo "make clean      remove .venv, .clients and demo"
@@ -46,6 +47,13 @@ lint: $(VENV)/installed-lint
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy --platform linux
 	$(RUN) -m mypy --platform darwin --cache-dir .mypy_cache/darwin
+	$(VENV)/bin/shellcheck .ci/*
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+
+# In one process, whose report at the end then knows of every launch.
+metal: $(VENV)/installed-test
+	PYTHONPATH=tests $(RUN) -m pytest -o addopts=-q -p metal_emulator.report \
+		tests/test_metal_kernels.py tests/test_row_kernels.py tests/test_metal_coverage.py $(ARGS)
 
 reference: $(VENV)/installed-test $(VENV)/installed-reference
 	$(RUN) -m pytest -o addopts=-q tests/reference $(ARGS)

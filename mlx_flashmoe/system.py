@@ -159,8 +159,9 @@ def system_name() -> str:
 
 
 def release() -> str:
-    """The operating system's name and version: "Darwin 15.1", or "Linux" and the kernel's."""
-    return f"{system_name()} {platform.mac_ver()[0] or platform.release()}"
+    """The operating system's name and version: "macOS 15.1", or "Linux" and the kernel's."""
+    mac = platform.mac_ver()[0]
+    return f"macOS {mac}" if mac else f"{system_name()} {platform.release()}"
 
 
 def machine_name() -> str:

@@ -7,13 +7,22 @@ float64 arithmetic that shares no code with the kernels.
 from __future__ import annotations
 
 import itertools
-import shutil
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from metal_emulator import COMPILER, Job, Launch, Sparse, check_address_spaces, compile_kernels, record, run
+from metal_emulator import (
+    CLANG,
+    COMPILER,
+    Job,
+    Launch,
+    Sparse,
+    check_address_spaces,
+    compile_kernels,
+    record,
+    run,
+)
 
 from mlx_flashmoe.kernels import gpu, metal
 from mlx_flashmoe.layout import BITS, GROUP_SIZES, BlobLayout
@@ -110,6 +119,16 @@ def every_configuration() -> list[Case]:
     return cases
 
 
+MIXED_DTYPES = {"gate": "float16", "up": "float32", "down": "bfloat16"}
+MIXED_AND_UNQUANTIZED = [
+    Case(layout_of(256, 384, (4, 3, 6), (64, 32, 128), MIXED_DTYPES)),
+    Case(layout_of(256, 384, (8, 16, 2), (32, 32, 64), MIXED_DTYPES), "float32"),
+    Case(layout_of(96, 160, 16, 0, "bfloat16"), "float32", tokens=2),
+    Case(layout_of(96, 160, 16, 0, "float16"), "float32", rows=(3, 5)),
+    Case(layout_of(96, 160, 16, 0, "float32"), "float32"),
+]
+
+
 def test_packing_is_mlx_s() -> None:
     """The tests' own packing is what mx.quantize makes."""
     for bits, group_size in itertools.product(BITS, GROUP_SIZES):
@@ -131,17 +150,7 @@ def test_every_configuration(tmp_path) -> None:
 
 def test_mixed_and_unquantized(tmp_path) -> None:
     """gate, up and down of different bits, groups and dtypes; unquantized ones."""
-    dtypes = {"gate": "float16", "up": "float32", "down": "bfloat16"}
-    check(
-        [
-            Case(layout_of(256, 384, (4, 3, 6), (64, 32, 128), dtypes)),
-            Case(layout_of(256, 384, (8, 16, 2), (32, 32, 64), dtypes), "float32"),
-            Case(layout_of(96, 160, 16, 0, "bfloat16"), "float32", tokens=2),
-            Case(layout_of(96, 160, 16, 0, "float16"), "float32", rows=(3, 5)),
-            Case(layout_of(96, 160, 16, 0, "float32"), "float32"),
-        ],
-        tmp_path,
-    )
+    check(MIXED_AND_UNQUANTIZED, tmp_path)
 
 
 def test_sizes(tmp_path) -> None:
@@ -176,9 +185,6 @@ def test_rows_do_not_depend_on_the_split(tmp_path) -> None:
     whole, *parts = (r["y"] for r in run(libraries, jobs))
     for part, rows in zip(parts, (slice(0, 6), slice(6, 9), slice(3, 4), slice(9, 11))):
         assert np.array_equal(part, whole[rows])
-
-
-CLANG = next(filter(None, map(shutil.which, ("clang++", "clang++-14", "clang++-16", "clang++-18"))), None)
 
 
 @pytest.mark.skipif(CLANG is None, reason="no clang++ to check Metal's address spaces with")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_flashmoe import memory
+from mlx_flashmoe import memory, system
 from mlx_flashmoe.bench.kernels import environment
 from mlx_flashmoe.sizes import show_size
 
@@ -26,21 +24,15 @@ def facts_of(folder: Path) -> dict[str, Any]:
     working_set = mx.device_info().get("max_recommended_working_set_size") if on_gpu else None
     return {
         **environment(),
-        "platform": _platform(),
+        "platform": system.release(),
         "memory": {
-            "physical": memory.physical_memory(),
-            "available": memory.available_memory() if sys.platform == "linux" else None,
+            "physical": system.physical_memory(),
+            "available": system.available_memory(),
             "gpu_working_set": int(working_set) if working_set else None,
             "largest_buffer": memory.largest_buffer(),
         },
         "disk_free": shutil.disk_usage(folder).free,
     }
-
-
-def _platform() -> str:
-    """The system and its version."""
-    release = platform.mac_ver()[0]
-    return f"macOS {release}" if release else f"{platform.system()} {platform.release()}"
 
 
 def versions(facts: dict[str, Any]) -> str:

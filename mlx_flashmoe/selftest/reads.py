@@ -15,10 +15,11 @@ from time import perf_counter
 
 import numpy as np
 
+from mlx_flashmoe import system
 from mlx_flashmoe.experts import ExpertStore
 from mlx_flashmoe.experts.readers import READ_THREADS
 from mlx_flashmoe.experts.slab import Slab, make_slab
-from mlx_flashmoe.experts.store import ReadRequest, open_for_reading
+from mlx_flashmoe.experts.store import ReadRequest
 from mlx_flashmoe.layout import LayerEntry, Manifest, expert_file
 from mlx_flashmoe.selftest.expert_cases import layout_of
 from mlx_flashmoe.selftest.trial import Skip, Trial, Wrong
@@ -43,7 +44,7 @@ def _check(place: Workplace, direct: bool) -> str:
     path = folder / expert_file(0)
     _write(path)
     try:
-        fd = open_for_reading(path, direct)
+        fd = system.open_for_reading(path, direct)
     except OSError as e:
         raise Skip(f"not possible on this file system: {e.strerror or e}") from None
     entry = LayerEntry(0, EXPERTS, 0, (0,) * EXPERTS)
@@ -92,7 +93,7 @@ def _write(path: Path) -> None:
             fcntl.fcntl(f, fcntl.F_NOCACHE, 1)
         for group in _groups():
             f.write(_blobs(group).tobytes())
-        os.fsync(f.fileno())
+        system.flush(f.fileno())
     os.rename(unfinished, path)
 
 

@@ -25,6 +25,8 @@ float fma(float, float, float);
 float simd_sum(float);
 namespace precise {
 float exp(float);
+float log(float);
+float rsqrt(float);
 }
 enum class mem_flags { mem_none, mem_device, mem_threadgroup };
 void threadgroup_barrier(mem_flags);

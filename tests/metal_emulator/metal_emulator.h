@@ -10,6 +10,11 @@
 //  - Threads that disagree about the next barrier or SIMD-group function are an error.
 #pragma once
 
+#ifdef __APPLE__  // which asks for these before it declares ucontext's functions and MAP_ANONYMOUS
+#define _XOPEN_SOURCE 600
+#define _DARWIN_C_SOURCE
+#endif
+
 #include <setjmp.h>
 #include <signal.h>
 #include <sys/mman.h>
