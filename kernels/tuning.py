@@ -53,7 +53,7 @@ def tune(
 
     tiling = language.tiling
     best = fastest(gpu.DEFAULT_FORMULATION, formulations, lambda f: ffn(f, tiling))
-    for tilings in (gate_tilings(tiling, best), down_tilings(tiling, best)):
+    for tilings in (gate_tilings(best), down_tilings(best)):
         # Each is a change to the tiling found so far.
         tiling = fastest(tiling, [replace(tiling, **change) for change in tilings], lambda t: ffn(best, t))
     own = gpu.best_for_rows(language, layout, dtype)
@@ -63,14 +63,14 @@ def tune(
     return best, best_rows, tiling
 
 
-def gate_tilings(tiling: gpu.Tiling, formulation: str) -> list[dict[str, int]]:
+def gate_tilings(formulation: str) -> list[dict[str, int]]:
     """Changes to a tiling that cut the first launch of expert_ffn otherwise."""
     if formulation == gpu.MATRIX:
         return [{"matrix_gate": n} for n in (2, 8)]
     return [{"gate_simdgroups": n, "gate_rows": r} for n, r in _CUTS]
 
 
-def down_tilings(tiling: gpu.Tiling, formulation: str) -> list[dict[str, int]]:
+def down_tilings(formulation: str) -> list[dict[str, int]]:
     """Changes to a tiling that cut the second launch of expert_ffn otherwise."""
     if formulation == gpu.MATRIX:
         return [{"matrix_down": n} for n in (4, 16)]

@@ -23,7 +23,7 @@ def every_launch() -> Iterator[Launch]:
     for case in (*test_metal_kernels.every_configuration(), *test_metal_kernels.MIXED_AND_UNQUANTIZED):
         yield from test_metal_kernels.launches_of(case)
     for row_case in test_row_kernels.CASES.values():
-        yield from record(metal.LANGUAGE, row_case.call, *row_case.arrays())
+        yield from record(metal.LANGUAGE, row_case.kernel, *row_case.arrays())
 
 
 def main() -> None:

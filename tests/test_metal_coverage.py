@@ -78,6 +78,6 @@ def test_what_is_not_emulated_is_said() -> None:
 @pytest.mark.parametrize("name", [n for n in test_row_kernels.CASES if n.endswith("bfloat16")])
 def test_address_spaces(name: str) -> None:
     case = test_row_kernels.CASES[name]
-    launches: list[Launch] = record(metal.LANGUAGE, case.call, *case.arrays())
+    launches: list[Launch] = record(metal.LANGUAGE, case.kernel, *case.arrays())
     for launch in launches:
         check_address_spaces(launch, str(CLANG))

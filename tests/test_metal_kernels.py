@@ -24,7 +24,7 @@ from metal_emulator import (
     run,
 )
 
-from mlx_flashmoe.kernels import gpu, metal
+from mlx_flashmoe.kernels import gpu, metal, tuning
 from mlx_flashmoe.layout import BITS, GROUP_SIZES, BlobLayout
 from mlx_flashmoe.selftest.expert_cases import TOLERANCE, Experts, layout_of, pack
 from mlx_flashmoe.selftest.floats import decode, encode, error
@@ -47,24 +47,26 @@ class Case:
     top_k: int = 3
     rows: tuple[int, ...] = ()  # run lengths: expert_rows instead of expert_ffn
     slots: tuple[int, ...] = (0, 1, 2, 3, 4)  # where the experts lie
+    tiling: gpu.Tiling = metal.LANGUAGE.tiling
 
 
 def launches_of(case: Case) -> list[Launch]:
     x = mx.zeros((sum(case.rows) or case.tokens, case.layout.hidden_size), MX[case.dtype])
     slab = mx.zeros((1, case.layout.blob_size // 4), mx.uint32)
+    tiled = replace(metal.LANGUAGE, tiling=case.tiling)
     if case.rows:
         slots = mx.array(np.repeat(np.arange(len(case.rows)), case.rows).astype(np.int32))
 
         def rows(language, x, slab):
             return gpu.expert_rows(language, x, slab, slots, case.layout)
 
-        return record(metal.LANGUAGE, rows, x, slab)
+        return record(tiled, rows, x, slab)
 
     def ffn(language, x, slab, slots, weights):
         return gpu.expert_ffn(language, x, slab, slots, weights, case.layout, case.formulation)
 
     slots = mx.zeros((case.tokens, case.top_k), mx.int32)
-    return record(metal.LANGUAGE, ffn, x, slab, slots, mx.zeros(slots.shape))
+    return record(tiled, ffn, x, slab, slots, mx.zeros(slots.shape))
 
 
 def prepare(case: Case, launches: list[Launch], seed: int = 0) -> tuple[Job, np.ndarray]:
@@ -82,7 +84,7 @@ def prepare(case: Case, launches: list[Launch], seed: int = 0) -> tuple[Job, np.
     if case.rows:
         which = np.repeat(rng.permutation(len(case.slots))[: len(case.rows)], case.rows)
         expected = np.stack([experts.one(e, row) for e, row in zip(which, decode(x))])
-        inputs["tiles"] = gpu.cut_into_tiles(places[which], metal.LANGUAGE.tiling.tile)
+        inputs["tiles"] = gpu.cut_into_tiles(places[which], case.tiling.tile)
     else:
         which = np.stack([rng.permutation(len(case.slots))[: case.top_k] for _ in range(case.tokens)])
         weights = rng.uniform(0.05, 1, which.shape).astype(np.float32)
@@ -119,6 +121,20 @@ def every_configuration() -> list[Case]:
     return cases
 
 
+def every_tiling() -> list[Case]:
+    """Every cut of each launch that tuning may choose; sizes that are no multiple of any."""
+    own, layout, cases = metal.LANGUAGE.tiling, layout_of(1152, 1056, 4, 32), []
+    for gate, down in zip(
+        tuning.gate_tilings(gpu.DEFAULT_FORMULATION),
+        tuning.down_tilings(gpu.DEFAULT_FORMULATION),
+        strict=True,
+    ):
+        cases.append(Case(layout, tokens=2, tiling=replace(own, **gate, **down)))
+    for rows in tuning.rows_tilings(gpu.DEFAULT_FORMULATION):
+        cases.append(Case(layout, rows=(3, 9, 1), tiling=replace(own, **rows)))
+    return cases
+
+
 MIXED_DTYPES = {"gate": "float16", "up": "float32", "down": "bfloat16"}
 MIXED_AND_UNQUANTIZED = [
     Case(layout_of(256, 384, (4, 3, 6), (64, 32, 128), MIXED_DTYPES)),
@@ -141,6 +157,10 @@ def test_packing_is_mlx_s() -> None:
 def test_configurations(tmp_path) -> None:
     """Each value of each parameter, and each pair of formulation, bits and dtype at least once."""
     check(every_configuration()[::7], tmp_path)
+
+
+def test_every_tiling(tmp_path) -> None:
+    check(every_tiling(), tmp_path)
 
 
 @pytest.mark.slow

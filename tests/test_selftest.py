@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from mlx_flashmoe import system
 from mlx_flashmoe.cli import main
 from mlx_flashmoe.experts import ExpertStore
 from mlx_flashmoe.kernels import gpu, reference
@@ -414,7 +415,7 @@ def test_direct_reads_that_are_not_possible_are_skipped(
     def refuse(path: Path, direct: bool) -> int:
         raise OSError(22, "Invalid argument")
 
-    monkeypatch.setattr(reads, "open_for_reading", refuse)
+    monkeypatch.setattr(system, "open_for_reading", refuse)
     monkeypatch.setattr(reads, "EXPERTS", reads.AT_A_TIME)
     direct = perform("", next(reads.read_checks(Workplace(tmp_path))))
     assert (direct.outcome, direct.detail) == (SKIPPED, "not possible on this file system: Invalid argument")

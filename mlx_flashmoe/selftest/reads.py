@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 import shutil
@@ -89,8 +88,7 @@ def _write(path: Path) -> None:
     path.parent.mkdir(parents=True)
     unfinished = path.with_suffix(".unfinished")
     with open(unfinished, "wb") as f:
-        if hasattr(fcntl, "F_NOCACHE"):
-            fcntl.fcntl(f, fcntl.F_NOCACHE, 1)
+        system.keep_no_pages(f.fileno())
         for group in _groups():
             f.write(_blobs(group).tobytes())
         system.flush(f.fileno())
