@@ -78,7 +78,7 @@ def reason(compare: Callable[[], str]) -> str:
     """What ``compare`` says is wrong, or the first line of the error that it ended with."""
     try:
         return compare()
-    except (RuntimeError, ValueError) as e:  # what MLX and the compilers raise
+    except Exception as e:  # whatever it is, the model is to run without this kernel
         lines = [line.strip() for line in str(e).splitlines() if "error" in line] or str(e).splitlines()
         return f"it does not run: {lines[0] if lines else type(e).__name__}"
 

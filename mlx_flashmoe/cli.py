@@ -352,6 +352,13 @@ def _add_model_flags(parser: argparse.ArgumentParser, required: bool = True) -> 
         help="compare the checksum of every expert as it is read: a damaged one is an error; reading "
         "from the page cache takes about twice as long, from disk hardly longer",
     )
+    parser.add_argument(
+        "--kernels",
+        choices=("auto", "custom", "mlx"),
+        default="auto",
+        help="on a GPU: auto compares this program's kernels with MLX's operations before their first use, and does "
+        "without those that are wrong; custom uses them unseen; mlx uses MLX's operations (default: %(default)s)",
+    )
 
 
 def _add_generation_flags(parser: argparse.ArgumentParser, max_tokens: int) -> None:
@@ -479,6 +486,7 @@ def _load_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "experts_path": arguments.experts_path,
         "direct_reads": arguments.direct_reads,
         "check_reads": arguments.check_reads,
+        "kernels": arguments.kernels,
     }
 
 
