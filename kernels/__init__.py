@@ -34,8 +34,8 @@ def expert_ffn(
     if language is None:
         y: mx.array = on_cpu.module().expert_ffn(x, slab, slots, weights, layout)
         return y
-    choice = chosen.for_ffn(language, layout, x.dtype, slots.shape[-1])
-    return choice.expert_ffn(language, x, slab, slots, weights, layout)
+    experts = chosen.for_ffn(language, layout, x.dtype, slots.shape[-1])
+    return experts.expert_ffn(x, slab, slots, weights, layout)
 
 
 def expert_rows(x: mx.array, slab: mx.array, slots: mx.array, layout: BlobLayout) -> mx.array:
@@ -58,4 +58,4 @@ def expert_rows(x: mx.array, slab: mx.array, slots: mx.array, layout: BlobLayout
     if language is None:
         y: mx.array = on_cpu.module().expert_rows(x, slab, slots, layout)
         return y
-    return chosen.for_rows(language, layout, x.dtype).expert_rows(language, x, slab, slots, layout)
+    return chosen.for_rows(language, layout, x.dtype).expert_rows(x, slab, slots, layout)

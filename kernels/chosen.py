@@ -38,52 +38,35 @@ class Choice:
     tiling: gpu.Tiling
     wrong: str = ""
 
-    def expert_ffn(
-        self,
-        language: gpu.Language,
-        x: mx.array,
-        slab: mx.array,
-        slots: mx.array,
-        weights: mx.array,
-        layout: BlobLayout,
-    ) -> mx.array:
-        """See :func:`mlx_flashmoe.kernels.expert_ffn`."""
-        if self.ffn == MLX:
-            return mlx_experts.expert_ffn(x, slab, slots, weights, layout)
-        return gpu.expert_ffn(_tiled(language, self.tiling), x, slab, slots, weights, layout, self.ffn)
 
-    def expert_rows(
-        self, language: gpu.Language, x: mx.array, slab: mx.array, slots: mx.array, layout: BlobLayout
-    ) -> mx.array:
-        """See :func:`mlx_flashmoe.kernels.expert_rows`."""
-        if self.rows == MLX:
-            return mlx_experts.expert_rows(x, slab, slots, layout)
-        return gpu.expert_rows(_tiled(language, self.tiling), x, slab, slots, layout, self.rows)
+class Experts:
+    """The experts' functions as they were chosen."""
+
+    def __init__(self, language: gpu.Language, choice: Choice):
+        self.choice = choice
+        tiled = replace(language, tiling=choice.tiling)
+        ffn, rows = choice.ffn, choice.rows
+        self.expert_ffn = (
+            mlx_experts.expert_ffn if ffn == MLX else partial(gpu.expert_ffn, tiled, formulation=ffn)
+        )
+        self.expert_rows = (
+            mlx_experts.expert_rows if rows == MLX else partial(gpu.expert_rows, tiled, formulation=rows)
+        )
 
 
-_choices: dict[tuple[Hashable, ...], Choice] = {}
-_languages: dict[tuple[gpu.Language, gpu.Tiling], gpu.Language] = {}
+_experts: dict[tuple[Hashable, ...], Experts] = {}
 
 
-def _tiled(language: gpu.Language, tiling: gpu.Tiling) -> gpu.Language:
-    if tiling == language.tiling:
-        return language
-    key = language, tiling
-    if key not in _languages:
-        _languages[key] = replace(language, tiling=tiling)
-    return _languages[key]
-
-
-def for_ffn(language: gpu.Language, layout: BlobLayout, dtype: mx.Dtype, top_k: int) -> Choice:
+def for_ffn(language: gpu.Language, layout: BlobLayout, dtype: mx.Dtype, top_k: int) -> Experts:
     """What computes a few tokens with ``top_k`` experts each."""
     key = (trust.mode(), layout, dtype, top_k)
-    return _choices.get(key) or _unprepared(key, language, layout, dtype, top_k)
+    return _experts.get(key) or _unprepared(key, language, layout, dtype, top_k)
 
 
-def for_rows(language: gpu.Language, layout: BlobLayout, dtype: mx.Dtype) -> Choice:
+def for_rows(language: gpu.Language, layout: BlobLayout, dtype: mx.Dtype) -> Experts:
     """What computes rows that are grouped by expert."""
     key = (trust.mode(), layout, dtype)
-    return _choices.get(key) or _unprepared(key, language, layout, dtype, 2)
+    return _experts.get(key) or _unprepared(key, language, layout, dtype, 2)
 
 
 def prepare(
@@ -111,7 +94,7 @@ def prepare(
     if language is None:
         return None
     key = (trust.mode(), layout, dtype, top_k)
-    if key not in _choices:
+    if key not in _experts:
         file = trust.kept_name("chosen", key)
         kept = None if trust.mode() == MLX else user_cache.read("kernels", file)
         if kept is not None:
@@ -131,8 +114,8 @@ def prepare(
             if trust.mode() == "auto":
                 choice = compared(language, choice, blobs, layout, dtype, top_k)
             user_cache.write("kernels", file, json.dumps(asdict(choice)).encode())
-        _take(key, choice)
-    return _choices[key]
+        _take(key, language, choice)
+    return _experts[key].choice
 
 
 def compared(
@@ -170,29 +153,30 @@ def identity(layout: BlobLayout, dtype: mx.Dtype, top_k: int) -> str:
     language = gpu.current()
     if language is None:
         return ""
-    ffn, rows = for_ffn(language, layout, dtype, top_k), for_rows(language, layout, dtype)
+    ffn = for_ffn(language, layout, dtype, top_k).choice
+    rows = for_rows(language, layout, dtype).choice
     return f"{ffn.ffn} {rows.rows} {ffn.tiling} {rows.tiling}"
 
 
-def _take(key: tuple[Hashable, ...], choice: Choice) -> None:
+def _take(key: tuple[Hashable, ...], language: gpu.Language, choice: Choice) -> Experts:
     """Uses a choice from now on, for rows too unless they have one."""
-    _choices[key] = choice
-    _choices.setdefault(key[:3], choice)
+    experts = _experts[key] = Experts(language, choice)
+    _experts.setdefault(key[:3], experts)
     if choice.wrong:
         trust.tell("experts", choice.wrong)
+    return experts
 
 
 def _unprepared(
     key: tuple[Hashable, ...], language: gpu.Language, layout: BlobLayout, dtype: mx.Dtype, top_k: int
-) -> Choice:
+) -> Experts:
     choice = Choice(gpu.DEFAULT_FORMULATION, gpu.best_for_rows(language, layout, dtype), language.tiling)
     if trust.mode() == MLX:
         choice = Choice(MLX, MLX, language.tiling)
     elif trust.mode() == "auto":
         blobs = np.array(random_slab(layout, max(top_k + 1, len(RUNS))))
         choice = compared(language, choice, blobs, layout, dtype, top_k)
-    _take(key, choice)
-    return choice
+    return _take(key, language, choice)
 
 
 def _compare(
@@ -207,10 +191,11 @@ def _compare(
     x, several = x.astype(dtype), several.astype(dtype)
     weights = np.random.default_rng(0).uniform(0.05, 1, slots.shape).astype(np.float32)
     slab = mx.array(blobs) | mx.array(0, mx.uint32)
+    experts = Experts(language, choice)
     got = [
-        choice.expert_ffn(language, x[:1], slab, mx.array(slots[:1]), mx.array(weights[:1]), layout),
-        choice.expert_ffn(language, x, slab, mx.array(slots), mx.array(weights), layout),
-        choice.expert_rows(language, several, slab, mx.array(rows), layout),
+        experts.expert_ffn(x[:1], slab, mx.array(slots[:1]), mx.array(weights[:1]), layout),
+        experts.expert_ffn(x, slab, mx.array(slots), mx.array(weights), layout),
+        experts.expert_rows(several, slab, mx.array(rows), layout),
     ]
     mx.eval(got)
     host = [np.array(a.astype(mx.float32)) for a in (x, several)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import mlx.core as mx
 
 from mlx_flashmoe.kernels import on_cpu, reference
@@ -10,6 +12,7 @@ from mlx_flashmoe.layout import BITS
 MANY_ROWS = (
     8  # from here on MLX's CUDA product is compiled at first use, which takes half a minute for each format
 )
+TF32 = os.environ.get("MLX_ENABLE_TF32") != "0"  # MLX's plain products of float32 have 11 bits then
 DEQUANTIZED_BYTES = 1 << 26  # at once: a whole head would be gigabytes
 
 
@@ -28,7 +31,7 @@ def quantized_matmul(
         y: mx.array = on_cpu.module().quantized_matmul(x, weight, scales, biases, group_size, bits)
         return y
     if device == mx.gpu and mx.cuda.is_available():
-        many = x.size >= MANY_ROWS * x.shape[-1] and x.dtype != mx.float32
+        many = x.size >= MANY_ROWS * x.shape[-1] and (x.dtype != mx.float32 or not TF32)
         # MLX 0.32.4 gives wrong sums, or NaN, for inputs of a single group on Hopper; only tiny models have them.
         if many or x.shape[-1] <= group_size:
             return dequantized_matmul(x, weight, scales, biases, group_size, bits)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from time import perf_counter
 from typing import TypeVar
@@ -28,7 +30,18 @@ LEAST_GAIN = 0.97  # of the time, on average
 MOST_LOSS = 1.02  # of the time, at any number of tokens
 
 V = TypeVar("V", bound=Hashable)
-Launch = Callable[[], float]
+
+
+class Launch:
+    """A measurement: calling it gives the seconds that ``build``'s graph takes, to build and to compute."""
+
+    def __init__(self, build: Callable[[], mx.array]):
+        self.build = build
+
+    def __call__(self) -> float:
+        started = perf_counter()
+        mx.eval(self.build())
+        return perf_counter() - started
 
 
 def tune(
@@ -93,24 +106,44 @@ def fastest(own: V, ways: Iterable[V], launches: Callable[[V], list[Launch]]) ->
     Args:
         launches: the measurements of a way, the same number for each; each returns seconds.
     """
-    measured = {}
-    for way in dict.fromkeys([own, *ways]):
-        try:
-            measured[way] = launches(way)
-            for launch in measured[way]:
-                launch()  # compiles
-        except (RuntimeError, ValueError):  # the device has not what it takes: registers, threadgroup memory
-            if way == own:
-                return own
-            del measured[way]
-    seconds = {way: [[] for _ in of] for way, of in measured.items()}  # type: dict[V, list[list[float]]]
+    of = {way: launches(way) for way in dict.fromkeys([own, *ways])}
+    with ThreadPoolExecutor() as pool:  # on CUDA building a graph compiles its kernels: here side by side
+        list(pool.map(_compile, of.values()))
+    of = {way: each for way, each in of.items() if _runs(each)}
+    if own not in of:
+        return own
+    best = better(own, _measure(of))
+    # Measured once more, by itself: of many ways one is fast by chance.
+    return best if best == own else better(own, _measure({own: of[own], best: of[best]}))
+
+
+def _compile(launches: list[Launch]) -> None:
+    """Builds graphs and drops them: MLX evaluates a graph on the thread that built it only. Errors show in ``_runs``."""
+    with suppress(Exception):
+        for launch in launches:
+            launch.build()
+
+
+def _runs(launches: list[Launch]) -> bool:
+    """Whether the kernels compile, and the device has what they take: registers, threadgroup memory."""
+    try:
+        for launch in launches:
+            launch()
+    except (RuntimeError, ValueError):
+        return False
+    return True
+
+
+def _measure(of: dict[V, list[Launch]]) -> dict[V, list[float]]:
+    """The median seconds of each way's launches."""
+    taken: dict[V, list[list[float]]] = {way: [[] for _ in each] for way, each in of.items()}
     rng = np.random.default_rng(0)
-    order = list(measured)
+    ways = list(of)
     for _ in range(ROUNDS):
-        for i in rng.permutation(len(order)):
-            for taken, launch in zip(seconds[order[i]], measured[order[i]], strict=True):
-                taken.append(launch())
-    return better(own, {way: [statistics.median(t) for t in taken] for way, taken in seconds.items()})
+        for i in rng.permutation(len(ways)):
+            for seconds, launch in zip(taken[ways[i]], of[ways[i]], strict=True):
+                seconds.append(launch())
+    return {way: [statistics.median(each) for each in seconds] for way, seconds in taken.items()}
 
 
 def better(own: V, seconds: dict[V, list[float]]) -> V:
@@ -134,16 +167,15 @@ def _ffn(
     def measure(tokens: int) -> Launch:
         weights = mx.full((tokens, top_k), 1 / top_k)
         turns = _turns(slab.shape[0], tokens, top_k)
+        activations = _activations(tokens, layout, dtype)
 
-        def launch() -> float:
-            x = _activations(tokens, layout, dtype)
-            started = perf_counter()
+        def build() -> mx.array:
+            x = activations
             for slots in turns:
                 x = gpu.expert_ffn(language, x, slab, slots, weights, layout, formulation)
-            mx.eval(x)
-            return perf_counter() - started
+            return x
 
-        return launch
+        return Launch(build)
 
     return [measure(tokens) for tokens in TOKENS]
 
@@ -152,16 +184,9 @@ def _rows(
     language: gpu.Language, slab: mx.array, layout: BlobLayout, dtype: mx.Dtype, formulation: str
 ) -> Launch:
     slots = mx.array(np.repeat(np.arange(slab.shape[0], dtype=np.int32), RUN))
-
-    def launch() -> float:
-        x = _activations(slots.size, layout, dtype)
-        started = perf_counter()
-        for _ in range(2):
-            x = gpu.expert_rows(language, x, slab, slots, layout, formulation)
-        mx.eval(x)
-        return perf_counter() - started
-
-    return launch
+    x = _activations(slots.size, layout, dtype)
+    mx.eval(slots)
+    return Launch(lambda: gpu.expert_rows(language, x, slab, slots, layout, formulation))
 
 
 def _turns(slots: int, tokens: int, top_k: int) -> list[mx.array]:

@@ -21,6 +21,7 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class BlobLayout:
-    """Where everything is inside one expert's blob. Hashable: kernels are cached by it."""
+    """Where everything is inside one expert's blob. Hashable, and quickly so: kernels are looked up by it."""
 
     hidden_size: int
     intermediate_size: int
@@ -112,6 +113,13 @@ class BlobLayout:
     up: Projection
     down: Projection
     blob_size: int
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.hidden_size, self.intermediate_size, self.gate, self.up, self.down, self.blob_size))
 
     @classmethod
     def build(

@@ -20,6 +20,7 @@ from checkpoints import Spec, write_checkpoint
 
 from mlx_flashmoe import convert, load
 from mlx_flashmoe.experts import ahead
+from mlx_flashmoe.kernels import chosen, gated_norm, gpu, trust
 
 pytestmark = pytest.mark.skipif(mx.default_device() != mx.gpu, reason="MLX finds no GPU")
 
@@ -88,3 +89,44 @@ def test_residency_never_changes_a_bit(
         for read_ahead in (False, True):
             got = logits(folders[bits], mx.bfloat16, expert_memory=slots * slot, read_ahead=read_ahead)
             assert np.array_equal(got, want), (slots, read_ahead)
+
+
+@pytest.mark.parametrize(
+    "fault", ["experts do not compile", "experts are wrong", "a norm is wrong", "by hand"]
+)
+def test_a_planted_fault_does_not_change_the_text(
+    folders: dict[int, Path], fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = logits(folders[4], mx.bfloat16)
+    slot = load(folders[4])[0].arena.slot_bytes
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    lines: list[str] = []
+    options = {"expert_memory": 23 * slot, "announce": lines.append}
+    forget()
+    try:
+        if fault == "a norm is wrong":
+            monkeypatch.setattr(gated_norm, "_SOURCE", gated_norm._SOURCE.replace("z * fm_sigmoid(z)", "z"))
+        elif fault == "by hand":
+            options["kernels"] = "mlx"
+        else:
+            planted = "oops;" if "compile" in fault else "if (lane == 0) h[0] = 1000;"
+            for table in (gpu._FFN, gpu._ROWS):
+                for name, (text, first, second) in list(table.items()):
+                    monkeypatch.setitem(table, name, (text, first + planted, second))
+        got = logits(folders[4], mx.bfloat16, **options)
+    finally:
+        monkeypatch.undo()
+        forget()
+        trust.use("auto")
+    kernel = {"a": "gated_norm", "e": "experts"}.get(fault[0])
+    told = [line.partition(" is not used")[0] for line in lines if "is not used on this GPU" in line]
+    assert told == ([f"the {kernel} kernel"] if kernel else []), lines
+    assert np.linalg.norm(got - want) < 0.02 * np.linalg.norm(want)
+
+
+def forget() -> None:
+    """What the process knows of kernels, and the kernels."""
+    chosen._experts.clear()
+    trust._wrong.clear()
+    for made in (gated_norm._kernel, gpu._ffn_kernels, gpu._rows_kernels):
+        made.cache_clear()

@@ -62,7 +62,7 @@ def a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 def forget() -> None:
     """What a process knows of kernels, but for what is in the user's cache."""
     trust._wrong.clear()
-    chosen._choices.clear()
+    chosen._experts.clear()
 
 
 def does_not_compile(**launch: Any) -> list[mx.array]:
@@ -169,10 +169,10 @@ def test_the_choice_is_part_of_the_identity(folder: Path, monkeypatch: pytest.Mo
     plant(monkeypatch, does_not_compile)
     plain = load(folder, kernels="mlx")[0].identity
     layout = next(iter(load(folder, kernels="mlx")[0].arena.store._files.values())).layout
-    other = chosen.Choice("naive", "grouped", metal.LANGUAGE.tiling)
-    for key in list(chosen._choices):
+    other = chosen.Experts(metal.LANGUAGE, chosen.Choice("naive", "grouped", metal.LANGUAGE.tiling))
+    for key in list(chosen._experts):
         if key[1] == layout:
-            chosen._choices[key] = other
+            chosen._experts[key] = other
     assert load(folder, kernels="mlx")[0].identity != plain
 
 
@@ -282,16 +282,26 @@ def test_what_is_chosen_is_a_gain_and_nowhere_a_loss(seconds: dict[int, list[flo
 
 
 def test_a_way_that_the_device_cannot_go_is_left_out() -> None:
-    def launches(way: int) -> list[Callable[[], float]]:
-        def launch() -> float:
-            if way == 2:
+    class Played(tuning.Launch):
+        def __init__(self, way: int):
+            super().__init__(lambda: mx.array(way))
+            self.way = way
+
+        def __call__(self) -> float:
+            if self.way == 2:
                 raise ValueError("Thread group size (512) is greater than the maximum allowed (384).")
-            return {0: 1.0, 1: 0.5}[way]
+            return {0: 1.0, 1: 0.5, 3: 0.25}[self.way]
 
-        return [launch]
+    class NotBuilt(Played):
+        def __init__(self, way: int):
+            self.build = does_not_compile
 
-    assert tuning.fastest(0, [2, 1], launches) == 1
+    def launches(way: int) -> list[tuning.Launch]:
+        return [NotBuilt(way) if way == 3 else Played(way)]
+
+    assert tuning.fastest(0, [2, 1, 3], launches) == 1
     assert tuning.fastest(2, [0, 1], launches) == 2
+    assert tuning.fastest(3, [0, 1], launches) == 3
 
 
 @given(content=st.binary(max_size=100), cut=st.integers(0, 103), flip=st.booleans())

@@ -28,9 +28,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mlx_flashmoe import system
+from mlx_flashmoe import kernels, system
 from mlx_flashmoe.errors import FlashMoEError, RequestError
-from mlx_flashmoe.kernels import gpu, reference
+from mlx_flashmoe.kernels import chosen, gpu, reference
 from mlx_flashmoe.kernels.random_slab import random_slab
 from mlx_flashmoe.layout import PROJECTIONS, BlobLayout, Projection, Quantization
 from mlx_flashmoe.reports import check_report, write_report
@@ -98,7 +98,7 @@ def _mlx_path(slab: mx.array, layout: BlobLayout, dtype: mx.Dtype) -> Path_:
 
 
 def _our_paths(slab: mx.array, layout: BlobLayout) -> dict[str, Path_]:
-    """Every kernel that runs on the current device, GPU kernels in every formulation."""
+    """Every kernel that runs on the current device, GPU kernels in every formulation, and as they were tuned."""
 
     def bind(function: Callable[..., mx.array], **options: Any) -> Path_:
         return lambda x, slots, weights: function(x, slab, slots, weights, layout, **options)
@@ -115,7 +115,8 @@ def _our_paths(slab: mx.array, layout: BlobLayout) -> dict[str, Path_]:
     formulations = list(gpu.FORMULATIONS)
     if module.LANGUAGE.prefer_matrix and gpu.supports_matrix(layout, mx.bfloat16):
         formulations.append(gpu.MATRIX)
-    return {f"{backend} {f}": bind(module.expert_ffn, formulation=f) for f in formulations}
+    paths = {f"{backend} {f}": bind(module.expert_ffn, formulation=f) for f in formulations}
+    return {**paths, f"{backend} as tuned": bind(kernels.expert_ffn)}
 
 
 def memory_reader(slab: mx.array, nbytes: int) -> Callable[[], float]:
@@ -279,6 +280,8 @@ def run(
     dtype = mx.float32 if mx.default_device().type == mx.DeviceType.cpu else mx.bfloat16
     paths = {BASELINE: _mlx_path(slab, layout, dtype), **_our_paths(slab, layout)}
     console = console or Console()
+    for top_k in TOP_K:
+        chosen.prepare(layout, dtype, top_k, lambda count: np.array(slab[:count]), console.print)
     about = environment()
     console.print(
         f"{slots} experts {intermediate} x {hidden} of {layout.blob_size / 1e6:.2f} MB, {bits} bits, "

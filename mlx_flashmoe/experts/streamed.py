@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -80,7 +81,13 @@ def one_a_token(tokens: np.ndarray) -> Iterator[np.ndarray]:
 
 def slot_layout(store: ExpertStore, layer: int) -> BlobLayout:
     """The layout of a layer's experts in the slab, where every slot has the size of the largest blob."""
-    return replace(store.layout(layer), blob_size=store.slot_bytes)
+    return _sized(store.layout(layer), store.slot_bytes)
+
+
+@cache
+def _sized(layout: BlobLayout, blob_size: int) -> BlobLayout:
+    """One object for equal layouts: lookups by it then compare nothing."""
+    return replace(layout, blob_size=blob_size)
 
 
 class StreamedExperts(nn.Module):

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flashmoe import kernels
-from mlx_flashmoe.kernels import gpu, reference
+from mlx_flashmoe.kernels import gpu, mlx_experts, reference
 from mlx_flashmoe.layout import BlobLayout
 from mlx_flashmoe.selftest.expert_cases import TOLERANCE, Experts, layout_of
 from mlx_flashmoe.selftest.floats import DTYPES, SHORT, decode, encode, error, to_float64, to_mlx
@@ -89,7 +89,8 @@ def expert_checks(place: Workplace) -> Iterator[Trial]:
         for formulation in (*gpu.FORMULATIONS, gpu.MATRIX):
             for form in _formats_for(module, formulation):
                 yield Trial(f"{formulation}: {form.name}", partial(_check, module, form, formulation))
-    yield Trial("MLX's operations", partial(_reference, FORMATS))
+    module = reference if module is None else mlx_experts
+    yield Trial("MLX's operations", partial(_operations, module, FORMATS))
     yield Trial("products of dense weights", _dense_products)
 
 
@@ -130,11 +131,12 @@ def _check(module: ModuleType, form: Format, formulation: str | None = None) -> 
     return compared(parts, dict.fromkeys(parts, TOLERANCE[form.dtype]))
 
 
-def _reference(forms: tuple[Format, ...]) -> str:
+def _operations(module: ModuleType, forms: tuple[Format, ...]) -> str:
+    """What serves where a custom kernel does not."""
     parts: dict[str, Callable[[], float]] = {}
     for form in forms:
-        parts[f"ffn of {form.name}"] = partial(ffn_error, reference.expert_ffn, form)
-        parts[f"rows of {form.name}"] = partial(rows_error, reference.expert_rows, form)
+        parts[f"ffn of {form.name}"] = partial(ffn_error, module.expert_ffn, form)
+        parts[f"rows of {form.name}"] = partial(rows_error, module.expert_rows, form)
     tolerance = {name: TOLERANCE[form.dtype] for form in forms for name in parts if name.endswith(form.name)}
     compared(parts, tolerance)
     return f"{len(forms)} formats"
