@@ -118,7 +118,7 @@ def fastest(own: V, ways: Iterable[V], launches: Callable[[V], list[Launch]]) ->
 
 
 def _compile(launches: list[Launch]) -> None:
-    """Builds graphs and drops them: MLX evaluates a graph on the thread that built it only. Errors show in ``_runs``."""
+    """Builds graphs and drops them: MLX evaluates a graph only where it was built. Errors show in ``_runs``."""
     with suppress(Exception):
         for launch in launches:
             launch.build()

@@ -290,14 +290,10 @@ def test_a_way_that_the_device_cannot_go_is_left_out() -> None:
         def __call__(self) -> float:
             if self.way == 2:
                 raise ValueError("Thread group size (512) is greater than the maximum allowed (384).")
-            return {0: 1.0, 1: 0.5, 3: 0.25}[self.way]
-
-    class NotBuilt(Played):
-        def __init__(self, way: int):
-            self.build = does_not_compile
+            return {0: 1.0, 1: 0.5}[self.way]
 
     def launches(way: int) -> list[tuning.Launch]:
-        return [NotBuilt(way) if way == 3 else Played(way)]
+        return [tuning.Launch(does_not_compile) if way == 3 else Played(way)]
 
     assert tuning.fastest(0, [2, 1, 3], launches) == 1
     assert tuning.fastest(2, [0, 1], launches) == 2
