@@ -92,7 +92,8 @@ def delta_inputs(
     alike = channels == (2 * key_heads + value_heads) * key_dim  # queries, keys and values
     rest: dict[str, Any] = {"before": before, "filter": filter, "a_log": a_log, "dt_bias": dt_bias}
     rest["key_heads"] = key_heads
-    if language is not None and alike and right(language, qkv.dtype, key_dim, key_heads, value_heads, past):
+    dtypes = qkv.dtype, filter.dtype, a_log.dtype, dt_bias.dtype
+    if language is not None and alike and right(language, dtypes, key_dim, key_heads, value_heads, past):
         return launch(language, qkv, a, b, **rest)
     return _plain(qkv, a, b, **rest, key_dim=key_dim)
 
@@ -137,9 +138,18 @@ def l2_normalize(x: mx.array, scale: float = 1.0) -> mx.array:
 
 
 def right(
-    language: gpu.Language, dtype: mx.Dtype, dims: int, key_heads: int, value_heads: int, past: int
+    language: gpu.Language,
+    dtypes: tuple[mx.Dtype, mx.Dtype, mx.Dtype, mx.Dtype],
+    dims: int,
+    key_heads: int,
+    value_heads: int,
+    past: int,
 ) -> bool:
-    """Whether the kernel serves heads of ``dims``, all of one width: it can, and it was found right."""
+    """Whether the kernel serves heads of ``dims``, all of one width: it can, and it was found right.
+
+    Args:
+        dtypes: of the activations, of ``filter``, ``a_log`` and ``dt_bias``.
+    """
 
     def compare() -> str:
         channels = (2 * key_heads + value_heads) * dims
@@ -150,7 +160,10 @@ def right(
             (channels, past + 1, 1),
             *[(value_heads,)] * 2,
         )
-        qkv, a, b, before, filter = (part.astype(dtype) for part in (qkv, a, b, before, filter))
+        qkv, a, b, before = (part.astype(dtypes[0]) for part in (qkv, a, b, before))
+        filter, a_log, dt_bias = (
+            part.astype(dtype) for part, dtype in zip((filter, a_log, dt_bias), dtypes[1:], strict=True)
+        )
         rest: dict[str, Any] = {
             "before": before,
             "filter": filter,
@@ -160,10 +173,10 @@ def right(
         }
         got = launch(language, qkv, a, b, **rest)
         expected = _plain(qkv, a, b, **rest, key_dim=dims)
-        return trust.judge(got, expected, trust.TOLERANCE[dtype])
+        return trust.judge(got, expected, trust.TOLERANCE[dtypes[0]])
 
     supported = dims % 32 == 0 and dims <= 1024
-    return supported and trust.served("delta_inputs", (dtype, dims, key_heads, value_heads, past), compare)
+    return supported and trust.served("delta_inputs", (dtypes, dims, key_heads, value_heads, past), compare)
 
 
 def launch(

@@ -41,20 +41,20 @@ def gated_norm(y: mx.array, gate: mx.array, weight: mx.array, eps: float) -> mx.
         [..., D] in gate's dtype.
     """
     language = gpu.for_rows(y)
-    if language is not None and right(language, gate.dtype, y.shape[-1]):
+    if language is not None and right(language, gate.dtype, y.shape[-1], weight.dtype):
         return launch(language, y, gate, weight, eps)
     return _plain(y, gate, weight, eps)
 
 
-def right(language: gpu.Language, dtype: mx.Dtype, dims: int) -> bool:
+def right(language: gpu.Language, dtype: mx.Dtype, dims: int, weight_dtype: mx.Dtype) -> bool:
     """Whether the kernel serves rows of this width: it was found right."""
 
     def compare() -> str:
         y, gate, weight = trust.normals((3, dims), (3, dims), (dims,))
-        inputs = y, gate.astype(dtype), weight.astype(dtype), 1e-6
+        inputs = y, gate.astype(dtype), weight.astype(weight_dtype), 1e-6
         return trust.judge([launch(language, *inputs)], [_plain(*inputs)], trust.TOLERANCE[dtype])
 
-    return trust.served("gated_norm", (dtype, dims), compare)
+    return trust.served("gated_norm", (dtype, dims, weight_dtype), compare)
 
 
 def _plain(y: mx.array, gate: mx.array, weight: mx.array, eps: float) -> mx.array:

@@ -32,6 +32,7 @@ from mlx_flashmoe.kernels import (
 )
 from mlx_flashmoe.kernels.random_slab import random_slab
 from mlx_flashmoe.selftest.expert_cases import layout_of
+from mlx_flashmoe.selftest.workplace import Workplace, model_types
 
 MODEL = Path(__file__).parents[1] / "examples" / "small_moe" / "model"
 QUESTION = "Who is the mayor of Tarnwick?"
@@ -132,6 +133,21 @@ def test_a_model_runs_without_its_kernels(name: str, folder: Path, monkeypatch: 
         assert line.count("\n") == 0 and line.endswith("python -m mlx_flashmoe selftest")
         if name == "does not compile":
             assert "error: unknown type name 'oops'" in line
+
+
+@pytest.mark.parametrize("model_type", model_types())
+def test_every_kernel_is_compared_before_the_first_token(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Workplace(tmp_path)
+    converted = place.model(model_type)
+    made = plant(monkeypatch, gives_zeros)
+    model, _ = load(converted, announce=lambda line: None)
+    compared = sorted(made)
+    cache = model.make_cache()
+    for tokens in ([[1, 2, 3, 4, 5, 6, 7, 8, 9]], [[1]], [[2]]):
+        assert mx.isfinite(model(mx.array(tokens), cache)).all().item()
+    assert compared and sorted(made) == compared
 
 
 def test_what_was_found_is_kept_for_the_next_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,5 +116,6 @@ class GatedDeltaNet(nn.Module):
             past = self.conv1d.weight.shape[1] - 1
             heads = self.key_heads, self.value_heads
             if self.key_dim == self.value_dim:
-                delta_inputs.right(language, dtype, self.key_dim, *heads, past)
+                dtypes = dtype, self.conv1d.weight.dtype, self.A_log.dtype, self.dt_bias.dtype
+                delta_inputs.right(language, dtypes, self.key_dim, *heads, past)
             gated_delta.right(self.key_heads, self.key_dim, self.value_heads, self.value_dim)

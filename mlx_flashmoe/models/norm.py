@@ -48,4 +48,4 @@ class GatedRMSNorm(nn.Module):
         """As of RMSNorm."""
         language = gpu.current()
         if language is not None:
-            gated_norm.right(language, dtype, self.weight.size)
+            gated_norm.right(language, dtype, self.weight.size, self.weight.dtype)
