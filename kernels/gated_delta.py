@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import cast
 
 import mlx.core as mx
 
@@ -19,6 +20,9 @@ ROWS = 4  # rows of the state a CUDA block takes, one a warp
 # (Hk, Dk, Hv, Dv) that MLX is known to have Metal kernels for: Qwen3-Next's, and the 397B's. At others it may fall
 # back without saying so.
 ON_METAL = ((16, 128, 32, 128), (16, 128, 64, 128))
+
+
+Rule = Callable[..., tuple[mx.array, mx.array]]
 
 
 def gated_delta_update(
@@ -37,9 +41,11 @@ def gated_delta_update(
     """
     if mx.default_device() != mx.gpu:
         return (_on_cpu() or _in_segments)(q, k, v, decay, beta, state)
-    if right(*k.shape[2:], *v.shape[2:]):
+    shape = (*k.shape[2:], *v.shape[2:])
+    if right(*shape):
         return _on_gpu(q, k, v, decay, beta, state)
-    return _in_segments(q, k, v, decay, beta, state)
+    found_wrong = mx.metal.is_available() and shape in ON_METAL and trust.mode() == "auto"
+    return _in_segments(q, k, v, decay, beta, state, _step_by_step if found_wrong else None)
 
 
 def right(key_heads: int, key_dim: int, value_heads: int, value_dim: int) -> bool:
@@ -86,7 +92,7 @@ def _step_by_step(
 
 
 @cache
-def _on_cpu() -> Callable[..., tuple[mx.array, mx.array]] | None:
+def _on_cpu() -> Rule | None:
     """The kernel for the CPU; None where numba is absent or does not go with the installed numpy."""
     try:
         from mlx_flashmoe.kernels.gated_delta_cpu import gated_delta_update
@@ -96,15 +102,21 @@ def _on_cpu() -> Callable[..., tuple[mx.array, mx.array]] | None:
 
 
 def _in_segments(
-    q: mx.array, k: mx.array, v: mx.array, decay: mx.array, beta: mx.array, state: mx.array
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    decay: mx.array,
+    beta: mx.array,
+    state: mx.array,
+    rule: Rule | None = None,
 ) -> tuple[mx.array, mx.array]:
+    """The rule for some tokens at once; MLX's own if None is given."""
+    rule = cast(Rule, rule or mx.fast.gated_delta_update)
     tokens = q.shape[1]
     outputs = []
     for start in range(0, tokens, SEGMENT):
         cut = slice(start, start + SEGMENT)
-        y, state = mx.fast.gated_delta_update(
-            q[:, cut], k[:, cut], v[:, cut], decay[:, cut], beta[:, cut], state
-        )
+        y, state = rule(q[:, cut], k[:, cut], v[:, cut], decay[:, cut], beta[:, cut], state)
         if tokens > SEGMENT:
             mx.eval(y, state)  # or every token's state would be held at once
         outputs.append(y)

@@ -107,8 +107,9 @@ def fastest(own: V, ways: Iterable[V], launches: Callable[[V], list[Launch]]) ->
         launches: the measurements of a way, the same number for each; each returns seconds.
     """
     of = {way: launches(way) for way in dict.fromkeys([own, *ways])}
-    with ThreadPoolExecutor() as pool:  # on CUDA building a graph compiles its kernels: here side by side
-        list(pool.map(_compile, of.values()))
+    if not mx.metal.is_available():  # building a graph compiles its kernels: here side by side
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(_compile, of.values()))
     of = {way: each for way, each in of.items() if _runs(each)}
     if own not in of:
         return own

@@ -200,12 +200,14 @@ def reference_serves(monkeypatch: pytest.MonkeyPatch, wrong: Callable[[str], boo
     plant(monkeypatch, gives_zeros)
 
     def ffn(
-        language: Any, x: Any, slab: Any, slots: Any, weights: Any, layout: Any, formulation: str
+        language: Any, x: Any, slab: Any, slots: Any, weights: Any, layout: Any, formulation: str, **_: Any
     ) -> mx.array:
         y = reference.expert_ffn(x, slab, slots, weights, layout)
         return 2 * y if wrong(formulation) else y
 
-    def rows(language: Any, x: Any, slab: Any, slots: Any, layout: Any, formulation: str) -> mx.array:
+    def rows(
+        language: Any, x: Any, slab: Any, slots: Any, layout: Any, formulation: str, **_: Any
+    ) -> mx.array:
         return reference.expert_rows(x, slab, slots, layout).astype(x.dtype)
 
     monkeypatch.setattr(gpu, "expert_ffn", ffn)
@@ -230,6 +232,20 @@ def test_kernels_that_are_right_are_used_as_measured(monkeypatch: pytest.MonkeyP
 def test_a_fast_formulation_that_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     reference_serves(monkeypatch, wrong=lambda formulation: formulation == "fma")
     assert prepared(monkeypatch, "fma") == chosen.Choice("grouped", "grouped", metal.LANGUAGE.tiling)
+
+
+def test_mlx_s_kernel_is_not_trusted_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where MLX's delta rule on Metal is wrong, the rule is computed step by step."""
+    q, k, v, state = trust.normals((1, 20, 2, 32), (1, 20, 2, 32), (1, 20, 4, 32), (1, 4, 32, 32))
+    decay, beta = (mx.sigmoid(part) for part in trust.normals((1, 20, 4), (1, 20, 4)))
+    expected = mx.fast.gated_delta_update(q, k, v, decay, beta, state)
+    monkeypatch.setattr(gated_delta, "ON_METAL", ((2, 32, 4, 32),))
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(mx.fast, "gated_delta_update", lambda *arrays: (2 * arrays[2], arrays[5]))
+    with pytest.warns(RuntimeWarning, match="the gated_delta kernel is not used"):
+        got = gated_delta.gated_delta_update(q, k, v, decay, beta, state)
+    assert trust.judge(got, expected, 1e-5) == ""
 
 
 def test_a_device_on_which_nothing_is_right_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
