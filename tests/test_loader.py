@@ -456,6 +456,7 @@ def test_a_mac_whose_gpu_may_not_use_enough_is_told_the_command(
     fits = (most * 2**20 - usable + 10**9 - 5 * 10**8) // 10**7
     asked = f"{fits * 10**7}B"
     # Elsewhere there is no such setting, and no such advice.
+    monkeypatch.setattr(system, "sysctl", lambda name: None)
     assert planned("auto", fits).notes == ()
     with pytest.raises(MemoryPlanError, match=r"room for 500 MB$"):
         planned(asked, 10**6)

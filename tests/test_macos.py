@@ -59,7 +59,8 @@ def test_settings_are_read_in_the_size_they_have(monkeypatch: pytest.MonkeyPatch
     }
     libc = Libc(values)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: libc)
-    assert sysctl("hw.memsize") is None  # not on a Mac: not even asked
+    monkeypatch.setattr(system, "on_mac", lambda: False)
+    assert sysctl("hw.memsize") is None  # not even asked
     monkeypatch.setattr(system, "on_mac", lambda: True)
     assert sysctl("hw.memsize") == 48 * 2**30
     assert sysctl("iogpu.wired_limit_mb") == 40000
@@ -91,7 +92,7 @@ def test_what_mlx_has_no_gpu_for_is_refused(
 ) -> None:
     monkeypatch.setattr(system, "on_mac", lambda: mac)
     monkeypatch.setattr(system, "sysctl", {"sysctl.proc_translated": setting}.get)
-    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(system.platform, "machine", lambda: machine)
     assert translated() == (setting == 1)
     if says is None:
         check_processor()
@@ -112,9 +113,9 @@ def test_a_translated_python_is_refused_in_one_line_before_anything_heavy_is_imp
     arguments: list[str],
 ) -> None:
     script = """
-import platform, sys
+import sys
 from mlx_flashmoe import cli, system
-system.on_mac, platform.machine = lambda: True, lambda: "x86_64"
+system.on_mac, system.platform.machine = lambda: True, lambda: "x86_64"
 system.sysctl = {"sysctl.proc_translated": 1}.get
 for heavy in ("mlx", "psutil", "numpy", "tokenizers"):  # none of which such a Python may have
     sys.modules[heavy] = None

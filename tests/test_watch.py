@@ -214,8 +214,8 @@ def awake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         events.append("ended")
         return result
 
-    monkeypatch.setattr(system.os, "posix_spawnp", spawned)
-    monkeypatch.setattr(system.os, "waitpid", waited)
+    monkeypatch.setattr(os, "posix_spawnp", spawned)
+    monkeypatch.setattr(os, "waitpid", waited)
     return events
 
 

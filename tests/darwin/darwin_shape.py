@@ -145,11 +145,48 @@ def _getrusage(who: int) -> Any:
     return resource.struct_rusage(usage)
 
 
+class _Libc:
+    """The C library, with macOS's sysctlbyname."""
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+
+        def sysctlbyname(name: bytes, value: Any, size: Any, new: Any, new_size: int) -> int:
+            import psutil
+
+            known = {
+                b"vm.page_free_count": psutil.virtual_memory().available // PAGE,
+                b"vm.page_purgeable_count": 0,
+                b"vm.page_pageable_external_count": 0,
+                b"kern.memorystatus_vm_pressure_level": 1,
+                b"iogpu.wired_limit_mb": 0,
+                b"sysctl.proc_translated": 0,
+            }
+            if name not in known:
+                return -1
+            size._obj.value = 4
+            value[:4] = known[name].to_bytes(4, sys.byteorder)
+            return 0
+
+        self.sysctlbyname = sysctlbyname
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+def _cdll(name: str | None, *rest: Any, **named: Any) -> Any:
+    import ctypes
+
+    library = ctypes.CDLL(name, *rest, **named)
+    return library if name is not None or hasattr(library, "sysctlbyname") else _Libc(library)
+
+
 def _bytes_of(buffers: Any) -> int:
     return sum(memoryview(buffer).nbytes for buffer in buffers)
 
 
 INSTEAD: dict[str, dict[str, Any]] = {
+    "ctypes": {"CDLL": _cdll},
     "os": {
         "fsync": _fsync,
         "pread": _at_most_int_max("pread", int),
