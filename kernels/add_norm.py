@@ -69,7 +69,7 @@ def add_norm(x: mx.array, y: mx.array, weight: mx.array, eps: float) -> tuple[mx
 
 
 def right(language: gpu.Language, dtype: mx.Dtype, dims: int, weight_dtype: mx.Dtype) -> bool:
-    """Whether both kernels serve rows of this width: they were found right."""
+    """Tells whether both kernels serve rows of this width: they were found right."""
 
     def compare() -> str:
         x, y, weight = trust.normals((3, dims), (3, dims), (dims,))

@@ -1,7 +1,7 @@
-"""How the experts of one layout are computed on a GPU: by the custom kernels, as they are fastest, or by MLX.
+"""Chooses how a GPU computes the experts of one layout: by the custom kernels, as they are fastest, or by MLX.
 
 ``prepare`` compares and measures once on a device, with experts of the model that is loaded, and keeps the outcome in
-the user's cache. Whoever calls the kernels without it gets the language's own choice, compared on random experts.
+the user's cache. Calls without it get the language's own choice, compared on random experts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Choice:
     """Attributes:
     ffn, rows: the formulation of expert_ffn and of expert_rows; MLX for MLX's own operations.
     tiling: of the custom kernels.
-    wrong: what was found wrong with the custom kernels; "" if nothing was.
+    wrong: the fault of the custom kernels; "" for none.
     """
 
     ffn: str
@@ -60,13 +60,13 @@ _experts: dict[tuple[Hashable, ...], Experts] = {}
 
 
 def for_ffn(language: gpu.Language, layout: BlobLayout, dtype: mx.Dtype, top_k: int) -> Experts:
-    """What computes a few tokens with ``top_k`` experts each."""
+    """Returns the functions for a few tokens with ``top_k`` experts each."""
     key = (trust.mode(), layout, dtype, top_k)
     return _experts.get(key) or _unprepared(key, language, layout, dtype, top_k)
 
 
 def for_rows(language: gpu.Language, layout: BlobLayout, dtype: mx.Dtype) -> Experts:
-    """What computes rows that are grouped by expert."""
+    """Returns the functions for rows that are grouped by expert."""
     key = (trust.mode(), layout, dtype)
     return _experts.get(key) or _unprepared(key, language, layout, dtype, 2)
 
@@ -83,8 +83,8 @@ def prepare(
     Args:
         dtype: of the activations.
         top_k: experts of a token.
-        experts: gives so many of the model's experts, or all if it has fewer: uint32 [count, blob_size / 4].
-        announce: is told that something is measured, which takes seconds, before it is.
+        experts: returns that many of the model's experts, or all if it has fewer: uint32 [count, blob_size / 4].
+        announce: is given a line before kernels are measured, which takes seconds.
 
     Returns:
         the choice; None on a CPU.
@@ -109,13 +109,12 @@ def prepare(
                     "kernels: measured once on this device for experts like these, which takes some seconds"
                 )
             blobs = experts(max(top_k + 1, len(RUNS), SAMPLE_BYTES // layout.blob_size))
-            slab = mx.array(blobs) | mx.array(
-                0, mx.uint32
-            )  # computed, so that a GPU has it in its own memory
-            choice = Choice(*tuning.tune(language, slab, layout, dtype, min(top_k, len(blobs))))
+            choice = Choice(*tuning.tune(language, _on_device(blobs), layout, dtype, min(top_k, len(blobs))))
+            lasting = True
             if trust.mode() == "auto":
-                choice = compared(language, choice, blobs, layout, dtype, top_k)
-            user_cache.write("kernels", file, json.dumps(asdict(choice)).encode())
+                choice, lasting = compared(language, choice, blobs, layout, dtype, top_k)
+            if lasting:
+                user_cache.write("kernels", file, json.dumps(asdict(choice)).encode())
         _take(key, language, choice)
     return _experts[key].choice
 
@@ -127,31 +126,36 @@ def compared(
     layout: BlobLayout,
     dtype: mx.Dtype,
     top_k: int,
-) -> Choice:
-    """The choice if it computes what it should; else the language's own; else MLX's operations.
+) -> tuple[Choice, bool]:
+    """Returns the choice if its results are right; else the language's own; else MLX's operations.
 
     Args:
         blobs: uint32 [count, blob_size / 4], experts to compare on.
 
+    Returns:
+        what serves, and whether the next process would find the same.
+
     Raises:
-        FlashMoEError: not even MLX's operations do.
+        FlashMoEError: not even the results of MLX's operations are right.
     """
     few = blobs[: max(top_k + 1, len(RUNS))]
     own = Choice(gpu.DEFAULT_FORMULATION, gpu.best_for_rows(language, layout, dtype), language.tiling)
-    wrong = ""
-    for candidate in dict.fromkeys([choice, own, Choice(MLX, MLX, language.tiling)]):
-        found = trust.reason(partial(_compare, language, candidate, few, layout, dtype, top_k))
-        if not found:
-            return replace(candidate, wrong=wrong if candidate.ffn == MLX else "")
-        wrong = found if candidate.ffn != MLX else wrong
-    raise FlashMoEError(
-        f"experts are not computed right on this device, neither by the custom kernels ({wrong}) nor by MLX's own "
-        f"operations ({found}); {trust.REPORT}"
-    )
+    for candidate in dict.fromkeys([choice, own]):
+        custom = trust.fault(partial(_compare, language, candidate, few, layout, dtype, top_k))
+        if not custom.text:
+            return candidate, True
+    plain = Choice(MLX, MLX, language.tiling, custom.text)
+    found = trust.fault(partial(_compare, language, plain, few, layout, dtype, top_k))
+    if found.text:
+        raise FlashMoEError(
+            f"experts are not computed right on this device, neither by the custom kernels ({custom.text}) nor by "
+            f"MLX's own operations ({found.text}); {trust.REPORT}"
+        )
+    return plain, custom.lasting
 
 
 def identity(layout: BlobLayout, dtype: mx.Dtype, top_k: int) -> str:
-    """What computes such experts on the current device, as text: outputs depend on it, bit for bit."""
+    """Returns, as text, what computes such experts on the current device: outputs depend on it, bit for bit."""
     language = gpu.current()
     if language is None:
         return ""
@@ -177,14 +181,14 @@ def _unprepared(
         choice = Choice(MLX, MLX, language.tiling)
     elif trust.mode() == "auto":
         blobs = np.array(random_slab(layout, max(top_k + 1, len(RUNS))))
-        choice = compared(language, choice, blobs, layout, dtype, top_k)
+        choice, _ = compared(language, choice, blobs, layout, dtype, top_k)
     return _take(key, language, choice)
 
 
 def _compare(
     language: gpu.Language, choice: Choice, blobs: np.ndarray, layout: BlobLayout, dtype: mx.Dtype, top_k: int
 ) -> str:
-    """What is wrong with a choice's results, "" if nothing is, beside MLX's float32 products on the CPU."""
+    """Returns the fault of a choice's results, "" for none, beside MLX's float32 products on the CPU."""
     count = len(blobs)
     k = min(top_k, count)
     slots = np.stack([np.roll(np.arange(count), t)[:k] for t in range(2)]).astype(np.int32)
@@ -192,7 +196,7 @@ def _compare(
     x, several = trust.normals((2, layout.hidden_size), (len(rows), layout.hidden_size))
     x, several = x.astype(dtype), several.astype(dtype)
     weights = np.random.default_rng(0).uniform(0.05, 1, slots.shape).astype(np.float32)
-    slab = mx.array(blobs) | mx.array(0, mx.uint32)
+    slab = _on_device(blobs)
     experts = Experts(language, choice)
     # Outputs start as NaN, so that one that is not written shows.
     options: dict[str, Any] = {} if choice.ffn == MLX else {"init_value": math.nan}
@@ -209,6 +213,11 @@ def _compare(
         expected = [both[:1], both, reference.expert_rows(several, slab, mx.array(rows), layout)]
         mx.eval(expected)
         return trust.judge(got, expected, trust.TOLERANCE[dtype])
+
+
+def _on_device(blobs: np.ndarray) -> mx.array:
+    """The same in the device's own memory: computed there, rather than handed over."""
+    return mx.array(blobs) | mx.array(0, mx.uint32)
 
 
 def _from_json(text: bytes) -> Choice:

@@ -145,7 +145,7 @@ def right(
     value_heads: int,
     past: int,
 ) -> bool:
-    """Whether the kernel serves heads of ``dims``, all of one width: it can, and it was found right.
+    """Tells whether the kernel serves heads of ``dims``, all of one width: it supports them and was found right.
 
     Args:
         dtypes: of the activations, of ``filter``, ``a_log`` and ``dt_bias``.

@@ -49,7 +49,7 @@ def gated_delta_update(
 
 
 def right(key_heads: int, key_dim: int, value_heads: int, value_dim: int) -> bool:
-    """Whether the GPU's kernel serves heads like these: there is one for them, and it was found right."""
+    """Tells whether the GPU's kernel serves these heads: it supports them and was found right."""
     metal = mx.metal.is_available()
     shape = (key_heads, key_dim, value_heads, value_dim)
     if shape not in ON_METAL if metal else key_dim % 32 or value_dim % ROWS:

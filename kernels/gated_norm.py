@@ -47,7 +47,7 @@ def gated_norm(y: mx.array, gate: mx.array, weight: mx.array, eps: float) -> mx.
 
 
 def right(language: gpu.Language, dtype: mx.Dtype, dims: int, weight_dtype: mx.Dtype) -> bool:
-    """Whether the kernel serves rows of this width: it was found right."""
+    """Tells whether the kernel serves rows of this width: it was found right."""
 
     def compare() -> str:
         y, gate, weight = trust.normals((3, dims), (3, dims), (dims,))

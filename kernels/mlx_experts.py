@@ -1,4 +1,4 @@
-"""The experts by MLX's own operations on a GPU: what serves where a custom kernel does not compile or is wrong.
+"""The experts by MLX's own operations on a GPU, for use where a custom kernel does not compile or is wrong.
 
 On Metal they work on views of the slab, without a copy, where scales have the activations' dtype. CUDA refuses such
 views: there, and for unquantized experts, the chosen experts are copied out of the slab first. Slots are looked up

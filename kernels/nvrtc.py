@@ -76,6 +76,7 @@ class Kernel:
 
         Raises:
             RuntimeError: the kernel does not compile, with the compiler's log.
+            FileNotFoundError: CUDA's compiler or its headers are missing.
         """
         types = (tuple(a.dtype for a in inputs), tuple(output_dtypes), tuple(template))
         compiled = self._compiled.get(types)
@@ -168,7 +169,9 @@ def _library() -> Any:
             return ctypes.CDLL(str(name))
         except OSError:
             continue
-    raise RuntimeError(f"CUDA's run-time compiler cannot be loaded: none of {', '.join(_LIBRARIES)} is found")
+    raise FileNotFoundError(
+        f"CUDA's run-time compiler cannot be loaded: none of {', '.join(_LIBRARIES)} is found"
+    )
 
 
 @cache
@@ -195,7 +198,7 @@ def _headers() -> Path:
     ):
         if header.exists():
             return header.parent
-    raise RuntimeError("CUDA's headers are not found: give the folder of a CUDA toolkit in CUDA_HOME")
+    raise FileNotFoundError("CUDA's headers are not found: give the folder of a CUDA toolkit in CUDA_HOME")
 
 
 def _in_packages(folder: str, pattern: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Which module computes the experts on a CPU."""
+"""The module that computes the experts on a CPU."""
 
 from __future__ import annotations
 

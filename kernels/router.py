@@ -66,7 +66,7 @@ def route(logits: mx.array, active: int, normalize: bool) -> tuple[mx.array, mx.
 
 
 def right(language: gpu.Language, dtype: mx.Dtype, experts: int, active: int, normalize: bool) -> bool:
-    """Whether the kernel serves such a router: it can, and it was found right."""
+    """Tells whether the kernel serves this router: it supports it and was found right."""
 
     def compare() -> str:
         rng = np.random.default_rng(0)

@@ -1,8 +1,8 @@
-"""Which custom kernels are used: on a GPU, those that were compared with plain operations there and found right.
+"""Decides which custom kernels a GPU uses: those that were compared with plain operations there and found right.
 
-Each kernel is compared once for each set of shapes and dtypes; the outcome is kept in the user's cache, for this chip,
-system, version of MLX and text of the kernels. A kernel that does not compile, or gives something else, is not used:
-plain operations take its place, and whoever loaded the model is told.
+Each kernel is compared once for each set of shapes and dtypes. The outcome is kept in the user's cache, for this chip,
+system, version of MLX and text of the kernels. A kernel that does not compile, or whose results differ, is not used:
+plain operations take its place, and the user is told.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from importlib import resources
 from importlib.metadata import version
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -24,7 +25,7 @@ TOLERANCE = {mx.float32: 1e-4, mx.bfloat16: 1e-2, mx.float16: 1e-2}
 REPORT = "please report it with the last line of: python -m mlx_flashmoe selftest"
 
 _mode = "auto"
-_wrong: dict[tuple[Hashable, ...], str] = {}  # what is wrong with a kernel; "" if nothing is
+_wrong: dict[tuple[Hashable, ...], str] = {}  # signature -> the fault that was found; "" for none
 
 
 def _warn(line: str) -> None:
@@ -35,7 +36,7 @@ _tell: Callable[[str], None] = _warn
 
 
 def use(mode: str, tell: Callable[[str], None] | None = None) -> None:
-    """Decides for the process how kernels are chosen.
+    """Sets, for the process, how kernels are chosen.
 
     Args:
         mode: "auto" compares each kernel before its first use; "custom" uses them unseen; "mlx" uses plain operations
@@ -53,12 +54,12 @@ def mode() -> str:
 
 
 def served(name: str, signature: tuple[Hashable, ...], compare: Callable[[], str]) -> bool:
-    """Whether a kernel is used for these shapes and dtypes.
+    """Tells whether a kernel is used for these shapes and dtypes.
 
     Args:
         name: of the kernel, for messages.
         signature: everything that the kernel's text depends on.
-        compare: says what is wrong with the kernel, "" if nothing is; run at most once for a signature.
+        compare: returns the kernel's fault, "" for none; called at most once per signature.
     """
     if _mode != "auto":
         return _mode == "custom"
@@ -66,32 +67,44 @@ def served(name: str, signature: tuple[Hashable, ...], compare: Callable[[], str
     if key not in _wrong:
         file = kept_name("checked", key)
         kept = user_cache.read("kernels", file)
-        _wrong[key] = wrong = kept.decode() if kept is not None else reason(compare)
-        if kept is None:
-            user_cache.write("kernels", file, wrong.encode())
-        if wrong:
-            tell(name, wrong)
+        found = Fault(kept.decode(), lasting=True) if kept is not None else fault(compare)
+        if kept is None and found.lasting:
+            user_cache.write("kernels", file, found.text.encode())
+        _wrong[key] = found.text
+        if found.text:
+            tell(name, found.text)
     return not _wrong[key]
 
 
-def reason(compare: Callable[[], str]) -> str:
-    """What ``compare`` says is wrong, or the first line of the error that it ended with."""
+class Fault(NamedTuple):
+    """Attributes:
+    text: what is wrong with a kernel; "" if nothing is.
+    lasting: the next process would find the same. An unreadable file or a missing library is no such fault.
+    """
+
+    text: str
+    lasting: bool
+
+
+def fault(compare: Callable[[], str]) -> Fault:
+    """Returns the fault that ``compare`` finds, or the first line of the error that it ends with."""
     try:
-        return compare()
+        return Fault(compare(), lasting=True)
     except Exception as e:  # whatever it is, the model is to run without this kernel
         lines = [line.strip() for line in str(e).splitlines() if "error" in line] or str(e).splitlines()
-        return f"it does not run: {lines[0] if lines else type(e).__name__}"
+        compiler = isinstance(e, (RuntimeError, ValueError))  # what MLX and the compilers raise
+        return Fault(f"it does not run: {lines[0] if lines else type(e).__name__}", lasting=compiler)
 
 
 def tell(name: str, wrong: str) -> None:
-    """Reports a kernel that is not used."""
+    """Reports a kernel that is not used, to the callback that ``use`` was given."""
     _tell(
         f"the {name} kernel is not used on this GPU: {wrong}; MLX's own operations take its place; {REPORT}"
     )
 
 
 def judge(got: Sequence[mx.array], expected: Sequence[mx.array], tolerance: float) -> str:
-    """What is wrong with ``got``, "" if nothing is: each array may differ by ``tolerance`` of the expected norm."""
+    """Returns the fault of ``got``, "" for none: each array may differ by ``tolerance`` of the expected norm."""
     worst = 0.0
     for a, b in zip(got, expected, strict=True):
         x, y = (np.array(v.astype(mx.float32)).astype(np.float64) for v in (a, b))

@@ -1,7 +1,7 @@
-"""Measures on a GPU which formulation and which cut of the work are fastest for one layout of experts.
+"""Measures which formulation and which cut of the work a GPU computes fastest, for one layout of experts.
 
-Each launch is varied by itself, beside the language's own choice, in rounds whose order is drawn anew. A variant is
-chosen where it is faster on average and no slower at any number of tokens; a tie leaves the language's own.
+Each launch is varied by itself, beside the language's own choice, in rounds of random order. A variant is chosen if it
+is faster on average and no slower at any number of tokens; otherwise the language's own choice stays.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Launch:
 def tune(
     language: gpu.Language, slab: mx.array, layout: BlobLayout, dtype: mx.Dtype, top_k: int
 ) -> tuple[str, str, gpu.Tiling]:
-    """The formulations of expert_ffn and expert_rows, and the tiling, that are fastest on the current device.
+    """Returns the fastest formulations of expert_ffn and expert_rows, and the fastest tiling, on the current device.
 
     Args:
         slab: uint32 [slots, blob_size / 4], better more than the device's caches hold.
@@ -101,7 +101,7 @@ _CUTS = ((4, 1), (4, 2), (8, 1), (8, 2), (4, 4))  # SIMD groups of a threadgroup
 
 
 def fastest(own: V, ways: Iterable[V], launches: Callable[[V], list[Launch]]) -> V:
-    """The way whose launches take the least time; ``own`` unless another is clearly faster.
+    """Returns the way whose launches take the least time: ``own`` unless another is clearly faster.
 
     Args:
         launches: the measurements of a way, the same number for each; each returns seconds.
@@ -126,7 +126,7 @@ def _compile(launches: list[Launch]) -> None:
 
 
 def _runs(launches: list[Launch]) -> bool:
-    """Whether the kernels compile, and the device has what they take: registers, threadgroup memory."""
+    """Tells whether the kernels compile and run: the device may lack registers or threadgroup memory."""
     try:
         for launch in launches:
             launch()
@@ -148,7 +148,7 @@ def _measure(of: dict[V, list[Launch]]) -> dict[V, list[float]]:
 
 
 def better(own: V, seconds: dict[V, list[float]]) -> V:
-    """The way with the least time relative to ``own``'s, if that is a gain on average and a loss nowhere."""
+    """Returns the way with the least time relative to ``own``, if it gains on average and loses nowhere."""
     ratios = {
         way: [a / b for a, b in zip(taken, seconds[own], strict=True)] for way, taken in seconds.items()
     }

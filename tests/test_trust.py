@@ -162,6 +162,21 @@ def test_what_was_found_is_kept_for_the_next_process(folder: Path, monkeypatch: 
     ]
 
 
+def test_a_compiler_that_is_missing_is_looked_for_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(**launch: Any) -> list[mx.array]:
+        raise FileNotFoundError("CUDA's headers are not found")
+
+    plant(monkeypatch, missing)
+    right, lines = text_of(folder)
+    assert any("headers are not found" in line for line in lines)
+    forget()
+    made = plant(monkeypatch, missing)
+    text, _ = text_of(folder)
+    assert text == right and made
+
+
 def test_mlx_by_hand_makes_no_kernel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right, _ = text_of(folder)
     made = plant(monkeypatch, does_not_compile)

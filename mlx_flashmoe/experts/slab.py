@@ -107,7 +107,7 @@ class CudaSlab:
 
 
 class HostSlab:
-    """Plain host memory that nobody computes with: for looking at experts."""
+    """Plain host memory, for experts that are read but not computed with."""
 
     def __init__(self, slots: int, slot_bytes: int):
         self.host = np.zeros((slots, slot_bytes // 4), dtype=np.uint32)

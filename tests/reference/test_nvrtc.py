@@ -27,7 +27,7 @@ ARCHITECTURES = ("sm_90a", "sm_89")
 def available() -> bool:
     try:
         nvrtc._library(), nvrtc._headers()
-    except RuntimeError:
+    except FileNotFoundError:
         return False
     return True
 
