@@ -130,7 +130,7 @@ def _runs(launches: list[Launch]) -> bool:
     try:
         for launch in launches:
             launch()
-    except (RuntimeError, ValueError):
+    except Exception:  # whatever it is, this way is not to be gone
         return False
     return True
 
