@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -180,8 +181,16 @@ STARTED = [f"began -i -w {os.getpid()}", "True False"]  # out of reach of Ctrl-C
 
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
 def test_a_mac_is_kept_awake_as_long_as_something_goes_on(
-    error: type[BaseException] | None, caffeinate: Caffeinate
+    error: type[BaseException] | None, caffeinate: Caffeinate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    started: list[int] = []
+    spawn = os.posix_spawnp
+
+    def spawned(*arguments: Any, **options: Any) -> int:
+        started.append(spawn(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(os, "posix_spawnp", spawned)
     try:
         with keep_awake():
             assert caffeinate.lines(2) == STARTED
@@ -190,8 +199,9 @@ def test_a_mac_is_kept_awake_as_long_as_something_goes_on(
     except BaseException as e:
         assert error is not None and type(e) is error
     assert caffeinate.lines(3) == [*STARTED, "ended"]
+    (pid,) = started
     with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)  # nothing is left of it
+        os.waitpid(pid, os.WNOHANG)  # nothing is left of it
 
 
 def test_a_process_that_is_killed_does_not_keep_a_mac_awake(caffeinate: Caffeinate) -> None:
