@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_flashmoe.convert.families import bind
+from mlx_flashmoe.convert.binding import bind
 from mlx_flashmoe.convert.plan import Plan, make_plan
 from mlx_flashmoe.convert.recipe import Recipe
 from mlx_flashmoe.convert.source import Checkpoint, HubShards, open_checkpoint

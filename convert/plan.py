@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from mlx_flashmoe.convert.families import Bound, Dense, Experts, Matrix
+from mlx_flashmoe.convert.binding import Bound, Dense, Experts, Matrix
 from mlx_flashmoe.convert.recipe import Recipe
 from mlx_flashmoe.convert.safetensors import DTYPE_BITS, build_header
 from mlx_flashmoe.errors import ConversionError, SourceError

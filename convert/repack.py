@@ -19,6 +19,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_flashmoe.checksum import crc32_of
+from mlx_flashmoe.convert.binding import Bound, bind
 from mlx_flashmoe.convert.destination import (
     JOURNAL,
     SHARDS,
@@ -28,7 +29,6 @@ from mlx_flashmoe.convert.destination import (
     new_folder,
 )
 from mlx_flashmoe.convert.estimate import Needs, disk_needs, expected_time
-from mlx_flashmoe.convert.families import Bound, bind
 from mlx_flashmoe.convert.hub import Unreachable
 from mlx_flashmoe.convert.journal import Beginning, Journal
 from mlx_flashmoe.convert.plan import Plan, make_plan

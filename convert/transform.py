@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_flashmoe.convert.families import FP8_BLOCK, Matrix
+from mlx_flashmoe.convert.binding import FP8_BLOCK, Matrix
 from mlx_flashmoe.convert.safetensors import Tensor
 from mlx_flashmoe.errors import SourceError
 from mlx_flashmoe.layout import Quantization

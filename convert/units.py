@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flashmoe.convert import transform
-from mlx_flashmoe.convert.families import Matrix
+from mlx_flashmoe.convert.binding import Matrix
 from mlx_flashmoe.convert.plan import DenseFile, DensePlan, LayerPlan, Plan
 from mlx_flashmoe.convert.safetensors import DTYPE_BITS, Tensor, read_tensors
 from mlx_flashmoe.layout import PROJECTIONS, BlobLayout, Quantization, expert_file

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from mlx_flashmoe.convert.families import qwen3_5_moe
+from mlx_flashmoe.convert.binding import describe
 from mlx_flashmoe.convert.safetensors import DTYPE_BITS, build_header
 
 TRUE_VOCABULARY = 248320
@@ -67,7 +67,7 @@ def config(layers: int, vocabulary: int) -> dict[str, Any]:
 
 def tensors(settings: dict[str, Any], layout: str) -> list[Entry]:
     """(name, dtype, shape) of everything in the checkpoint, as published in that layout."""
-    architecture = qwen3_5_moe(settings, "config")
+    architecture = describe(settings["model_type"], settings, "config.json")
     experts, hidden = architecture.num_experts, architecture.hidden_size
     inner = architecture.intermediate_size
     out: list[Entry] = []

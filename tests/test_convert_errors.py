@@ -71,7 +71,7 @@ BAD_SOURCES: list[tuple[Callable[[Path], Any], str]] = [
     (lambda s: (s / "config.json").write_text("[1]"), r"config\.json: not a JSON object"),
     (
         top_config(model_type="llama"),
-        "model_type 'llama' is not supported; supported: qwen3_5_moe, qwen3_5_moe_text, qwen3_next, qwen3_moe",
+        "model_type 'llama' is not supported; supported: qwen3_5_moe, qwen3_5_moe_text, qwen3_moe, qwen3_next",
     ),
     (top_config(model_type=None), "model_type None is not supported"),
     (top_config(model_type=["x"] * 9000), r"model_type \[.{,80}\] is not supported"),
@@ -107,7 +107,7 @@ BAD_SOURCES: list[tuple[Callable[[Path], Any], str]] = [
         text_config(
             num_hidden_layers=3, layer_types=["linear_attention", "full_attention", "full_attention"]
         ),
-        r"source: \d+ tensors \('model\.language_model\.layers\.2\.self_attn\.q_proj\.weight', .*, …\) missing",
+        r"source: \d+ tensors \('model\.language_model\.layers\.2\.mlp\.gate\.weight', .*, …\) missing",
     ),
     (
         text_config(num_hidden_layers=1, layer_types=["linear_attention"]),

@@ -15,8 +15,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_flashmoe.convert.binding import bind
 from mlx_flashmoe.convert.estimate import disk_needs
-from mlx_flashmoe.convert.families import bind
 from mlx_flashmoe.convert.hub import Repository
 from mlx_flashmoe.convert.plan import make_plan
 from mlx_flashmoe.convert.recipe import Recipe

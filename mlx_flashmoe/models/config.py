@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
+from reprlib import repr as short
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -12,6 +13,10 @@ from mlx_flashmoe.models.cache import KVCache
 from mlx_flashmoe.models.rope import Rope
 
 C = TypeVar("C", bound="BaseConfig")
+
+# What a whole number of config.json may be at most: no published model comes near.
+MOST = {"num_hidden_layers": 4096, "num_experts": 1 << 16}
+MOST_ELSE = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class BaseConfig:
     context_length: int | None
     num_experts: int
     num_experts_per_tok: int
+    moe_intermediate_size: int
     attention_bias: bool
     tie_word_embeddings: bool
     dtype: str
@@ -44,33 +50,60 @@ class BaseConfig:
         Raises:
             FormatError: a field is missing, malformed, or has a value that is not supported.
         """
-        text = {**config, **config.get("text_config", {})}
+        inner = config.get("text_config", {})
+        if not isinstance(inner, dict):
+            raise FormatError("config.json: text_config is not an object")
+        where = "config.json (text_config)" if inner else "config.json"
+        text = {**config, **inner}
+        # The model's own flag is the outer one; transformers goes by it, and so do published files.
+        text["tie_word_embeddings"] = config.get(
+            "tie_word_embeddings", inner.get("tie_word_embeddings", False)
+        )
+        text.setdefault("attention_bias", False)
         try:
-            derived = cls.derive(text)
-            # The model's own flag is the outer one; transformers goes by it, and so do published files.
-            derived["tie_word_embeddings"] = bool(
-                config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+            for field in fields(cls):
+                if field.name in text:
+                    _check(field, text[field.name])
+            given = {**text, **cls.derive(text)}
+            values = {}
+            for field in fields(cls):
+                if given.get(field.name) is None and field.name != "context_length":
+                    raise FormatError(f"{field.name} is missing")
+                values[field.name] = given[field.name]
+                _check(field, values[field.name])
+        except FormatError as e:
+            raise FormatError(f"{where}: {e}") from None
+        except KeyError as e:
+            raise FormatError(f"{where}: {e.args[0]} is missing") from None
+        except (TypeError, ValueError, ArithmeticError) as e:
+            raise FormatError(f"{where}: {e!r}: a value is malformed") from None
+        if values["num_experts_per_tok"] > values["num_experts"]:
+            raise FormatError(
+                f"{where}: num_experts_per_tok is more than the {values['num_experts']} of num_experts"
             )
-            given: dict[str, Any] = {f.name: text[f.name] for f in fields(cls) if f.name not in derived}
-        except (KeyError, TypeError, ValueError, ArithmeticError) as e:
-            raise FormatError(f"config.json: {e!r} is missing or malformed") from None
-        return cls(**given, **derived)
+        return cls(**values)
 
     @classmethod
     def derive(cls, text: dict[str, Any]) -> dict[str, Any]:
-        """The fields that are not simply looked up; architectures add theirs."""
+        """Returns the fields that are not simply looked up; architectures add theirs.
+
+        Args:
+            text: whole numbers and flags in it are checked already.
+
+        Raises:
+            FormatError: a value is not supported. Its message names the value; the file is added to it.
+        """
         if text.get("hidden_act", "silu") != "silu":
-            raise FormatError(f"config.json: hidden_act {text['hidden_act']!r} is not supported, only silu")
+            raise FormatError(f"hidden_act {text['hidden_act']!r} is not supported, only silu")
         # Layers without experts: published checkpoints of these architectures have none.
         if text.get("mlp_only_layers") or text.get("decoder_sparse_step", 1) != 1:
             raise FormatError(
-                "config.json: layers without experts (mlp_only_layers, decoder_sparse_step) are not supported"
+                "layers without experts (mlp_only_layers, decoder_sparse_step) are not supported"
             )
         rope = Rope.from_config(text)
         return {
             "rope": rope,
             "context_length": rope.context_length(text),
-            "attention_bias": bool(text.get("attention_bias", False)),
             "dtype": str(text.get("dtype") or text.get("torch_dtype") or "bfloat16"),
         }
 
@@ -93,3 +126,15 @@ class BaseConfig:
         # Queries, keys and values as projected, normalized and rotated, and attention's output.
         width = (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
         return (3 * width + self.num_attention_heads * self.head_dim) * dtype.size
+
+
+def _check(field: Field[Any], value: Any) -> None:
+    """Raises FormatError unless a value is of its field's type, where that is a number or a flag."""
+    if field.type == "int":
+        most = MOST.get(field.name, MOST_ELSE)
+        if type(value) is not int or not 1 <= value <= most:
+            raise FormatError(f"{field.name} must be a whole number from 1 to {most}, not {short(value)}")
+    elif field.type == "float" and (type(value) not in (int, float) or not 0 < value < float("inf")):
+        raise FormatError(f"{field.name} must be a number above 0, not {short(value)}")
+    elif field.type == "bool" and not isinstance(value, bool):
+        raise FormatError(f"{field.name} must be true or false, not {short(value)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -94,7 +94,17 @@ class CausalLM(nn.Module):
     config: its Config, of the checkpoint;
     experts: layer number -> that layer's routed experts, a callable (x, ids, weights) -> y;
     active_experts: routed experts a token uses; the checkpoint's own number if None.
+
+    Attributes:
+        unused: beginnings of the names, without what wraps the language model, of tensors in published checkpoints
+            that text generation does not use.
+        routers: last parts of the paths of Linear modules that choose experts: they are quantized to 8 bits.
+        norms_less_one: published checkpoints hold weight - 1 of every RMSNorm.
     """
+
+    unused: ClassVar[tuple[str, ...]] = ()
+    routers: ClassVar[tuple[str, ...]] = ("gate", "shared_expert_gate")
+    norms_less_one: ClassVar[bool] = False
 
     def __init__(self, config: BaseConfig, layers: list[DecoderLayer]):
         super().__init__()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from reprlib import repr as short
+from typing import Any, ClassVar
 
 import mlx.core as mx
 
@@ -30,15 +31,19 @@ class HybridConfig(DeltaNetConfig):
 
     @classmethod
     def derive(cls, text: dict[str, Any]) -> dict[str, Any]:
-        layers = int(text["num_hidden_layers"])
-        interval = int(text.get("full_attention_interval", 4))
-        pattern = text.get("layer_types") or [
-            "full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(layers)
-        ]
-        if len(pattern) != layers or not set(pattern) <= {"linear_attention", "full_attention"}:
-            raise FormatError(f"config.json: layer_types does not describe {layers} layers")
+        layers, kinds = text["num_hidden_layers"], text.get("layer_types")
+        if kinds is None:
+            interval = text["full_attention_interval"]
+            kinds = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)]
+        if not isinstance(kinds, list) or len(kinds) != layers:
+            raise FormatError(f"layer_types does not list the {layers} layers of num_hidden_layers")
+        for kind in kinds:
+            if kind not in ("linear_attention", "full_attention"):
+                raise FormatError(
+                    f"layer_types has {short(kind)}; linear_attention and full_attention are known"
+                )
         derived = super().derive({"partial_rotary_factor": ROTARY_SHARE, **text})
-        return {**derived, "layer_types": tuple(pattern)}
+        return {**derived, "layer_types": tuple(kinds)}
 
     def kv_bytes(self, tokens: int, dtype: mx.Dtype) -> int:
         attention, recurrent = self._layer_kv_bytes(tokens, dtype), self.state_bytes(dtype)
@@ -59,6 +64,9 @@ class DeltaNetLayer(DecoderLayer):
 
 class HybridModel(CausalLM):
     """``delta_net`` makes a layer's, as the architecture has it."""
+
+    unused: ClassVar[tuple[str, ...]] = ("mtp.", "model.mtp.")
+    norms_less_one: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -23,15 +23,17 @@ class Config(BaseConfig):
     @classmethod
     def derive(cls, text: dict[str, Any]) -> dict[str, Any]:
         if text.get("use_sliding_window"):
-            raise FormatError("config.json: use_sliding_window is not supported")
-        heads, head_dim = int(text["num_attention_heads"]), text.get("head_dim")
-        text = {**text, "head_dim": head_dim or int(text["hidden_size"]) // heads}
+            raise FormatError("use_sliding_window is not supported")
+        head_dim = text.get("head_dim")
+        text = {
+            **text,
+            "head_dim": text["hidden_size"] // text["num_attention_heads"] if head_dim is None else head_dim,
+        }
         return {
             **super().derive(text),
-            "head_dim": int(text["head_dim"]),
+            "head_dim": text["head_dim"],
             # Published configurations have the first name, those that transformers writes the second.
-            "num_experts": int(text["num_experts"] if "num_experts" in text else text["num_local_experts"]),
-            "norm_topk_prob": bool(text["norm_topk_prob"]),
+            "num_experts": text["num_experts"] if "num_experts" in text else text["num_local_experts"],
         }
 
 

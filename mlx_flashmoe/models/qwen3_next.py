@@ -22,7 +22,7 @@ from mlx_flashmoe.models.together import Together
 class Config(HybridConfig):
     @classmethod
     def derive(cls, text: dict[str, Any]) -> dict[str, Any]:
-        return {**super().derive(text), "norm_topk_prob": bool(text.get("norm_topk_prob", True))}
+        return {**super().derive(text), "norm_topk_prob": text.get("norm_topk_prob", True)}
 
 
 class DeltaNet(GatedDeltaNet):

@@ -33,7 +33,7 @@ class Yarn:
     @classmethod
     def from_config(cls, rope: dict[str, Any], text: dict[str, Any]) -> Yarn:
         if rope.get("mscale") and rope.get("mscale_all_dim"):
-            raise FormatError("config.json: mscale and mscale_all_dim of rope type 'yarn' are not supported")
+            raise FormatError("mscale and mscale_all_dim of rope type 'yarn' are not supported")
         original = int(rope.get("original_max_position_embeddings") or text["max_position_embeddings"])
         factor, attention = rope["factor"], rope.get("attention_factor")
         if factor is None:  # transformers then takes what the context has grown by
@@ -88,7 +88,7 @@ class Rope:
         rope = _settings(text)
         kind = rope["rope_type"]
         if kind not in ("default", "yarn"):
-            raise FormatError(f"config.json: rope type {kind!r} is not supported; default and yarn are")
+            raise FormatError(f"rope type {kind!r} is not supported; default and yarn are")
         partial = rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0))
         return cls(
             dims=int(int(text["head_dim"]) * partial),

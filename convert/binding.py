@@ -1,9 +1,7 @@
-"""Which tensors a checkpoint of each architecture must have, and how its published names become ours.
+"""Finds every tensor of a model in a checkpoint, under whichever names it was published.
 
-An architecture is one row of FAMILIES: its model types, the names of what generation does not use, and one
-function that lists, from config.json, the dense modules with their shapes and the experts' dimensions.
-:func:`bind` finds all of that in a checkpoint, in whichever layout it was published, and refuses what is
-missing, has another shape, or is not part of the model.
+The model's own modules (``mlx_flashmoe.models``) say which tensors there are and what shapes they have. :func:`bind`
+finds all of them in a checkpoint, and refuses what is missing, has another shape, or is not part of the model.
 
 Three layouts of the same model are in the wild, told apart by the names of the experts:
 
@@ -26,10 +24,18 @@ from dataclasses import dataclass, replace
 from reprlib import repr as short
 from typing import Any, Literal
 
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_flashmoe import models
 from mlx_flashmoe.convert.safetensors import Tensor
 from mlx_flashmoe.convert.source import Checkpoint
-from mlx_flashmoe.errors import SourceError
+from mlx_flashmoe.errors import FormatError, SourceError
 from mlx_flashmoe.layout import GROUP_SIZES, PROJECTIONS, UNQUANTIZED, Quantization
+from mlx_flashmoe.models.decoder import CausalLM
+from mlx_flashmoe.models.moe import MoE
+from mlx_flashmoe.models.norm import RMSNorm
 
 FLOATS = ("BF16", "F16", "F32")
 SOURCE_BITS = (2, 3, 4, 5, 6, 8)  # MLX's affine formats; 5 bits can be read, but not kept
@@ -109,7 +115,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class DenseModule:
-    """One entry of an architecture's table. ``path`` is ours, without ``.weight`` unless ``kind`` is plain."""
+    """One dense parameter of a model. ``path`` is ours, without ``.weight`` unless ``kind`` is plain."""
 
     path: str
     shape: tuple[int, ...]
@@ -164,221 +170,44 @@ class Bound:
     left_out: dict[str, int]
 
 
-class Settings:
-    """Values of a config.json, checked as they are read."""
+def describe(model_type: str, config: dict[str, Any], where: str) -> Architecture:
+    """Lists what a checkpoint consists of, from the modules of its model; nothing is computed or allocated.
 
-    def __init__(self, data: dict[str, Any], where: str) -> None:
-        self.data = data
-        self.where = where
-
-    def size(self, key: str, most: int = 1 << 30) -> int:
-        """A whole number from 1 to ``most``."""
-        if key not in self.data or self.data[key] is None:
-            raise SourceError(f"{self.where}: {key} is missing")
-        value = self.data[key]
-        if type(value) is not int or not 1 <= value <= most:
-            raise SourceError(
-                f"{self.where}: {key} must be a whole number from 1 to {most}, not {short(value)}"
-            )
-        return value
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.data.get(key, default)
-        if not isinstance(value, bool):
-            raise SourceError(f"{self.where}: {key} must be true or false, not {short(value)}")
-        return value
-
-
-def qwen3_5_moe(config: dict[str, Any], where: str) -> Architecture:
-    """Qwen3.5-MoE: gated delta net layers and gated attention layers, all with routed and shared experts.
-
-    Names and shapes as in transformers' modeling_qwen3_5_moe.py.
+    Raises:
+        SourceError: config.json is not what a model of this type has.
     """
-    text = config.get("text_config", config)
-    if not isinstance(text, dict):
-        raise SourceError(f"{where}: text_config is not an object")
-    c = Settings(text, where if text is config else f"{where} (text_config)")
-    # The model's own flag is the outer one; transformers goes by it, and so do published files.
-    tied = Settings(config, where).flag("tie_word_embeddings", c.flag("tie_word_embeddings", False))
-
-    def projections(at: str, net: _DeltaNet) -> list[DenseModule]:
-        return [
-            DenseModule(f"{at}.in_proj_qkv", (2 * net.keys + net.values, net.hidden), "linear"),
-            DenseModule(f"{at}.in_proj_z", (net.values, net.hidden), "linear"),
-            DenseModule(f"{at}.in_proj_a", (net.value_heads, net.hidden), "linear"),
-            DenseModule(f"{at}.in_proj_b", (net.value_heads, net.hidden), "linear"),
-        ]
-
-    return _hybrid(c, tied, projections)
-
-
-def qwen3_next(config: dict[str, Any], where: str) -> Architecture:
-    """Qwen3-Next: as Qwen3.5-MoE, with fused projections. Names and shapes as in modeling_qwen3_next.py."""
-    c = Settings(config, where)
-
-    def projections(at: str, net: _DeltaNet) -> list[DenseModule]:
-        return [
-            DenseModule(f"{at}.in_proj_qkvz", (2 * (net.keys + net.values), net.hidden), "linear"),
-            DenseModule(f"{at}.in_proj_ba", (2 * net.value_heads, net.hidden), "linear"),
-        ]
-
-    return _hybrid(c, c.flag("tie_word_embeddings", False), projections)
-
-
-def qwen3_moe(config: dict[str, Any], where: str) -> Architecture:
-    """Qwen3-MoE: attention layers, all with routed experts. Names and shapes as in modeling_qwen3_moe.py."""
-    c = Settings(config, where)
-    _all_layers_have_experts(c)
-    hidden, heads = c.size("hidden_size"), c.size("num_attention_heads")
-    # Published configurations have the first name, those that transformers writes the second.
-    experts = c.size("num_experts" if "num_experts" in config else "num_local_experts", 1 << 16)
-    head = c.size("head_dim") if config.get("head_dim") is not None else hidden // heads
-    layers = c.size("num_hidden_layers", 4096)
-    tied = c.flag("tie_word_embeddings", False)
-    modules = _ends(c, tied, "plain")
-    for i in range(layers):
-        layer = f"model.layers.{i}"
-        modules += _attention(c, f"{layer}.self_attn", head, heads * head, "plain")
-        modules += _norms(("input_layernorm", "post_attention_layernorm"), layer, hidden, "plain")
-        modules.append(DenseModule(f"{layer}.mlp.gate", (experts, hidden), "router"))
-    return _architecture(c, modules, layers, experts, tied)
-
-
-@dataclass(frozen=True)
-class _DeltaNet:
-    """Dims of a gated delta net: of all keys and all values together."""
-
-    hidden: int
-    keys: int
-    values: int
-    value_heads: int
-
-
-def _hybrid(
-    c: Settings, tied: bool, projections: Callable[[str, _DeltaNet], list[DenseModule]]
-) -> Architecture:
-    """Gated delta net layers, whose inputs are ``projections``, and gated attention layers."""
-    _all_layers_have_experts(c)
-    hidden, heads, head = c.size("hidden_size"), c.size("num_attention_heads"), c.size("head_dim")
-    experts, shared = c.size("num_experts", 1 << 16), c.size("shared_expert_intermediate_size")
-    value_heads, value_head = c.size("linear_num_value_heads"), c.size("linear_value_head_dim")
-    keys = c.size("linear_num_key_heads") * c.size("linear_key_head_dim")
-    values = value_heads * value_head
-    kernel = c.size("linear_conv_kernel_dim")
-    modules = _ends(c, tied, "norm")
-    kinds = _layer_types(c)
-    for i, kind in enumerate(kinds):
-        layer = f"model.layers.{i}"
-        if kind == "linear_attention":
-            at = f"{layer}.linear_attn"
-            modules += projections(at, _DeltaNet(hidden, keys, values, value_heads))
-            modules += [
-                DenseModule(f"{at}.out_proj", (hidden, values), "linear"),
-                DenseModule(f"{at}.conv1d", (2 * keys + values, kernel, 1), "conv"),
-                DenseModule(f"{at}.A_log", (value_heads,), "plain"),
-                DenseModule(f"{at}.dt_bias", (value_heads,), "plain"),
-                DenseModule(f"{at}.norm.weight", (value_head,), "plain"),
-            ]
-        else:
-            # Query and gate, interleaved head by head.
-            modules += _attention(c, f"{layer}.self_attn", head, 2 * heads * head, "norm")
-        modules += _norms(("input_layernorm", "post_attention_layernorm"), layer, hidden, "norm")
-        modules += [
-            DenseModule(f"{layer}.mlp.gate", (experts, hidden), "router"),
-            DenseModule(f"{layer}.mlp.shared_expert.gate_proj", (shared, hidden), "linear"),
-            DenseModule(f"{layer}.mlp.shared_expert.up_proj", (shared, hidden), "linear"),
-            DenseModule(f"{layer}.mlp.shared_expert.down_proj", (hidden, shared), "linear"),
-            DenseModule(f"{layer}.mlp.shared_expert_gate", (1, hidden), "router"),
-        ]
-    return _architecture(c, modules, len(kinds), experts, tied)
-
-
-def _architecture(
-    c: Settings, modules: list[DenseModule], layers: int, experts: int, tied: bool
-) -> Architecture:
-    if c.size("num_experts_per_tok") > experts:
-        raise SourceError(f"{c.where}: num_experts_per_tok is more than the {experts} of num_experts")
-    inner = c.size("moe_intermediate_size")
-    return Architecture(modules, list(range(layers)), experts, c.size("hidden_size"), inner, tied)
-
-
-def _ends(c: Settings, tied: bool, norm: Kind) -> list[DenseModule]:
-    """What comes before the first layer and after the last."""
-    vocabulary, hidden = c.size("vocab_size"), c.size("hidden_size")
-    modules = [DenseModule("model.embed_tokens", (vocabulary, hidden), "linear")]
-    modules += _norms(("norm",), "model", hidden, norm)
-    if not tied:
-        modules.append(DenseModule("lm_head", (vocabulary, hidden), "linear"))
-    return modules
-
-
-def _attention(c: Settings, at: str, head: int, queries: int, norm: Kind) -> list[DenseModule]:
-    """Attention whose q_proj has ``queries`` rows."""
-    hidden, heads, kv_heads = (
-        c.size("hidden_size"),
-        c.size("num_attention_heads"),
-        c.size("num_key_value_heads"),
+    try:
+        architecture = models.architecture(model_type)
+        settings = architecture.Config.from_dict(config)
+        model = architecture.Model(settings, lambda layer: None)
+        parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
+    except FormatError as e:
+        raise SourceError(f"{where.removesuffix('config.json')}{e}") from None
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise SourceError(f"{where}: its sizes are larger than any array can be") from None
+    modules = dict(model.named_modules())
+    return Architecture(
+        modules=[
+            _module(model, name, array.shape, modules[name.rpartition(".")[0]]) for name, array in parameters
+        ],
+        moe_layers=[i for i, layer in enumerate(model.model.layers) if isinstance(layer.mlp, MoE)],
+        num_experts=settings.num_experts,
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.moe_intermediate_size,
+        tied=settings.tie_word_embeddings,
     )
-    shapes = {
-        "q_proj": (queries, hidden),
-        "k_proj": (kv_heads * head, hidden),
-        "v_proj": (kv_heads * head, hidden),
-        "o_proj": (hidden, heads * head),
-    }
-    modules = [DenseModule(f"{at}.{name}", shape, "linear") for name, shape in shapes.items()]
-    if c.flag("attention_bias", False):
-        modules += [DenseModule(f"{at}.{name}.bias", (shape[0],), "plain") for name, shape in shapes.items()]
-    return modules + _norms(("q_norm", "k_norm"), at, head, norm)
 
 
-def _norms(names: Iterable[str], at: str, dims: int, kind: Kind) -> list[DenseModule]:
-    """RMS norms: of kind "norm" where the architecture publishes weight - 1, else "plain"."""
-    end = ".weight" if kind == "plain" else ""
-    return [DenseModule(f"{at}.{name}{end}", (dims,), kind) for name in names]
-
-
-def _all_layers_have_experts(c: Settings) -> None:
-    # No published checkpoint of these architectures has a layer without.
-    if c.data.get("mlp_only_layers") or c.data.get("decoder_sparse_step", 1) != 1:
-        raise SourceError(
-            f"{c.where}: layers without experts (mlp_only_layers, decoder_sparse_step) are not supported"
-        )
-
-
-def _layer_types(c: Settings) -> list[str]:
-    layers = c.size("num_hidden_layers", 4096)
-    kinds = c.data.get("layer_types")
-    if kinds is None:
-        interval = c.size("full_attention_interval")
-        return ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)]
-    if not isinstance(kinds, list) or len(kinds) != layers:
-        raise SourceError(f"{c.where}: layer_types does not list the {layers} layers of num_hidden_layers")
-    for kind in kinds:
-        if kind not in ("linear_attention", "full_attention"):
-            raise SourceError(
-                f"{c.where}: layer_types has {short(kind)}; linear_attention and full_attention are known"
-            )
-    return kinds
-
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture. ``unused``: name prefixes (ours) of what text generation does not need."""
-
-    model_types: tuple[str, ...]
-    unused: tuple[str, ...]
-    architecture: Callable[[dict[str, Any], str], Architecture]
-
-
-FAMILIES = (
-    Family(
-        ("qwen3_5_moe", "qwen3_5_moe_text"),
-        ("mtp.", "model.mtp.", "visual.", "model.visual.", "vision_tower.", "model.vision_tower."),
-        qwen3_5_moe,
-    ),
-    Family(("qwen3_next",), ("mtp.", "model.mtp."), qwen3_next),
-    Family(("qwen3_moe",), (), qwen3_moe),
-)
+def _module(model: CausalLM, name: str, shape: tuple[int, ...], module: nn.Module) -> DenseModule:
+    """One parameter of the model as an entry of the table."""
+    path, _, part = name.rpartition(".")
+    if part == "weight" and isinstance(module, (nn.Linear, nn.Embedding)):
+        return DenseModule(path, shape, "router" if path.rpartition(".")[2] in model.routers else "linear")
+    if part == "weight" and isinstance(module, nn.Conv1d):
+        return DenseModule(path, shape, "conv")
+    if part == "weight" and isinstance(module, RMSNorm) and model.norms_less_one:
+        return DenseModule(path, shape, "norm")
+    return DenseModule(name, shape, "plain")
 
 
 def canonical(name: str) -> str:
@@ -398,12 +227,12 @@ def bind(checkpoint: Checkpoint) -> Bound:
     """
     where = str(checkpoint.folder / "config.json")
     model_type = checkpoint.config.get("model_type")
-    family = next((f for f in FAMILIES if model_type in f.model_types), None)
-    if family is None:
-        supported = ", ".join(t for f in FAMILIES for t in f.model_types)
+    if not isinstance(model_type, str) or model_type not in models.ARCHITECTURES:
+        supported = ", ".join(sorted(models.ARCHITECTURES))
         raise SourceError(f"{where}: model_type {short(model_type)} is not supported; supported: {supported}")
-    architecture = family.architecture(checkpoint.config, where)
-    binder = _Binder(checkpoint, family, architecture, _Declared.read(checkpoint.config, where))
+    architecture = describe(model_type, checkpoint.config, where)
+    unused = models.architecture(model_type).Model.unused
+    binder = _Binder(checkpoint, unused, architecture, _Declared.read(checkpoint.config, where))
     dense = [d for m in architecture.modules if (d := binder.dense(m)) is not None]
     layers = [e for layer in architecture.moe_layers if (e := binder.experts(layer)) is not None]
     binder.finish()
@@ -480,7 +309,11 @@ class _Binder:
     """Finds modules among a checkpoint's tensors, and remembers what was missing and what was used."""
 
     def __init__(
-        self, checkpoint: Checkpoint, family: Family, architecture: Architecture, declared: _Declared
+        self,
+        checkpoint: Checkpoint,
+        unused_names: tuple[str, ...],
+        architecture: Architecture,
+        declared: _Declared,
     ) -> None:
         self.architecture = architecture
         self.declared = declared
@@ -491,7 +324,7 @@ class _Binder:
         self.root = "model."
         for published, tensor in checkpoint.tensors.items():
             name = canonical(published)
-            unused = next((p for p in family.unused if name.startswith(p)), None)
+            unused = next((p for p in unused_names if name.startswith(p)), None)
             if unused is not None:
                 left_out[
                     published[: published.index(unused.split(".")[-2])] + unused.split(".")[-2] + ".*"
