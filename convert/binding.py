@@ -34,7 +34,6 @@ from mlx_flashmoe.convert.source import Checkpoint
 from mlx_flashmoe.errors import FormatError, SourceError
 from mlx_flashmoe.layout import GROUP_SIZES, PROJECTIONS, UNQUANTIZED, Quantization
 from mlx_flashmoe.models.decoder import CausalLM
-from mlx_flashmoe.models.moe import MoE
 from mlx_flashmoe.models.norm import RMSNorm
 
 FLOATS = ("BF16", "F16", "F32")
@@ -190,7 +189,7 @@ def describe(model_type: str, config: dict[str, Any], where: str) -> Architectur
         modules=[
             _module(model, name, array.shape, modules[name.rpartition(".")[0]]) for name, array in parameters
         ],
-        moe_layers=[i for i, layer in enumerate(model.model.layers) if isinstance(layer.mlp, MoE)],
+        moe_layers=settings.moe_layers,
         num_experts=settings.num_experts,
         hidden_size=settings.hidden_size,
         intermediate_size=settings.moe_intermediate_size,

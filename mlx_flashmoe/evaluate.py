@@ -27,7 +27,7 @@ from mlx_flashmoe.console import print_note
 from mlx_flashmoe.errors import RequestError
 from mlx_flashmoe.generate import stream_generate
 from mlx_flashmoe.loader import StreamingModel, load
-from mlx_flashmoe.models.moe import Experts
+from mlx_flashmoe.models.moe import Experts, MoE
 from mlx_flashmoe.progress import Steps
 from mlx_flashmoe.reports import check_report, write_report
 from mlx_flashmoe.scoring import row_logprobs
@@ -130,11 +130,12 @@ class AnswerFigures:
 
 
 def record_routing(model: StreamingModel) -> list[list[mx.array]]:
-    """For each layer, a list that from now on gets the expert ids [..., active] of every call of its experts."""
+    """For each layer with experts, a list that from now on gets the expert ids [..., active] of every call of them."""
     recorders = []
     for layer in model.model.model.layers:
-        recorders.append(_Recorded(layer.mlp._experts))
-        layer.mlp._experts = recorders[-1]
+        if isinstance(layer.mlp, MoE):
+            recorders.append(_Recorded(layer.mlp._experts))
+            layer.mlp._experts = recorders[-1]
     return [recorder.picked for recorder in recorders]
 
 

@@ -360,9 +360,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _check_experts(manifest: Manifest, settings: Any, folder: Path) -> None:
     layers = sorted(entry.layer for entry in manifest.layers)
-    if layers != list(range(settings.num_hidden_layers)):
+    if layers != settings.moe_layers:
         raise FormatError(
-            f"{folder}: experts for layers {layers}, but config.json has {settings.num_hidden_layers} layers"
+            f"{folder}: experts for layers {layers}, but by config.json the layers {settings.moe_layers} have some"
         )
     for entry in manifest.layers:
         layout = manifest.layout_of(entry)

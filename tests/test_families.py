@@ -164,8 +164,6 @@ def test_quantized_by_mlx_lm_is_repacked_and_streams(tmp_path: Path, family: str
 
 
 REFUSED = [
-    ({"mlp_only_layers": [0]}, "layers without experts"),
-    ({"decoder_sparse_step": 2}, "layers without experts"),
     ({"use_sliding_window": True}, "use_sliding_window"),
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None}, "rope type 'dynamic'"),
     ({"rope_parameters": {**FULL_ROTARY, "rope_type": "yarn"}}, "factor is missing"),
@@ -194,14 +192,24 @@ def test_what_is_not_supported_is_refused_by_name(changes: dict[str, Any], says:
         architecture("qwen3_moe").Config.from_dict(changed)
 
 
-@pytest.mark.parametrize("changes", [{"mlp_only_layers": [0]}, {"decoder_sparse_step": 2}])
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"mlp_only_layers": [0]}, "intermediate_size is missing"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers must be a list of layers, not 3"),
+        ({"mlp_only_layers": [True]}, "mlp_only_layers must be a list"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step must be a whole number from 1, not 0"),
+        ({"decoder_sparse_step": 99, "intermediate_size": 64}, "no layer has experts"),
+        ({"mlp_only_layers": [0], "intermediate_size": 64}, r"layers\.0\.mlp\.gate_proj\.weight.* missing"),
+    ],
+)
 @pytest.mark.parametrize("family", ["qwen3_next", "qwen3_moe"])
-def test_layers_without_experts_are_not_converted(
-    tmp_path: Path, family: str, changes: dict[str, Any]
+def test_layers_without_experts_have_to_be_described(
+    tmp_path: Path, family: str, changes: dict[str, Any], says: str
 ) -> None:
     config, weights = qwen3_next(HYBRID) if family == "qwen3_next" else qwen3_moe(ATTENTION)[:2]
-    source = checkpoint(tmp_path / "src", HYBRID, weights, {**config, **changes})
-    with pytest.raises(SourceError, match="layers without experts"):
+    source = checkpoint(tmp_path / "src", HYBRID, weights, {**config, "intermediate_size": None, **changes})
+    with pytest.raises(SourceError, match=says):
         convert(source, tmp_path / "dst")
     assert not (tmp_path / "dst").exists()
 

@@ -146,11 +146,11 @@ def _own_experts(folder: Path, active: int, count: int) -> tuple[Path, Manifest]
     if not (folder / MANIFEST).exists():
         return None
     manifest = Manifest.load(folder)
-    for entry in manifest.layers:
-        if entry.layer == 0 and entry.num_experts >= active:
-            few = replace(entry, num_experts=min(entry.num_experts, count))
-            return folder, replace(manifest, layers=(few,))
-    return None
+    first = manifest.layers[0]
+    if first.num_experts < active:
+        return None
+    few = replace(first, num_experts=min(first.num_experts, count))
+    return folder, replace(manifest, layers=(few,))
 
 
 @contextmanager
@@ -180,7 +180,8 @@ def _on_disk(slab: mx.array, layout: BlobLayout, folder: Path) -> Iterator[tuple
 
 def _reads(store: ExpertStore, active: int, from_disk: bool) -> float:
     """Bytes a second when ``active`` experts are read at a time, from a page cache that has all of them or none."""
-    layout, count = store.layout(0), store.num_experts(0)
+    layer = store.layers[0]
+    layout, count = store.layout(layer), store.num_experts(layer)
     into = make_slab(active, layout.blob_size)
     groups = [range(i, i + active) for i in range(0, count - active + 1, active)][:MOST_READS]
 
@@ -189,7 +190,7 @@ def _reads(store: ExpertStore, active: int, from_disk: bool) -> float:
             store.drop_page_cache()
         started = perf_counter()
         for group in groups:
-            store.start([ReadRequest(0, expert, slot) for slot, expert in enumerate(group)], into).wait()
+            store.start([ReadRequest(layer, expert, slot) for slot, expert in enumerate(group)], into).wait()
         return len(groups) * active * layout.blob_size / (perf_counter() - started)
 
     read()

@@ -24,6 +24,8 @@ class BaseConfig:
     """Fields have their names in config.json. None has a default that a checkpoint sets.
 
     Attributes:
+        dense_layers: layers without experts.
+        intermediate_size: hidden dims of a layer without experts; None if there is no such layer.
         context_length: tokens of prompt and answer the model is made for, at most; None if config.json does not say.
     """
 
@@ -39,6 +41,8 @@ class BaseConfig:
     num_experts: int
     num_experts_per_tok: int
     moe_intermediate_size: int
+    dense_layers: tuple[int, ...]
+    intermediate_size: int | None
     attention_bias: bool
     tie_word_embeddings: bool
     dtype: str
@@ -67,7 +71,7 @@ class BaseConfig:
             given = {**text, **cls.derive(text)}
             values = {}
             for field in fields(cls):
-                if given.get(field.name) is None and field.name != "context_length":
+                if given.get(field.name) is None and "None" not in str(field.type):
                     raise FormatError(f"{field.name} is missing")
                 values[field.name] = given[field.name]
                 _check(field, values[field.name])
@@ -95,17 +99,22 @@ class BaseConfig:
         """
         if text.get("hidden_act", "silu") != "silu":
             raise FormatError(f"hidden_act {text['hidden_act']!r} is not supported, only silu")
-        # Layers without experts: published checkpoints of these architectures have none.
-        if text.get("mlp_only_layers") or text.get("decoder_sparse_step", 1) != 1:
-            raise FormatError(
-                "layers without experts (mlp_only_layers, decoder_sparse_step) are not supported"
-            )
+        dense = _dense_layers(text)
+        if dense and text.get("intermediate_size") is None:
+            raise FormatError("intermediate_size is missing")
         rope = Rope.from_config(text)
         return {
             "rope": rope,
+            "dense_layers": dense,
+            "intermediate_size": text["intermediate_size"] if dense else None,
             "context_length": rope.context_length(text),
             "dtype": str(text.get("dtype") or text.get("torch_dtype") or "bfloat16"),
         }
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """The layers with experts, ascending."""
+        return [i for i in range(self.num_hidden_layers) if i not in self.dense_layers]
 
     def kv_bytes(self, tokens: int, dtype: mx.Dtype) -> int:
         """Bytes of the cache of one sequence of ``tokens`` tokens."""
@@ -119,7 +128,10 @@ class BaseConfig:
         """Bytes a prompt's token takes while a chunk goes through a layer, but for its mixing."""
         # The residual before and after, its norm, a row of an expert; in float32 that row's result, weighted too, and
         # the sum of a token's experts, old and new; the router's scores.
-        return self.hidden_size * (4 * dtype.size + 4 * 4) + 3 * 4 * self.num_experts
+        routed = self.hidden_size * (4 * dtype.size + 4 * 4) + 3 * 4 * self.num_experts
+        # Without experts: the residual before and after, its norm, gate, up and their product.
+        dense = (3 * self.hidden_size + 3 * (self.intermediate_size or 0)) * dtype.size
+        return max(routed, dense)
 
     def mixing_bytes(self, dtype: mx.Dtype) -> int:
         """Bytes a token takes while it mixes with others, at the widest place of all."""
@@ -128,9 +140,23 @@ class BaseConfig:
         return (3 * width + self.num_attention_heads * self.head_dim) * dtype.size
 
 
+def _dense_layers(text: dict[str, Any]) -> tuple[int, ...]:
+    """The layers without experts, as transformers reads mlp_only_layers and decoder_sparse_step."""
+    only, step = text.get("mlp_only_layers") or [], text.get("decoder_sparse_step", 1)
+    if not isinstance(only, list) or not all(type(i) is int for i in only):
+        raise FormatError(f"mlp_only_layers must be a list of layers, not {short(only)}")
+    if type(step) is not int or step < 1:
+        raise FormatError(f"decoder_sparse_step must be a whole number from 1, not {short(step)}")
+    layers = range(text["num_hidden_layers"])
+    dense = tuple(i for i in layers if i in set(only) or (i + 1) % step)
+    if len(dense) == len(layers):
+        raise FormatError("no layer has experts (mlp_only_layers, decoder_sparse_step)")
+    return dense
+
+
 def _check(field: Field[Any], value: Any) -> None:
     """Raises FormatError unless a value is of its field's type, where that is a number or a flag."""
-    if field.type == "int":
+    if field.type == "int" or (field.type == "int | None" and value is not None):
         most = MOST.get(field.name, MOST_ELSE)
         if type(value) is not int or not 1 <= value <= most:
             raise FormatError(f"{field.name} must be a whole number from 1 to {most}, not {short(value)}")

@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx_flashmoe.models.attention import Attention
 from mlx_flashmoe.models.cache import Cache, KVCache
 from mlx_flashmoe.models.config import BaseConfig
-from mlx_flashmoe.models.moe import MoE
+from mlx_flashmoe.models.moe import MLP, MoE
 from mlx_flashmoe.models.norm import RMSNorm
 
 # Tokens of a prompt that mix at once: what a layer holds for them is several times wider than all else, and where
@@ -26,7 +26,7 @@ def mixed_at_once() -> int:
 class DecoderLayer(nn.Module):
     """x + mix(norm(x)), then x + mlp(norm(x)). What mixes tokens has its own name in every subclass."""
 
-    def __init__(self, config: BaseConfig, mlp: MoE):
+    def __init__(self, config: BaseConfig, mlp: MoE | MLP):
         super().__init__()
         self.mlp = mlp
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -56,13 +56,15 @@ class DecoderLayer(nn.Module):
             mx.eval(slices[-1], cache.state)  # or what all slices hold would be held at once
         return mx.concatenate(slices, axis=1)
 
-    def guess(self, x: mx.array) -> mx.array:
-        """The experts this layer will probably want, from an earlier residual x: ids [..., K]."""
+    def guess(self, x: mx.array) -> mx.array | None:
+        """The experts this layer will probably want, from an earlier residual x: ids [..., K]; None if it has none."""
+        if not isinstance(self.mlp, MoE):
+            return None
         return self.mlp.route(self.mlp.gate(self.post_attention_layernorm(x)))[0]
 
 
 class AttentionLayer(DecoderLayer):
-    def __init__(self, config: BaseConfig, attention: Attention, mlp: MoE):
+    def __init__(self, config: BaseConfig, attention: Attention, mlp: MoE | MLP):
         super().__init__(config, mlp)
         self.self_attn = attention
 

@@ -1,6 +1,6 @@
 """Qwen3-Next and its successors: gated delta net layers, every so often gated attention, all with experts.
 
-Every layer has routed experts and one that every token uses. Norms are published as weight - 1, except the one
+A layer with experts has routed ones and one that every token uses. Norms are published as weight - 1, except the one
 inside the delta net.
 """
 
@@ -18,7 +18,7 @@ from mlx_flashmoe.models.attention import GatedAttention
 from mlx_flashmoe.models.cache import Cache, RecurrentCache
 from mlx_flashmoe.models.decoder import AttentionLayer, CausalLM, DecoderLayer
 from mlx_flashmoe.models.delta_net import DeltaNetConfig, GatedDeltaNet
-from mlx_flashmoe.models.moe import Experts, MoE, SharedExpertMoE
+from mlx_flashmoe.models.moe import MLP, Experts, MoE, SharedExpertMoE
 
 ROTARY_SHARE = 0.25  # of each head's dims, where config.json does not say; as in transformers
 
@@ -51,7 +51,7 @@ class HybridConfig(DeltaNetConfig):
 
 
 class DeltaNetLayer(DecoderLayer):
-    def __init__(self, config: HybridConfig, delta_net: GatedDeltaNet, mlp: MoE):
+    def __init__(self, config: HybridConfig, delta_net: GatedDeltaNet, mlp: MoE | MLP):
         super().__init__(config, mlp)
         self.linear_attn = delta_net
 
@@ -75,8 +75,11 @@ class HybridModel(CausalLM):
         active_experts: int | None,
         delta_net: Callable[[HybridConfig], GatedDeltaNet],
     ):
-        def layer(i: int, kind: str) -> DecoderLayer:
-            mlp = SharedExpertMoE(
+        def mlp(i: int) -> MoE | MLP:
+            if i in config.dense_layers:
+                assert config.intermediate_size is not None  # where there are such layers
+                return MLP(config.hidden_size, config.intermediate_size)
+            return SharedExpertMoE(
                 config.hidden_size,
                 config.num_experts,
                 experts(i),
@@ -84,9 +87,11 @@ class HybridModel(CausalLM):
                 config.norm_topk_prob,
                 config.shared_expert_intermediate_size,
             )
+
+        def layer(i: int, kind: str) -> DecoderLayer:
             if kind == "linear_attention":
-                return DeltaNetLayer(config, delta_net(config), mlp)
-            return AttentionLayer(config, GatedAttention(config), mlp)
+                return DeltaNetLayer(config, delta_net(config), mlp(i))
+            return AttentionLayer(config, GatedAttention(config), mlp(i))
 
         super().__init__(config, [layer(i, kind) for i, kind in enumerate(config.layer_types)])
 

@@ -1,4 +1,4 @@
-"""Router and routed experts, without and with an expert that every token uses."""
+"""Router and routed experts, without and with an expert that every token uses; and a layer without experts."""
 
 from __future__ import annotations
 
@@ -55,6 +55,23 @@ class MoE(nn.Module):
         language = gpu.current()
         if language is not None:
             router.right(language, dtype, self.gate.weight.shape[0], self._active, self._normalize)
+
+
+class MLP(nn.Module):
+    """In a layer without experts: (residual, x), both [B, T, D] -> residual + down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, dims: int, hidden: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(dims, hidden, bias=False)
+        self.up_proj = nn.Linear(dims, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dims, bias=False)
+        self._projections = Together(self, "gate_proj", "up_proj")
+
+    def __call__(self, residual: mx.array, x: mx.array, likely: mx.array | None = None) -> mx.array:
+        return residual + self.down_proj(swiglu(*self._projections(x)))
+
+    def wants_guess(self, x: mx.array) -> bool:
+        return False
 
 
 class SharedExpert(nn.Module):

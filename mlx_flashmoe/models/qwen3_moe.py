@@ -13,7 +13,7 @@ from mlx_flashmoe.errors import FormatError
 from mlx_flashmoe.models.attention import Attention
 from mlx_flashmoe.models.config import BaseConfig
 from mlx_flashmoe.models.decoder import AttentionLayer, CausalLM
-from mlx_flashmoe.models.moe import Experts, MoE
+from mlx_flashmoe.models.moe import MLP, Experts, MoE
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,10 @@ class Model(CausalLM):
     def __init__(self, config: Config, experts: Callable[[int], Experts], active_experts: int | None = None):
         active = active_experts or config.num_experts_per_tok
 
-        def mlp(layer: int) -> MoE:
+        def mlp(layer: int) -> MoE | MLP:
+            if layer in config.dense_layers:
+                assert config.intermediate_size is not None  # where there are such layers
+                return MLP(config.hidden_size, config.intermediate_size)
             return MoE(config.hidden_size, config.num_experts, experts(layer), active, config.norm_topk_prob)
 
         layers = range(config.num_hidden_layers)

@@ -129,6 +129,14 @@ SHAPES: dict[str, tuple[Family, dict[str, Any]]] = {
         dict(hidden_size=192, moe_intermediate_size=96, shared_expert_intermediate_size=96),
     ),
     "Qwen3-Next": (QWEN3_NEXT, {}),
+    "Qwen3-Next, first layer without experts": (
+        QWEN3_NEXT,
+        dict(mlp_only_layers=[0], intermediate_size=96),
+    ),
+    "Qwen3-MoE, every second layer without experts, and the last": (
+        QWEN3_MOE,
+        dict(num_hidden_layers=5, decoder_sparse_step=2, mlp_only_layers=[4], intermediate_size=192),
+    ),
     "Qwen3-Next, wide values, tied, weights as they are, YaRN": (
         QWEN3_NEXT,
         dict(
