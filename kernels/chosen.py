@@ -19,7 +19,7 @@ import numpy as np
 from mlx_flashmoe import user_cache
 from mlx_flashmoe.errors import FlashMoEError
 from mlx_flashmoe.kernels import gpu, mlx_experts, reference, trust, tuning
-from mlx_flashmoe.kernels.random_slab import random_slab
+from mlx_flashmoe.kernels.random_slab import on_device, random_slab
 from mlx_flashmoe.layout import BlobLayout
 
 MLX = "mlx"
@@ -109,7 +109,7 @@ def prepare(
                     "kernels: measured once on this device for experts like these, which takes some seconds"
                 )
             blobs = experts(max(top_k + 1, len(RUNS), SAMPLE_BYTES // layout.blob_size))
-            choice = Choice(*tuning.tune(language, _on_device(blobs), layout, dtype, min(top_k, len(blobs))))
+            choice = Choice(*tuning.tune(language, on_device(blobs), layout, dtype, min(top_k, len(blobs))))
             lasting = True
             if trust.mode() == "auto":
                 choice, lasting = compared(language, choice, blobs, layout, dtype, top_k)
@@ -188,7 +188,7 @@ def _unprepared(
 def _compare(
     language: gpu.Language, choice: Choice, blobs: np.ndarray, layout: BlobLayout, dtype: mx.Dtype, top_k: int
 ) -> str:
-    """Returns the fault of a choice's results, "" for none, beside MLX's float32 products on the CPU."""
+    """Compares a choice's results with MLX's float32 products on the CPU; returns the fault, "" for none."""
     count = len(blobs)
     k = min(top_k, count)
     slots = np.stack([np.roll(np.arange(count), t)[:k] for t in range(2)]).astype(np.int32)
@@ -196,7 +196,7 @@ def _compare(
     x, several = trust.normals((2, layout.hidden_size), (len(rows), layout.hidden_size))
     x, several = x.astype(dtype), several.astype(dtype)
     weights = np.random.default_rng(0).uniform(0.05, 1, slots.shape).astype(np.float32)
-    slab = _on_device(blobs)
+    slab = on_device(blobs)
     experts = Experts(language, choice)
     # Outputs start as NaN, so that one that is not written shows.
     options: dict[str, Any] = {} if choice.ffn == MLX else {"init_value": math.nan}
@@ -213,11 +213,6 @@ def _compare(
         expected = [both[:1], both, reference.expert_rows(several, slab, mx.array(rows), layout)]
         mx.eval(expected)
         return trust.judge(got, expected, trust.TOLERANCE[dtype])
-
-
-def _on_device(blobs: np.ndarray) -> mx.array:
-    """The same in the device's own memory: computed there, rather than handed over."""
-    return mx.array(blobs) | mx.array(0, mx.uint32)
 
 
 def _from_json(text: bytes) -> Choice:

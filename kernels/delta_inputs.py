@@ -1,4 +1,4 @@
-"""What the gated delta rule computes with: a causal depthwise convolution with silu, L2-normalized queries and keys,
+"""The inputs of the gated delta rule: a causal depthwise convolution with silu, L2-normalized queries and keys,
 the decay and beta. For one token on a GPU in one launch.
 
 It takes the place of some fifteen small operations; the roundings are theirs.

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flashmoe.kernels.dense import quantized_matmul
-from mlx_flashmoe.kernels.reference import DTYPES, component_view
+from mlx_flashmoe.kernels.reference import DTYPES, component_view, swiglu
 from mlx_flashmoe.layout import BlobLayout, Component, Projection
 
 
@@ -28,8 +28,7 @@ def expert_ffn(
     for t in range(x.shape[0]):  # one token's experts are copied at once
         blobs, chosen = (slab, slots[t]) if in_place else (slab[slots[t]], mx.arange(slots.shape[1]))
         rows = x[t].reshape(1, 1, -1)
-        gate = _project(rows, blobs, chosen, layout.gate)
-        h = gate * mx.sigmoid(gate) * _project(rows, blobs, chosen, layout.up)
+        h = swiglu(_project(rows, blobs, chosen, layout.gate), _project(rows, blobs, chosen, layout.up))
         pairs = _project(h, blobs, chosen, layout.down)[:, 0]
         outputs.append((pairs.astype(mx.float32) * weights[t].astype(mx.float32)[:, None]).sum(axis=0))
     return mx.stack(outputs).astype(x.dtype)
@@ -41,8 +40,7 @@ def expert_rows(x: mx.array, slab: mx.array, slots: mx.array, layout: BlobLayout
     start = 0
     for slot, run in groupby(np.asarray(slots).tolist()):
         rows = x[start : (start := start + len(list(run)))]
-        gate = _one(rows, slab, slot, layout.gate)
-        h = gate * mx.sigmoid(gate) * _one(rows, slab, slot, layout.up)
+        h = swiglu(_one(rows, slab, slot, layout.gate), _one(rows, slab, slot, layout.up))
         outputs.append(_one(h, slab, slot, layout.down))
     return mx.concatenate(outputs) if outputs else mx.zeros((0, layout.hidden_size), dtype=x.dtype)
 
@@ -50,14 +48,14 @@ def expert_rows(x: mx.array, slab: mx.array, slots: mx.array, layout: BlobLayout
 def _project(x: mx.array, blobs: mx.array, chosen: mx.array, p: Projection) -> mx.array:
     """x [1 or K, 1, in_dims] through one matrix of each of ``chosen`` (int [K]) -> [K, 1, out_dims]."""
     if p.scales is None or p.biases is None:
-        weight = _view(blobs, p.weight).astype(x.dtype)
+        weight = view(blobs, p.weight).astype(x.dtype)
         return x @ weight.swapaxes(-1, -2)  # the chosen blobs, in their order
     dtype = _common(x, p.scales)
     return mx.gather_qmm(
         x.astype(dtype),
-        _view(blobs, p.weight),
-        _view(blobs, p.scales).astype(dtype),
-        _view(blobs, p.biases).astype(dtype),
+        view(blobs, p.weight),
+        view(blobs, p.scales).astype(dtype),
+        view(blobs, p.biases).astype(dtype),
         rhs_indices=chosen,
         transpose=True,
         group_size=p.group_size,
@@ -80,10 +78,10 @@ def _common(x: mx.array, scales: Component) -> mx.Dtype:
     return x.dtype if DTYPES[scales.dtype] == x.dtype else mx.float32
 
 
-def _view(blobs: mx.array, component: Component) -> mx.array:
-    """One component of all blobs [count, words] -> [count, rows, columns] of its dtype."""
+def view(blobs: mx.array, component: Component) -> mx.array:
+    """One component of all blobs [count, words] -> [count, rows, columns] of its dtype; on Metal without a copy."""
     dtype = DTYPES[component.dtype]
     first = component.offset // dtype.size
     count = component.shape[0] * component.shape[1]
-    view = blobs.view(dtype)[:, first : first + count].reshape(blobs.shape[0], *component.shape)
-    return view if mx.metal.is_available() else mx.contiguous(view)
+    each = blobs.view(dtype)[:, first : first + count].reshape(blobs.shape[0], *component.shape)
+    return each if mx.default_device() == mx.gpu and mx.metal.is_available() else mx.contiguous(each)

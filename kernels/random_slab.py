@@ -28,7 +28,11 @@ def random_slab(layout: BlobLayout, slots: int) -> mx.array:
         scales = rng.uniform(0.5, 1.5, shape) * 6 / levels / p.in_dims**0.5
         put(p.scales, scales)
         put(p.biases, scales * (-levels / 2))
-    # Computed rather than handed over, so that a GPU has it in its own memory.
-    device = mx.array(slab) | mx.array(0, mx.uint32)
-    mx.eval(device)
-    return device
+    return on_device(slab)
+
+
+def on_device(words: np.ndarray) -> mx.array:
+    """uint32 words in the device's own memory: computed there, because MLX keeps given arrays in the host's."""
+    array = mx.array(words) | mx.array(0, mx.uint32)
+    mx.eval(array)
+    return array

@@ -1,7 +1,7 @@
 """Measures which formulation and which cut of the work a GPU computes fastest, for one layout of experts.
 
-Each launch is varied by itself, beside the language's own choice, in rounds of random order. A variant is chosen if it
-is faster on average and no slower at any number of tokens; otherwise the language's own choice stays.
+Each launch is varied alone and compared with the language's own choice, in rounds of random order. A variant is chosen
+if it is faster on average and no slower at any number of tokens; otherwise the language's own choice stays.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from mlx_flashmoe.sizes import show_size
 # What a generation takes besides the named parts: activations of one chunk of a prompt, buffers MLX keeps for
 # reuse, the interpreter.
 WORKING_BYTES = 500 * 10**6
-# Of memory, what "auto" leaves to other programs at least.
+# The share of memory that "auto" leaves to other programs at least.
 OTHERS_SHARE = 0.05
 # Freed buffers MLX may keep for reuse; more would only take memory from the page cache.
 CACHE_LIMIT = 128 * 2**20
@@ -78,7 +78,7 @@ class Room:
             size = info.get("max_recommended_working_set_size") or info.get("memory_size")
             if size:
                 usable = min(total, int(size))
-        # What programs use of the host's memory is no part of a GPU's own.
+        # A discrete GPU's memory holds nothing of what programs use on the host.
         shared = mx.default_device() != mx.gpu or mx.metal.is_available()
         return cls(total, usable, system.available_memory() if shared else total)
 
@@ -187,7 +187,7 @@ def plan(
             slots, reason = experts, "all of them fit"
         else:
             if may_read_directly:
-                # What is read into the arena need not be in the page cache too.
+                # Experts in the arena need not be in the page cache too.
                 direct, rest = True, "the others are read around the page cache"
             else:
                 share //= 2

@@ -1,7 +1,7 @@
 """The operating system, where Linux and macOS differ: every call that one of them lacks or has otherwise.
 
-No other module of the package asks which system it runs on. What is said here of macOS was read, not tried: nobody
-has run it on a Mac yet. Light to import: nothing of MLX, and psutil only when it is asked.
+No other module of the package asks which system it runs on. The statements about macOS come from its documentation and
+source: this has not run on a Mac yet. Importing it is cheap: it needs no MLX, and psutil only when memory is asked for.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class MemoryWatch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ended.set()
-        self._thread.join(timeout=1.0)  # it may be printing to a pipe that nobody reads
+        self._thread.join(timeout=1.0)  # it may block on a pipe that has no reader
 
     def _watch(self) -> None:
         with suppress(OSError):  # figures or stderr are gone: no reason to end what is watched

@@ -30,7 +30,7 @@ from rich.table import Table
 
 from mlx_flashmoe import kernels, system
 from mlx_flashmoe.errors import FlashMoEError, RequestError
-from mlx_flashmoe.kernels import chosen, gpu, reference
+from mlx_flashmoe.kernels import chosen, gpu, mlx_experts, reference
 from mlx_flashmoe.kernels.random_slab import random_slab
 from mlx_flashmoe.layout import PROJECTIONS, BlobLayout, Projection, Quantization
 from mlx_flashmoe.reports import check_report, write_report
@@ -71,13 +71,8 @@ def _mlx_path(slab: mx.array, layout: BlobLayout, dtype: mx.Dtype) -> Path_:
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
 
     def part(component: Any) -> mx.array:
-        kind = reference.DTYPES[component.dtype]
-        first = component.offset // kind.size
-        count = component.shape[0] * component.shape[1]
-        view = slab.view(kind)[:, first : first + count].reshape(slab.shape[0], *component.shape)
-        if on_cpu and kind != mx.uint32:
-            view = view.astype(dtype)
-        return view if mx.metal.is_available() and not on_cpu else mx.contiguous(view)
+        view = mlx_experts.view(slab, component)
+        return view.astype(dtype) if on_cpu and view.dtype != mx.uint32 else view
 
     parts = {n: [part(c) for c in p.components.values()] for n, p in layout.projections.items()}
     mx.eval(parts)

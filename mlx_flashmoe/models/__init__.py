@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_flashmoe.errors import FormatError
+from mlx_flashmoe.kernels import gpu
 from mlx_flashmoe.models import qwen3_5_moe, qwen3_moe, qwen3_next
 
 # A checkpoint's model_type -> the module with its Config and Model.
@@ -35,7 +36,8 @@ def check_kernels(model: nn.Module, dtype: mx.Dtype) -> None:
     Args:
         dtype: of the activations.
     """
-    for module in model.modules():
+    language = gpu.current()
+    for module in model.modules() if language is not None else ():
         check = getattr(module, "check_kernels", None)
         if check is not None:
-            check(dtype)
+            check(language, dtype)

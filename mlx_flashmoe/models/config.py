@@ -14,7 +14,7 @@ from mlx_flashmoe.models.rope import Rope
 
 C = TypeVar("C", bound="BaseConfig")
 
-# What a whole number of config.json may be at most: no published model comes near.
+# The largest whole numbers that config.json may have: no published model comes near.
 MOST = {"num_hidden_layers": 4096, "num_experts": 1 << 16}
 MOST_ELSE = 1 << 30
 

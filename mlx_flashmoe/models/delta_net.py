@@ -109,13 +109,11 @@ class GatedDeltaNet(nn.Module):
             key_dim=self.key_dim,
         )
 
-    def check_kernels(self, dtype: mx.Dtype) -> None:
-        """Compares the kernels that serve this layer on a GPU, if there is one, before they are needed."""
-        language = gpu.current()
-        if language is not None:
-            past = self.conv1d.weight.shape[1] - 1
-            heads = self.key_heads, self.value_heads
-            if self.key_dim == self.value_dim:
-                dtypes = dtype, self.conv1d.weight.dtype, self.A_log.dtype, self.dt_bias.dtype
-                delta_inputs.right(language, dtypes, self.key_dim, *heads, past)
-            gated_delta.right(self.key_heads, self.key_dim, self.value_heads, self.value_dim)
+    def check_kernels(self, language: gpu.Language, dtype: mx.Dtype) -> None:
+        """Compares the kernels that serve this layer on a GPU, before they are needed."""
+        past = self.conv1d.weight.shape[1] - 1
+        heads = self.key_heads, self.value_heads
+        if self.key_dim == self.value_dim:
+            dtypes = dtype, self.conv1d.weight.dtype, self.A_log.dtype, self.dt_bias.dtype
+            delta_inputs.right(language, dtypes, self.key_dim, *heads, past)
+        gated_delta.right(self.key_heads, self.key_dim, self.value_heads, self.value_dim)

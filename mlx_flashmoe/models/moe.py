@@ -50,11 +50,9 @@ class MoE(nn.Module):
         """The experts of each token, from the gate's output: ids and weights [..., K]."""
         return router.route(logits, self._active, self._normalize)
 
-    def check_kernels(self, dtype: mx.Dtype) -> None:
-        """Compares the kernel that serves the router on a GPU, if there is one, before it is needed."""
-        language = gpu.current()
-        if language is not None:
-            router.right(language, dtype, self.gate.weight.shape[0], self._active, self._normalize)
+    def check_kernels(self, language: gpu.Language, dtype: mx.Dtype) -> None:
+        """Compares the kernel that serves the router on a GPU, before it is needed."""
+        router.right(language, dtype, self.gate.weight.shape[0], self._active, self._normalize)
 
 
 class MLP(nn.Module):

@@ -26,11 +26,9 @@ class RMSNorm(nn.Module):
         """x + y, and the norm of that."""
         return add_norm.add_norm(x, y, self.weight, self.eps)
 
-    def check_kernels(self, dtype: mx.Dtype) -> None:
-        """Compares the kernels that serve this layer on a GPU, if there is one, before they are needed."""
-        language = gpu.current()
-        if language is not None:
-            add_norm.right(language, dtype, self.weight.size, self.weight.dtype)
+    def check_kernels(self, language: gpu.Language, dtype: mx.Dtype) -> None:
+        """Compares the kernels that serve this layer on a GPU, before they are needed."""
+        add_norm.right(language, dtype, self.weight.size, self.weight.dtype)
 
 
 class GatedRMSNorm(nn.Module):
@@ -44,8 +42,6 @@ class GatedRMSNorm(nn.Module):
     def __call__(self, y: mx.array, gate: mx.array) -> mx.array:
         return gated_norm.gated_norm(y, gate, self.weight, self.eps)
 
-    def check_kernels(self, dtype: mx.Dtype) -> None:
+    def check_kernels(self, language: gpu.Language, dtype: mx.Dtype) -> None:
         """As of RMSNorm."""
-        language = gpu.current()
-        if language is not None:
-            gated_norm.right(language, dtype, self.weight.size, self.weight.dtype)
+        gated_norm.right(language, dtype, self.weight.size, self.weight.dtype)

@@ -15,7 +15,6 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_flashmoe.models import architecture
-from mlx_flashmoe.models.moe import Experts
 
 VOCABULARY = 512
 LAYERS, EXPERTS, ACTIVE = 4, 16, 4
@@ -54,35 +53,18 @@ def config_of(model_type: str) -> dict[str, Any]:
     }
 
 
-class _NoExperts:
-    """Stands for a layer's routed experts in a model that is never called."""
-
-    def __call__(
-        self, x: mx.array, ids: mx.array, weights: mx.array, likely: mx.array | None = None
-    ) -> mx.array:
-        raise NotImplementedError
-
-    def wants_guess(self, tokens: int) -> bool:
-        return False
-
-
 def write_checkpoint(folder: Path, model_type: str) -> None:
     """Writes config.json and bfloat16 weights as published, an expert's matrices apart. The same ones every time."""
     config = config_of(model_type)
     arch = architecture(model_type)
-    layers: list[int] = []
-
-    def experts(layer: int) -> Experts:
-        layers.append(layer)
-        return _NoExperts()
-
+    settings = arch.Config.from_dict(config)
     rng = np.random.default_rng(0)
     with mx.stream(mx.cpu):
-        model = arch.Model(arch.Config.from_dict(config), experts)
+        model = arch.Model(settings, lambda layer: None)  # it is never called
         parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
         tensors = {name: _tensor(rng, name, value.shape) for name, value in parameters}
         hidden, inner = config["hidden_size"], config["moe_intermediate_size"]
-        for layer in layers:
+        for layer in settings.moe_layers:
             for expert in range(EXPERTS):
                 for name, shape in {
                     "gate": (inner, hidden),
@@ -98,9 +80,8 @@ def write_checkpoint(folder: Path, model_type: str) -> None:
 
 def _tensor(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> mx.array:
     """Values that keep activations about as large as they are."""
-    if name.endswith(
-        "conv1d.weight"
-    ):  # [channels, kernel, 1] in MLX, [channels, 1, kernel] where it is published
+    if name.endswith("conv1d.weight"):
+        # [channels, kernel, 1] in MLX, published as [channels, 1, kernel]
         shape = (shape[0], shape[2], shape[1])
     values = rng.standard_normal(shape, np.float32)
     if name.endswith("norm.weight"):

@@ -1,4 +1,4 @@
-"""A conversion that is killed and resumed, beside one that was left alone."""
+"""Compares a conversion that was killed and resumed with an uninterrupted one."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def _check(module: ModuleType, form: Format, formulation: str | None = None) -> 
 
 
 def _operations(module: ModuleType, forms: tuple[Format, ...]) -> str:
-    """What serves where a custom kernel does not."""
+    """Checks the operations that take the place of custom kernels."""
     parts: dict[str, Callable[[], float]] = {}
     for form in forms:
         parts[f"ffn of {form.name}"] = partial(ffn_error, module.expert_ffn, form)

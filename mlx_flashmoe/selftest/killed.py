@@ -1,6 +1,6 @@
 """A command that kills its process in the middle of a conversion: ``python -m …killed UNITS convert …``.
 
-From inside, because from outside nobody could tell the middle of a small conversion from its end.
+It kills from inside: a small conversion is too short to be hit in the middle from outside.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mlx_flashmoe.convert.journal import Journal
 
 
 def main(units: int, arguments: list[str]) -> int:
-    """Runs a command line, and kills the process once so many units are in the journal."""
+    """Runs a command line, and kills the process when the journal has ``units`` units."""
     finish = Journal.finish
 
     def killing(self: Journal, unit: str, crcs: list[int]) -> None:

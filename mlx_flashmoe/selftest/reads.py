@@ -1,4 +1,4 @@
-"""Reads of experts beside plain reads of the same bytes: through the page cache, and around it."""
+"""Compares reads of experts with plain reads of the same bytes, through the page cache and around it."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from mlx_flashmoe.selftest.row_cases import (
 from mlx_flashmoe.selftest.trial import Trial, compared
 from mlx_flashmoe.selftest.workplace import Workplace
 
-# Of a dtype's activations, in shapes of published models and in odd ones.
+# The cases of a dtype: shapes of published models, and odd ones.
 CASES: Mapping[str, tuple[Callable[[str], Case], ...]] = {
     "norm": (lambda d: norm_case(d, (3, 4096), False), lambda d: norm_case(d, (2, 3, 200), False)),
     "add and norm": (lambda d: norm_case(d, (1, 4096), True), lambda d: norm_case(d, (2, 1100), True)),

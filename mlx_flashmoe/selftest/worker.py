@@ -26,7 +26,7 @@ LONGEST_TRIAL = 300.0  # seconds
 
 
 def perform_all(folder: Path, done: Callable[[int, int], None]) -> list[Row]:
-    """Makes all trials. One whose process ends, or that does not end, is a failed row, and the others go on.
+    """Runs all trials. A trial whose process ends, or that does not end, gives a failed row; the others still run.
 
     Args:
         folder: to work in.
@@ -42,7 +42,7 @@ def perform_all(folder: Path, done: Callable[[int, int], None]) -> list[Row]:
                     continue
                 rows.append(Row(**message))
                 done(len(rows), len(names))
-                # What has failed may have left its process, or the device for it, unfit for the next.
+                # A failed trial may leave the process, or its use of the device, unfit for the next trial.
                 if rows[-1].outcome == FAILED or len(rows) == len(names):
                     break
             else:

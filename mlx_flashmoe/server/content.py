@@ -195,7 +195,7 @@ def in_order_of_calls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def is_unfinished(messages: list[dict[str, Any]]) -> bool:
-    """Whether the last message is the start of an answer, which the model continues: the assistant's, without calls."""
+    """Tells whether the model continues the last message: an assistant's message without calls."""
     return messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
 
 
