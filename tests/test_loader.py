@@ -402,7 +402,8 @@ def test_auto_leaves_other_programs_what_they_use(
         return
     assert auto.total <= room.usable
     assert auto.total <= room.free or auto.slots == 10
-    assert bool(auto.notes) == (auto.total > room.available)
+    # macOS adds the hint that raises the GPU's limit, where that would be enough.
+    assert any(note.startswith("warning") for note in auto.notes) == (auto.total > room.available)
     if auto.slots < 1000:
         assert auto.total - auto.arena + 10**10 > room.free
         free = room.free - (auto.total - auto.arena)
