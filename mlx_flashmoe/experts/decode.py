@@ -110,10 +110,11 @@ class Decode:
         ids = self._timed(choice.ids)
         if ahead is not None:
             ahead.stop()
-        fetch = arena.fetch(choice.layer, ids[0])
-        arena.touch(choice.layer, ids[0])  # while the disks are busy; nobody that it concerns could have left
+        experts = np.unique(ids[0])  # some routers choose one twice, for experts that compute nothing
+        fetch = arena.fetch(choice.layer, experts)
+        arena.touch(choice.layer, experts)  # while the disks are busy; nobody that it concerns could have left
         fetch.wait()
-        slots = arena.slot_of[arena.row_of[choice.layer]][ids[0]]
+        slots = arena.slot_of[arena.row_of[choice.layer]][experts]
         if ahead is not None and len(ids) > 1:
             ahead.start(choice.layer + 1, ids[1], slots)
         return slots

@@ -20,6 +20,7 @@ from mlx_flashmoe.errors import ReadError
 from mlx_flashmoe.experts.arena import SlotArena
 from mlx_flashmoe.experts.decode import Decode
 from mlx_flashmoe.experts.store import ExpertStore
+from mlx_flashmoe.kernels import Activation
 from mlx_flashmoe.layout import BlobLayout
 
 # Experts a wave has at most: enough to keep the disk busy, few enough that neither the first wave's reading
@@ -146,11 +147,38 @@ class StreamedExperts(nn.Module):
         return y.reshape(shape)
 
     def _prefill(self, x: mx.array, routed: mx.array, weights: mx.array) -> mx.array:
-        """Every expert of the chunk is read at most once, in file order, in waves.
+        """A token's experts are added up one by one in file order, so that the sum does not depend on where waves
+        begin, and only one piece's rows are held at a time."""
+        top_k = routed.shape[-1]
+        shares = weights.reshape(-1)
+        y = mx.zeros(x.shape, dtype=mx.float32)
+        use: int | None = None
+        for rows, out, slots in self._computed(x, routed, None):
+            for chosen in one_a_token(rows // top_k):
+                share = shares[mx.array(rows[chosen]), None]
+                y = y.at[mx.array(rows[chosen] // top_k)].add(
+                    share * out[mx.array(chosen)].astype(mx.float32)
+                )
+            if not self._arena.resident:  # or nothing is ever given up
+                use = self._arena.used(slots, y, use)
+            mx.async_eval(y)
+        return y.astype(x.dtype)
+
+    def _computed(
+        self, x: mx.array, routed: mx.array, activation: Activation | None
+    ) -> Iterator[tuple[np.ndarray, mx.array, np.ndarray]]:
+        """The experts' outputs for many tokens. Every expert is read at most once, in file order, in waves.
 
         A wave is read while the one before it is computed. Rows, one for each expert of a token, are sorted by
-        expert, so a wave is a range of rows. A token's experts are added up one by one in that same order, so
-        that the sum does not depend on where waves begin, and only one piece's rows are held at a time.
+        expert, so a wave is a range of rows.
+
+        Args:
+            x: [N, D].
+            routed: integer [N, K].
+
+        Yields:
+            (rows, outputs, slots): row r is expert r % K of token r // K; outputs [R, D] of these rows, from the
+            experts in these slots. What is built on them must be given to ``arena.used`` before the next is asked for.
         """
         self._decode.abandon()
         if self._decode.ahead is not None:
@@ -166,25 +194,71 @@ class StreamedExperts(nn.Module):
         experts, starts = np.unique(flat[order], return_index=True)
         bounds = np.append(starts, flat.size)
         self._arena.touch(self._layer, experts)
-
-        shares = weights.reshape(-1)
-        y = mx.zeros(x.shape, dtype=mx.float32)
-        use: int | None = None
         for first, last, slots in waves(self._arena, self._layer, experts):
             for a, b in pieces(bounds[first : last + 1], max(tokens, LEAST_PIECE)):
                 rows = order[bounds[first + a] : bounds[first + b]]
                 row_slots = np.repeat(slots[a:b], np.diff(bounds[first + a : first + b + 1]))
                 out = kernels.expert_rows(
-                    x[mx.array(rows // top_k)], self._arena.slab, mx.array(row_slots), self._layout
+                    x[mx.array(rows // top_k)],
+                    self._arena.slab,
+                    mx.array(row_slots),
+                    self._layout,
+                    activation,
                 )
-                for chosen in one_a_token(rows // top_k):
-                    share = shares[mx.array(rows[chosen]), None]
-                    y = y.at[mx.array(rows[chosen] // top_k)].add(
-                        share * out[mx.array(chosen)].astype(mx.float32)
-                    )
-                if not self._arena.resident:  # or nothing is ever given up
-                    use = self._arena.used(slots[a:b], y, use)
-                mx.async_eval(y)
+                yield rows, out, slots[a:b]
         if self._decode.on_prefill_layer is not None:
             self._decode.on_prefill_layer(self._row + 1, len(self._arena.row_of))
-        return y.astype(x.dtype)
+
+
+class StreamedOutputs(StreamedExperts):
+    """Callable as (x, ids) -> y [..., K, D]: every chosen expert's own output, as others' modules want it.
+
+    Args:
+        activation: None for SwiGLU; else what is between the matrices, see ``kernels.expert_outputs``.
+    """
+
+    def __init__(self, decode: Decode, layer: int, activation: Activation | None):
+        super().__init__(decode, layer)
+        self._activation = activation
+
+    def __call__(self, x: mx.array, ids: mx.array) -> mx.array:  # type: ignore[override]
+        """The outputs of each token's experts.
+
+        Args:
+            x: [..., D] activations.
+            ids: integer [..., K]; an expert may be in it more than once.
+
+        Returns:
+            [..., K, D] in x's dtype. For a single token, to be evaluated only once the model's last layer has been
+            called (see ``Decode``).
+
+        Raises:
+            ReadError: an expert could not be read. The module can be called again.
+        """
+        shape = (*ids.shape, x.shape[-1])
+        x, ids = x.reshape(-1, x.shape[-1]), ids.reshape(-1, ids.shape[-1])
+
+        def one_token() -> mx.array:
+            slots = self._arena.table.lookup(self._row, ids)
+            return kernels.expert_outputs(x, self._arena.slab, slots, self._layout, self._activation)
+
+        if x.shape[0] > 1:
+            y = self._all_rows(x, ids)
+        elif self._arena.resident:
+            y = one_token()
+        else:
+            y = self._decode.step(self._layer, ids, None, one_token)
+        return y.reshape(shape)
+
+    def _all_rows(self, x: mx.array, routed: mx.array) -> mx.array:
+        """The outputs of many tokens, [N, K, D]."""
+        rows: list[np.ndarray] = []
+        outputs: list[mx.array] = []
+        for some, out, slots in self._computed(x, routed, self._activation):
+            rows.append(some)
+            outputs.append(out.astype(x.dtype))
+            if not self._arena.resident:
+                self._arena.used(slots, outputs[-1])
+            mx.async_eval(outputs[-1])
+        places = np.argsort(np.concatenate(rows)).astype(np.int32)
+        return mx.concatenate(outputs)[mx.array(places)].reshape(*routed.shape, -1)

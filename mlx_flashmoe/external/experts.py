@@ -1,0 +1,205 @@
+"""Modules that hold all experts of a layer, found in a library's tree by what they are made of and what they compute.
+
+``SwitchGLU`` and ``SwitchMLP`` have many relatives. A module counts as one of them if it has their matrices and no other
+parameters, and if it computes on random weights what ``Formula`` says. Its name does not matter.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_flashmoe.errors import FormatError
+
+Activation = Callable[..., mx.array]
+# The modules' matrices by name -> gate (None: of two matrices), up and down; gate and up may be rows of one.
+GATED = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+FUSED = {"gate_up_proj": "gate_up", "down_proj": "down"}
+PLAIN = {"fc1": "up", "fc2": "down"}
+TOLERANCE = 1e-3  # of the largest output, in float32
+
+
+@dataclass(frozen=True)
+class ExpertModule:
+    """A layer's experts in a library's tree.
+
+    Attributes:
+        path: of the module in the tree.
+        matrices: child's name -> the projection it is: "gate", "up", "down", or "gate_up" (gate's rows first).
+        activation: None for SwiGLU; else (up, gate) -> h, or (h) -> h where there is no gate.
+        hidden_size, intermediate_size, count: D, I and E.
+    """
+
+    path: str
+    module: nn.Module
+    matrices: dict[str, str]
+    activation: Activation | None
+    hidden_size: int
+    intermediate_size: int
+    count: int
+
+    @property
+    def gated(self) -> bool:
+        return self.matrices != PLAIN
+
+
+def find(model: nn.Module) -> list[ExpertModule]:
+    """All of a tree, in its order.
+
+    Raises:
+        FormatError: a module holds experts in a way that cannot be streamed.
+    """
+    found: list[ExpertModule] = []
+    for path, module in sorted(model.named_modules(), key=lambda item: _place(item[0])):
+        if any(path.startswith(f"{outer.path}.") for outer in found):
+            continue
+        matrices = {name: child for name, child in module.children().items() if _is_stack(child)}
+        if matrices:
+            found.append(_described(path, module, matrices))
+    return found
+
+
+def _place(path: str) -> tuple[Any, ...]:
+    """Sorts layers by number."""
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.split("."))
+
+
+def _is_stack(child: Any) -> bool:
+    """Tells whether a module is one matrix for each of a layer's experts: a SwitchLinear, quantized or not."""
+    return isinstance(child, nn.Module) and type(child).__name__ in ("SwitchLinear", "QuantizedSwitchLinear")
+
+
+def _described(path: str, module: nn.Module, matrices: dict[str, nn.Module]) -> ExpertModule:
+    what = f"{path} ({type(module).__module__}.{type(module).__name__})"
+    roles = next((roles for roles in (GATED, FUSED, PLAIN) if roles.keys() == matrices.keys()), None)
+    if roles is None:
+        raise FormatError(
+            f"{what}: its experts have the matrices {', '.join(sorted(matrices))}; experts of "
+            f"{', '.join(GATED)} or of {', '.join(FUSED)} or of {', '.join(PLAIN)} can be streamed"
+        )
+    own = [n for n, _ in tree_flatten(module.parameters()) if n.partition(".")[0] not in matrices]
+    if own:
+        raise FormatError(f"{what}: its experts have parameters that cannot be streamed: {', '.join(own)}")
+    activation = getattr(module, "activation", None)
+    if not callable(activation):
+        raise FormatError(f"{what}: its experts have no activation of their own, and cannot be streamed")
+    up = matrices[next(name for name, role in roles.items() if role in ("up", "gate_up"))]
+    rows = up.output_dims
+    described = ExpertModule(
+        path,
+        module,
+        roles,
+        activation,
+        hidden_size=up.input_dims,
+        intermediate_size=rows // 2 if roles == FUSED else rows,
+        count=up.num_experts,
+    )
+    _check(what, described)
+    swiglu = described.gated and _is_swiglu(activation)
+    return ExpertModule(**{**vars(described), "activation": None if swiglu else activation})
+
+
+_checked: dict[tuple[Any, ...], None] = {}
+
+
+def _check(what: str, experts: ExpertModule) -> None:
+    """Raises FormatError unless the module computes act(x W_gate, x W_up) W_down with its own weights.
+
+    Two experts with random weights stand for all; once for each class and shape.
+    """
+    module = experts.module
+    biased = {name: "bias" in module[name] for name in experts.matrices}
+    key = (type(module), type(experts.activation), tuple(biased.items()))
+    if key in _checked:
+        return
+    rng = np.random.default_rng(0)
+    hidden, inner = 32, 32
+    outputs = {"gate": inner, "up": inner, "gate_up": 2 * inner, "down": hidden}
+    small = copy.copy(module)
+    weights: dict[str, tuple[mx.array, mx.array | None]] = {}
+    for name, role in experts.matrices.items():
+        rows, columns = outputs[role], inner if role == "down" else hidden
+        weight = mx.array((rng.standard_normal((2, rows, columns)) / columns**0.5).astype(np.float32))
+        bias = mx.array(rng.standard_normal((2, rows)).astype(np.float32)) if biased[name] else None
+        weights[role] = weight, bias
+        small[name] = _Stack(weight, bias)
+    x = mx.array(rng.standard_normal((3, 1, hidden)).astype(np.float32))
+    ids = mx.array([[[0, 1]], [[1, 0]], [[1, 1]]])
+    try:
+        got = small(x, ids)
+        expected = mx.stack(
+            [
+                mx.stack([formula(x[t, 0], e, weights, experts.activation) for e in row])
+                for t, row in enumerate(ids[:, 0].tolist())
+            ]
+        )[:, None]
+        off = mx.abs(got - expected).max() / mx.abs(expected).max()
+        right = got.shape == expected.shape and off.item() <= TOLERANCE
+    except Exception as e:  # whatever a library's class wants to be called with, this is not it
+        raise FormatError(f"{what}: its experts cannot be streamed: {type(e).__name__}: {e}") from None
+    if not right:
+        raise FormatError(
+            f"{what}: its experts compute something else than act(gate(x), up(x)) times down; they cannot be streamed"
+        )
+    _checked[key] = None
+
+
+def formula(
+    x: mx.array,
+    expert: int,
+    weights: dict[str, tuple[mx.array, mx.array | None]],
+    activation: Activation | None,
+) -> mx.array:
+    """One expert's output for one token, spelled out: x [D] -> [D]."""
+
+    def product(role: str, x: mx.array) -> mx.array:
+        weight, bias = weights[role]
+        y = weight[expert] @ x
+        return y if bias is None else y + bias[expert]
+
+    assert activation is not None
+    if "gate_up" in weights:
+        gate, up = mx.split(product("gate_up", x), 2)
+        return product("down", activation(up, gate))
+    up = product("up", x)
+    if "gate" in weights:
+        return product("down", activation(up, product("gate", x)))
+    return product("down", activation(up))
+
+
+class _Stack(nn.Module):
+    """SwitchLinear with given weights: it is called as the libraries call theirs."""
+
+    def __init__(self, weight: mx.array, bias: mx.array | None):
+        super().__init__()
+        self.weight = weight
+        if bias is not None:
+            self.bias = bias
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        y = x @ self.weight[indices].swapaxes(-1, -2)
+        return y + mx.expand_dims(self.bias[indices], -2) if "bias" in self else y
+
+
+def _is_swiglu(activation: Activation) -> bool:
+    """Tells whether an activation is silu(gate) * up, on values on both sides of any clamp."""
+    rng = np.random.default_rng(1)
+    up, gate = (mx.array((50 * rng.standard_normal((4, 64))).astype(np.float32)) for _ in range(2))
+    expected = gate * mx.sigmoid(gate) * up
+    got = activation(up, gate)
+    return bool(mx.allclose(got, expected, rtol=1e-5, atol=1e-5).item())
+
+
+def modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The tree's modules with parameters of their own, without those that hold experts."""
+    inside = [experts.path for experts in find(model)]
+    for path, module in model.named_modules():
+        if not any(path == p or path.startswith(f"{p}.") for p in inside):
+            yield path, module

@@ -1,0 +1,105 @@
+"""What a library's model does with its experts and caches, found by building its graph; nothing is computed.
+
+Shapes of lazy arrays are known without their values. So one call with experts that return zeros tells how many experts
+a token uses, in which order layers come, how large the vocabulary is and how caches grow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_flashmoe.errors import FormatError
+from mlx_flashmoe.external.cache import ExternalCache
+from mlx_flashmoe.external.experts import ExpertModule
+
+
+class Absent(nn.Module):
+    """Stands in for a layer's experts: (x, ids) -> zeros [..., K, D]. Remembers how it was called."""
+
+    def __init__(self, path: str, calls: list[tuple[str, int]]):
+        super().__init__()
+        self._path, self._calls = path, calls
+
+    def __call__(self, x: mx.array, ids: mx.array) -> mx.array:
+        if x.shape[:-1] != ids.shape[:-1]:
+            raise ValueError(f"activations {list(x.shape)} with ids {list(ids.shape)}")
+        self._calls.append((self._path, ids.shape[-1]))
+        return mx.zeros((*ids.shape, x.shape[-1]), dtype=x.dtype)
+
+
+@dataclass(frozen=True)
+class Probed:
+    """Attributes:
+    top_k: experts of a token, in the layer that uses the most.
+    vocabulary: tokens whose logits the model returns.
+    """
+
+    top_k: int
+    vocabulary: int
+
+
+def replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts a module in the place of another in a tree."""
+    *way, last = path.split(".")
+    parent: Any = model
+    for part in way:
+        parent = parent[int(part)] if isinstance(parent, list) else getattr(parent, part)
+    if isinstance(parent, list):
+        parent[int(last)] = module
+    else:
+        setattr(parent, last, module)
+
+
+def probe(model: nn.Module, experts: list[ExpertModule], run: Callable[[mx.array, list[Any]], mx.array]) -> Probed:
+    """Takes the experts out of the tree, and calls the model with one token and with several.
+
+    Args:
+        run: (tokens [1, T], caches) -> logits [1, T, V].
+
+    Raises:
+        FormatError: the model calls its experts in a way that cannot be streamed.
+    """
+    calls: list[tuple[str, int]] = []
+    for one in experts:
+        replace(model, one.path, Absent(one.path, calls))
+    expected = [one.path for one in experts]
+    vocabulary = 0
+    for tokens in (1, 3):
+        calls.clear()
+        try:
+            logits = run(mx.zeros((1, tokens), mx.int32), caches(model))
+        except Exception as e:  # whatever the library's code does with its experts, it is not this
+            raise FormatError(
+                f"{type(model).__module__}: its experts are used in a way that cannot be streamed: "
+                f"{type(e).__name__}: {e}"
+            ) from None
+        if [path for path, _ in calls] != expected:
+            raise FormatError(
+                f"{type(model).__module__}: its layers of experts are not called once each, in order; "
+                "they cannot be streamed"
+            )
+        vocabulary = logits.shape[-1]
+    return Probed(max(top_k for _, top_k in calls), vocabulary)
+
+
+def caches(model: nn.Module) -> list[Any]:
+    """Empty caches of all layers, as the library makes them."""
+    make = getattr(model, "make_cache", None)
+    if make is not None:
+        made: list[Any] = make()
+        return made
+    package = type(model).__module__.split(".")[0]
+    kind = __import__(f"{package}.models.cache", fromlist=["KVCache"]).KVCache
+    return [kind() for _ in model.layers]
+
+
+def cache_bytes(model: nn.Module, run: Callable[[mx.array, list[Any]], mx.array], tokens: int) -> int:
+    """Bytes of the caches of one sequence of ``tokens`` tokens; ``model`` is one that was probed."""
+    theirs = caches(model)
+    run(mx.zeros((1, tokens), mx.int32), theirs)
+    return ExternalCache(theirs).nbytes
