@@ -145,7 +145,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Experts:
-    """One layer's experts. ``expert(e)`` gives gate, up and down of expert e."""
+    """One layer's experts. ``expert(e)`` gives gate, up and down of expert e, in this order; some have no gate."""
 
     layer: int
     num_experts: int
@@ -473,7 +473,7 @@ class _Binder:
             return self.declared.default
         if not layers:
             return None
-        quantization = layers[0].expert(0)["gate"].quantization
+        quantization = next(iter(layers[0].expert(0).values())).quantization
         return quantization if quantization.quantized else None
 
 

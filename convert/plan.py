@@ -13,7 +13,7 @@ from mlx_flashmoe.convert.binding import Bound, Dense, Experts, Matrix
 from mlx_flashmoe.convert.recipe import Recipe
 from mlx_flashmoe.convert.safetensors import DTYPE_BITS, build_header
 from mlx_flashmoe.errors import ConversionError, SourceError
-from mlx_flashmoe.layout import BITS, GROUP_SIZES, PAGE, PROJECTIONS, UNQUANTIZED, BlobLayout, Quantization
+from mlx_flashmoe.layout import BITS, GROUP_SIZES, PAGE, UNQUANTIZED, BlobLayout, Quantization
 from mlx_flashmoe.sizes import counted, show_size
 
 DEFAULT = Quantization(4, 64)
@@ -206,8 +206,8 @@ def _bits(layers: list[LayerPlan]) -> str:
 def _projections(quantization: dict[str, Quantization]) -> str:
     """Words for one layer's: "gate and up 4 bits, down 6 bits, in groups of 64"."""
     having: dict[Quantization, list[str]] = {}
-    for name in PROJECTIONS:
-        having.setdefault(quantization[name], []).append(name)
+    for name, q in quantization.items():
+        having.setdefault(q, []).append(name)
     groups = {q.group_size for q in having}
     shared = groups.pop() if len(groups) == 1 else 0
     words = []
@@ -286,7 +286,7 @@ def _layer(experts: Experts, recipe: Recipe, bound: Bound, layouts: list[BlobLay
                 f"(layer {experts.layer}); {hint}"
             )
     a = bound.architecture
-    dtypes = {p: LAYOUT_DTYPES[first[p].dtype] for p in PROJECTIONS}
+    dtypes = {p: LAYOUT_DTYPES[matrix.dtype] for p, matrix in first.items()}
     layout = BlobLayout.build(a.hidden_size, a.intermediate_size, chosen, dtypes)
     if layout not in layouts:
         layouts.append(layout)

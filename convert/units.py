@@ -23,7 +23,7 @@ from mlx_flashmoe.convert import transform
 from mlx_flashmoe.convert.binding import Matrix
 from mlx_flashmoe.convert.plan import DenseFile, DensePlan, LayerPlan, Plan
 from mlx_flashmoe.convert.safetensors import DTYPE_BITS, Tensor, read_tensors
-from mlx_flashmoe.layout import PROJECTIONS, BlobLayout, Quantization, expert_file
+from mlx_flashmoe.layout import BlobLayout, Quantization, expert_file
 
 UNIT = 1 << 30  # bytes of the source or of the result, whichever are more
 PIECE = 32 << 20  # likewise, of a job
@@ -258,8 +258,7 @@ def _cut_layer(
     for e in range(layer.experts.num_experts):
         matrices = layer.experts.expert(e)
         found: dict[tuple[int, ...], list[Piece]] = {}
-        for name in PROJECTIONS:
-            matrix = matrices[name]
+        for name, matrix in matrices.items():
             if not copied(matrix, layer.quantization[name]):
                 found.setdefault(_ranks(matrix.parts.values(), rank), []).append((name, None))
                 continue

@@ -16,10 +16,13 @@ def random_slab(layout: BlobLayout, slots: int) -> mx.array:
 
     def put(component: Component, values: np.ndarray) -> None:
         typed = mx.array(values.astype(np.float32)).astype(reference.DTYPES[component.dtype])
-        words = np.asarray(typed.view(mx.uint32))
-        slab[:, component.offset // 4 : component.offset // 4 + words.shape[-1]] = words
+        carrier = (mx.uint16, np.uint16) if typed.dtype.size == 2 else (mx.uint32, np.uint32)
+        first = component.offset // typed.dtype.size
+        slab.view(carrier[1])[:, first : first + values.shape[-1]] = np.asarray(typed.view(carrier[0]))
 
     for p in layout.projections.values():
+        if p.bias is not None:
+            put(p.bias, rng.standard_normal((slots, p.out_dims)))
         if p.scales is None or p.biases is None:
             put(p.weight, rng.standard_normal(p.out_dims * p.in_dims) / p.in_dims**0.5)
             continue

@@ -36,7 +36,9 @@ class Facts:
         parameters = 0
         for entry in manifest.layers:
             matrices = manifest.layout_of(entry).projections.values()
-            parameters += entry.num_experts * sum(m.out_dims * m.in_dims for m in matrices)
+            parameters += entry.num_experts * sum(
+                m.out_dims * (m.in_dims + (m.bias is not None)) for m in matrices
+            )
         for name, tensor in dense.items():
             module, _, kind = name.rpartition(".")
             quantization = manifest.dense_quantization.get(module)

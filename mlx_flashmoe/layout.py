@@ -11,6 +11,10 @@ A blob is one expert: gate, up and down projection, each as weight, scales and b
 when quantized), in that order, every component aligned to 256 bytes, the whole rounded up to 16 KiB (Apple's
 page). A quantized weight is MLX's affine format: uint32 [out, in * bits / 32], little endian, value =
 q * scale + bias with one scale and bias per group_size inputs: [out, in / group_size].
+
+Format version 2 adds what other libraries' models have: experts without a gate, a linear bias [out, 1] after the
+other parts of its projection, and the library and its modules that the experts belong to. A manifest without any of
+these is written as version 1, which older releases read.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,13 +33,15 @@ from mlx_flashmoe import system
 from mlx_flashmoe.errors import FormatError
 
 FORMAT = "mlx-flashmoe"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
 MANIFEST = "flashmoe.json"
 STATE = ".conversion"  # a folder in one that is being converted (convert/destination.py), gone when it is complete
 PAGE = 16384
 ALIGNMENT = 256
 PROJECTIONS = ("gate", "up", "down")
+LIBRARIES = ("mlx-lm", "mlx-vlm")  # whose modules a model may be made of
 ITEMSIZE = {"uint32": 4, "float32": 4, "bfloat16": 2, "float16": 2}
+FLOATS = ("float32", "bfloat16", "float16")
 BITS = (2, 3, 4, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 UNQUANTIZED = 16  # --q-bits 16: weights as published
@@ -54,6 +60,11 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, list):
         return len(a) == len(b) and all(map(_same, a, b))
     return bool(a == b)
+
+
+def _without(data: dict[str, Any], key: str) -> dict[str, Any]:
+    """The same, less a key of version 2 whose value is None."""
+    return {k: v for k, v in data.items() if k != key or v is not None}
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -87,7 +98,12 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Projection:
-    """One matrix [out_dims, in_dims] of an expert. ``scales`` and ``biases`` are None when unquantized."""
+    """One matrix [out_dims, in_dims] of an expert.
+
+    Attributes:
+        scales, biases: of the quantization; None when unquantized.
+        bias: what is added to the product, [out_dims, 1]; None for nothing.
+    """
 
     out_dims: int
     in_dims: int
@@ -96,20 +112,27 @@ class Projection:
     weight: Component
     scales: Component | None
     biases: Component | None
+    bias: Component | None = None
 
     @property
     def components(self) -> dict[str, Component]:
-        named = {"weight": self.weight, "scales": self.scales, "biases": self.biases}
+        named = {"weight": self.weight, "scales": self.scales, "biases": self.biases, "bias": self.bias}
         return {k: c for k, c in named.items() if c is not None}
+
+    def to_json(self) -> dict[str, Any]:
+        return _without(asdict(self), "bias")
 
 
 @dataclass(frozen=True)
 class BlobLayout:
-    """Where everything is inside one expert's blob. Hashable, and quickly so: kernels are looked up by it."""
+    """Where everything is inside one expert's blob. Hashable, and quickly so: kernels are looked up by it.
+
+    Experts of two matrices have no ``gate``: ``up`` comes first, ``down`` second.
+    """
 
     hidden_size: int
     intermediate_size: int
-    gate: Projection
+    gate: Projection | None
     up: Projection
     down: Projection
     blob_size: int
@@ -128,12 +151,14 @@ class BlobLayout:
         intermediate_size: int,
         quantization: dict[str, Quantization],
         dtype: str | dict[str, str],
+        bias: dict[str, str] | None = None,
     ) -> BlobLayout:
         """Lays out a blob.
 
         Args:
-            quantization: for each of "gate", "up", "down".
+            quantization: for each of "gate", "up", "down"; without "gate" for experts of two matrices.
             dtype: of scales and biases, or of the weights where they are unquantized; one, or per projection.
+            bias: dtype of the linear bias of each projection that has one.
         """
         offset = 0
 
@@ -143,35 +168,60 @@ class BlobLayout:
             offset = _round_up(offset + component.nbytes, ALIGNMENT)
             return component
 
-        projections = {}
+        bias = bias or {}
+        projections: dict[str, Projection] = {}
+        names = [n for n in PROJECTIONS if n in quantization or n != "gate"]
+        unknown = (quantization.keys() - set(PROJECTIONS)) | (bias.keys() - set(names))
+        if unknown:
+            raise ValueError(
+                f"[BlobLayout] an expert has {', '.join(names)}, but got {', '.join(sorted(unknown))}"
+            )
         if hidden_size <= 0 or intermediate_size <= 0:
             raise ValueError(f"[BlobLayout] sizes of {hidden_size} and {intermediate_size} are not positive")
-        for name in PROJECTIONS:
+        for name in names:
             q = quantization[name]
             kind = dtype if isinstance(dtype, str) else dtype[name]
+            for each in (kind, bias.get(name, kind)):
+                if each not in FLOATS:
+                    raise ValueError(f"[BlobLayout] a dtype is one of {', '.join(FLOATS)}, but got {each!r}")
             out, inner = (
                 (hidden_size, intermediate_size) if name == "down" else (intermediate_size, hidden_size)
             )
+            scales = biases = None
             if not q.quantized:
                 weight = place(kind, (out, inner))
-                projections[name] = Projection(out, inner, q.bits, 0, weight, None, None)
-                continue
-            if q.bits not in BITS or q.group_size not in GROUP_SIZES:
+            elif q.bits not in BITS or q.group_size not in GROUP_SIZES:
                 raise ValueError(f"[BlobLayout] bits in {BITS} and group size in {GROUP_SIZES}, but got {q}")
-            if inner % q.group_size:
+            elif inner % q.group_size:
                 raise ValueError(
                     f"[BlobLayout] group size {q.group_size} does not divide the {inner} inputs of {name}_proj"
                 )
-            weight = place("uint32", (out, inner * q.bits // 32))
-            groups = (out, inner // q.group_size)
-            projections[name] = Projection(
-                out, inner, q.bits, q.group_size, weight, place(kind, groups), place(kind, groups)
-            )
-        return cls(hidden_size, intermediate_size, **projections, blob_size=_round_up(offset, PAGE))
+            else:
+                weight = place("uint32", (out, inner * q.bits // 32))
+                groups = (out, inner // q.group_size)
+                scales, biases = place(kind, groups), place(kind, groups)
+            added = place(bias[name], (out, 1)) if name in bias else None
+            group_size = q.group_size if q.quantized else 0
+            projections[name] = Projection(out, inner, q.bits, group_size, weight, scales, biases, added)
+        return cls(
+            hidden_size,
+            intermediate_size,
+            projections.get("gate"),
+            projections["up"],
+            projections["down"],
+            _round_up(offset, PAGE),
+        )
 
     @property
     def projections(self) -> dict[str, Projection]:
-        return {name: getattr(self, name) for name in PROJECTIONS}
+        """Those that the expert has, in file order."""
+        named = {"gate": self.gate, "up": self.up, "down": self.down}
+        return {name: p for name, p in named.items() if p is not None}
+
+    @property
+    def biased(self) -> bool:
+        """A linear bias belongs to some projection."""
+        return any(p.bias is not None for p in self.projections.values())
 
     def components(self) -> Iterator[tuple[str, str, Component]]:
         """Yields (projection, part, component) in file order: ("gate", "weight", …), ("gate", "scales", …) …"""
@@ -180,40 +230,53 @@ class BlobLayout:
                 yield name, part, component
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            **{name: p.to_json() for name, p in self.projections.items()},
+            "blob_size": self.blob_size,
+        }
 
     @classmethod
     def from_json(cls, data: dict[str, Any], where: str) -> BlobLayout:
         """Reads and checks a layout; raises FormatError when anything in it contradicts anything else."""
         try:
-            quantization = {
-                n: Quantization(int(data[n]["bits"]), int(data[n]["group_size"])) for n in PROJECTIONS
-            }
-            dtype = {n: (data[n]["scales"] or data[n]["weight"])["dtype"] for n in PROJECTIONS}
-            if not all(d in ITEMSIZE for d in dtype.values()):
-                raise ValueError(f"unknown dtype among {sorted(set(map(str, dtype.values())))}")
-            layout = cls.build(int(data["hidden_size"]), int(data["intermediate_size"]), quantization, dtype)
+            names = [n for n in PROJECTIONS if n in data or n != "gate"]
+            quantization = {n: Quantization(int(data[n]["bits"]), int(data[n]["group_size"])) for n in names}
+            dtype = {n: (data[n]["scales"] or data[n]["weight"])["dtype"] for n in names}
+            bias = {n: data[n]["bias"]["dtype"] for n in names if "bias" in data[n]}
+            layout = cls.build(
+                int(data["hidden_size"]), int(data["intermediate_size"]), quantization, dtype, bias
+            )
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise FormatError(f"{where}: malformed blob layout ({e!r})") from None
         if json.loads(json.dumps(layout.to_json())) != data:
-            raise FormatError(
-                f"{where}: the blob layout is not the one format version {FORMAT_VERSION} defines"
-            )
+            raise FormatError(f"{where}: the blob layout is not the one that follows from its sizes")
         return layout
 
 
 @dataclass(frozen=True)
 class LayerEntry:
-    """One layer's expert file. ``crc32[e]`` is zlib's crc32 of blob e."""
+    """One layer's expert file.
+
+    Attributes:
+        crc32: zlib's, of each blob.
+        module: path of the module of the library's model whose experts these are, such as
+            "model.layers.3.mlp.switch_mlp"; None in a model of ours.
+    """
 
     layer: int
     num_experts: int
     layout: int
     crc32: tuple[int, ...]
+    module: str | None = None
 
     @property
     def file(self) -> str:
         return expert_file(self.layer)
+
+    def to_json(self) -> dict[str, Any]:
+        return _without(asdict(self), "module")
 
 
 @dataclass(frozen=True)
@@ -238,6 +301,7 @@ def expert_files(
     return [path for path in paths if path.exists()] or paths[:1]
 
 
+MODULE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")  # the path of one in a tree of modules
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # the name of one on the hub
 
 
@@ -281,6 +345,7 @@ class Manifest:
         layouts: distinct blob layouts; a layer names one by its index.
         layers: the expert files, by layer.
         dense: the dense safetensors files.
+        library: one of LIBRARIES, whose modules the model is made of; None for ours.
     """
 
     model_type: str
@@ -289,7 +354,13 @@ class Manifest:
     layouts: tuple[BlobLayout, ...]
     layers: tuple[LayerEntry, ...]
     dense: tuple[DenseEntry, ...]
-    format_version: int = field(default=FORMAT_VERSION)
+    library: str | None = None
+
+    @property
+    def format_version(self) -> int:
+        """The first version that has all that this manifest uses."""
+        newer = any(layout.gate is None or layout.biased for layout in self.layouts)
+        return 2 if newer or self.library is not None or any(e.module is not None for e in self.layers) else 1
 
     def layout_of(self, entry: LayerEntry) -> BlobLayout:
         return self.layouts[entry.layout]
@@ -304,16 +375,18 @@ class Manifest:
         return sum(d.size for d in self.dense)
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        data = {
             "format": FORMAT,
             "format_version": self.format_version,
             "model_type": self.model_type,
+            "library": self.library,
             "source": self.source,
             "dense_quantization": {k: asdict(q) for k, q in self.dense_quantization.items()},
             "layouts": [layout.to_json() for layout in self.layouts],
-            "layers": [asdict(entry) for entry in self.layers],
+            "layers": [entry.to_json() for entry in self.layers],
             "dense": [asdict(entry) for entry in self.dense],
         }
+        return _without(data, "library")
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the manifest so that it is either whole or not there, even if power fails."""
@@ -367,10 +440,11 @@ class Manifest:
     def from_json(cls, data: Any, where: str = MANIFEST) -> Manifest:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise FormatError(f"{where}: not a {FORMAT} manifest")
-        if data.get("format_version") != FORMAT_VERSION:
+        version = data.get("format_version")
+        if not isinstance(version, int) or version not in FORMAT_VERSIONS:
             raise FormatError(
-                f"{where}: format version {data.get('format_version')!r}, but this release reads version "
-                f"{FORMAT_VERSION}; convert the checkpoint again"
+                f"{where}: format version {version!r}, but this release reads versions "
+                f"{' and '.join(map(str, FORMAT_VERSIONS))}; convert the checkpoint again"
             )
         try:
             manifest = cls(
@@ -386,14 +460,21 @@ class Manifest:
                 ),
                 layers=tuple(
                     LayerEntry(
-                        int(e["layer"]), int(e["num_experts"]), int(e["layout"]), tuple(map(int, e["crc32"]))
+                        int(e["layer"]),
+                        int(e["num_experts"]),
+                        int(e["layout"]),
+                        tuple(map(int, e["crc32"])),
+                        str(e["module"]) if "module" in e else None,
                     )
                     for e in data["layers"]
                 ),
                 dense=tuple(
                     DenseEntry(str(e["file"]), int(e["size"]), int(e["crc32"])) for e in data["dense"]
                 ),
+                library=str(data["library"]) if "library" in data else None,
             )
+            if manifest.format_version != version:
+                raise ValueError(f"format version {version} with contents of {manifest.format_version}")
             # Nothing was rounded, cut or overlooked: a value of another type, an unknown key, a missing one.
             if not _same(json.loads(json.dumps(manifest.to_json())), data):
                 raise ValueError("unknown keys, or values of the wrong type")
@@ -415,6 +496,7 @@ class Manifest:
                 raise FormatError(f"{where}: layer {entry.layer} has a checksum that is none")
         if len({entry.layer for entry in manifest.layers}) != len(manifest.layers):
             raise FormatError(f"{where}: a layer is listed twice")
+        manifest._check_library(where)
         for dense in manifest.dense:
             plain = dense.file.isprintable() and not set(dense.file) & set("/\\")
             if not plain or not dense.file.endswith(".safetensors"):
@@ -426,6 +508,24 @@ class Manifest:
         if len({dense.file for dense in manifest.dense}) != len(manifest.dense):
             raise FormatError(f"{where}: a dense file is listed twice")
         return manifest
+
+    def _check_library(self, where: str) -> None:
+        """Raises FormatError if the library is unknown, or a layer does not name a module of its own in it."""
+        if self.library is not None and self.library not in LIBRARIES:
+            raise FormatError(
+                f"{where}: made for {self.library!r}, but this release knows {' and '.join(LIBRARIES)}"
+            )
+        for entry in self.layers:
+            if (entry.module is None) != (self.library is None):
+                raise FormatError(
+                    f"{where}: layer {entry.layer} names "
+                    + ("no module" if entry.module is None else f"{entry.module!r}, but the model no library")
+                )
+            if entry.module is not None and not MODULE.fullmatch(entry.module):
+                raise FormatError(f"{where}: layer {entry.layer} names {entry.module!r}, which is no module")
+        modules = [entry.module for entry in self.layers if entry.module is not None]
+        if len(set(modules)) != len(modules):
+            raise FormatError(f"{where}: a module is listed twice")
 
     def check_files(
         self, folder: str | os.PathLike[str], also: Sequence[str | os.PathLike[str]] = ()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from mlx_flashmoe.errors import FormatError
 from mlx_flashmoe.layout import (
     ALIGNMENT,
     BITS,
+    FLOATS,
     GROUP_SIZES,
     PAGE,
+    PROJECTIONS,
     BlobLayout,
     DenseEntry,
     LayerEntry,
@@ -38,14 +42,18 @@ def test_the_397b_at_4_bits_is_432_pages() -> None:
 @given(
     st.integers(1, 6).map(lambda n: 128 * n),
     st.integers(1, 6).map(lambda n: 128 * n),
-    st.lists(st.tuples(st.sampled_from((*BITS, 16)), st.sampled_from(GROUP_SIZES)), min_size=3, max_size=3),
-    st.sampled_from(["bfloat16", "float16", "float32"]),
+    st.lists(st.tuples(st.sampled_from((*BITS, 16)), st.sampled_from(GROUP_SIZES)), min_size=2, max_size=3),
+    st.sampled_from(FLOATS),
+    st.dictionaries(st.sampled_from(PROJECTIONS), st.sampled_from(FLOATS)),
 )
 def test_components_are_aligned_and_apart(
-    hidden: int, inner: int, q: list[tuple[int, int]], dtype: str
+    hidden: int, inner: int, q: list[tuple[int, int]], dtype: str, bias: dict[str, str]
 ) -> None:
-    named = {p: Quantization(*v) for p, v in zip(("gate", "up", "down"), q)}
-    layout = BlobLayout.build(hidden, inner, named, dtype)
+    named = {p: Quantization(*v) for p, v in zip(PROJECTIONS[-len(q) :], q)}
+    bias = {p: d for p, d in bias.items() if p in named}
+    layout = BlobLayout.build(hidden, inner, named, dtype, bias)
+    assert list(layout.projections) == list(named) and layout.biased == bool(bias)
+    assert {p: v.bias.dtype for p, v in layout.projections.items() if v.bias} == bias
     position = 0
     for name, part, c in layout.components():
         assert c.offset % ALIGNMENT == 0 and position <= c.offset < position + ALIGNMENT
@@ -53,6 +61,8 @@ def test_components_are_aligned_and_apart(
         p = layout.projections[name]
         if part == "weight" and p.bits != 16:
             assert c.nbytes * 8 == p.out_dims * p.in_dims * p.bits
+        if part == "bias":
+            assert c.shape == (p.out_dims, 1) and c is list(p.components.values())[-1]
     assert position <= layout.blob_size < position + PAGE and layout.blob_size % PAGE == 0
     assert BlobLayout.from_json(json.loads(json.dumps(layout.to_json())), "x") == layout
 
@@ -61,6 +71,20 @@ def test_components_are_aligned_and_apart(
 def test_impossible_layouts(hidden: int) -> None:
     with pytest.raises(ValueError):
         BlobLayout.build(hidden, 128, same_for_all(4, 64), "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("names", "dtype", "bias", "says"),
+    [
+        (("gate", "up", "down"), "uint32", {}, "got 'uint32'"),
+        (("gate", "up", "down"), "bfloat16", {"up": "uint32"}, "got 'uint32'"),
+        (("up", "down"), "bfloat16", {"gate": "bfloat16"}, "has up, down, but got gate"),
+        (("up", "down", "fc1"), "bfloat16", {}, "has up, down, but got fc1"),
+    ],
+)
+def test_impossible_projections(names: tuple[str, ...], dtype: str, bias: dict[str, str], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        BlobLayout.build(128, 128, dict.fromkeys(names, Quantization(4, 64)), dtype, bias)
 
 
 def manifest() -> Manifest:
@@ -78,8 +102,28 @@ def manifest() -> Manifest:
     )
 
 
-def parsed() -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(json.dumps(manifest().to_json()))
+def newer() -> Manifest:
+    """One that uses all that version 2 adds."""
+    two = {"up": Quantization(4, 64), "down": Quantization(16, 0)}
+    return replace(
+        manifest(),
+        library="mlx-lm",
+        layouts=(
+            BlobLayout.build(128, 64, two, "bfloat16", {"down": "float32"}),
+            BlobLayout.build(128, 64, same_for_all(4, 64), "float16", {"gate": "bfloat16", "up": "float16"}),
+        ),
+        layers=(
+            LayerEntry(0, 2, 0, (1, 2**32 - 1), "model.layers.0.mlp.switch_mlp"),
+            LayerEntry(1, 2, 1, (0, 7), "model.layers.1.mlp.switch_mlp"),
+        ),
+    )
+
+
+EVERY_VERSION = pytest.mark.parametrize("written", [manifest, newer])
+
+
+def parsed(m: Manifest | None = None) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(json.dumps((m or manifest()).to_json()))
     return data
 
 
@@ -92,8 +136,9 @@ def write_files(folder: Path, m: Manifest) -> None:
     m.save(folder)
 
 
-def test_save_and_load(tmp_path: Path) -> None:
-    m = manifest()
+@EVERY_VERSION
+def test_save_and_load(tmp_path: Path, written: Callable[[], Manifest]) -> None:
+    m = written()
     write_files(tmp_path, m)
     assert Manifest.load(tmp_path) == m
     assert [p.name for p in tmp_path.glob("*.part")] == []
@@ -131,9 +176,50 @@ def test_not_a_converted_folder(tmp_path: Path) -> None:
         Manifest.load(tmp_path)
 
 
-def test_another_version() -> None:
-    with pytest.raises(FormatError, match="format version 2, but this release reads version 1"):
-        Manifest.from_json({**parsed(), "format_version": 2})
+@pytest.mark.parametrize("version", [0, 3, 1.0, "1", None, [1]])
+def test_another_version(version: object) -> None:
+    with pytest.raises(FormatError, match=r"format version .*, but this release reads versions 1 and 2"):
+        Manifest.from_json({**parsed(), "format_version": version})
+
+
+# As the first release wrote it.
+VERSION_1 = (
+    '{"format":"mlx-flashmoe","format_version":1,"model_type":"qwen3_moe","source":{"path":"org/name","revision":null},'
+    '"dense_quantization":{"lm_head":{"bits":8,"group_size":32}},"layouts":[{"hidden_size":64,"intermediate_size":32,'
+    '"gate":{"out_dims":32,"in_dims":64,"bits":4,"group_size":32,"weight":{"dtype":"uint32","shape":[32,8],"offset":0},'
+    '"scales":{"dtype":"bfloat16","shape":[32,2],"offset":1024},"biases":{"dtype":"bfloat16","shape":[32,2],'
+    '"offset":1280}},"up":{"out_dims":32,"in_dims":64,"bits":4,"group_size":32,"weight":{"dtype":"uint32",'
+    '"shape":[32,8],"offset":1536},"scales":{"dtype":"bfloat16","shape":[32,2],"offset":2560},"biases":'
+    '{"dtype":"bfloat16","shape":[32,2],"offset":2816}},"down":{"out_dims":64,"in_dims":32,"bits":16,"group_size":0,'
+    '"weight":{"dtype":"bfloat16","shape":[64,32],"offset":3072},"scales":null,"biases":null},"blob_size":16384}],'
+    '"layers":[{"layer":0,"num_experts":2,"layout":0,"crc32":[1,4294967295]}],'
+    '"dense":[{"file":"model.safetensors","size":123,"crc32":456}]}'
+)
+
+
+def test_version_1_is_read_and_written_byte_for_byte(tmp_path: Path) -> None:
+    mixed = {"gate": Quantization(4, 32), "up": Quantization(4, 32), "down": Quantization(16, 0)}
+    m = Manifest.from_json(json.loads(VERSION_1))
+    assert m.layouts == (BlobLayout.build(64, 32, mixed, "bfloat16"),)
+    assert (m.library, m.layers[0].module, m.format_version) == (None, None, 1)
+    m.save(tmp_path)
+    assert (tmp_path / "flashmoe.json").read_text() == VERSION_1
+
+
+@pytest.mark.parametrize(
+    "used",
+    [
+        {"layouts": newer().layouts[:1] * 2},
+        {"layouts": newer().layouts[1:] * 2},
+        {"library": "mlx-vlm", "layers": newer().layers},
+    ],
+)
+def test_what_version_1_has_not_is_version_2_and_nothing_else_is(used: dict[str, Any]) -> None:
+    m = replace(manifest(), **used)
+    assert parsed(m)["format_version"] == 2 and Manifest.from_json(parsed(m)) == m
+    for data, other in ((parsed(m), 1), (parsed(), 2)):
+        with pytest.raises(FormatError, match=f"format version {other} with contents of {3 - other}"):
+            Manifest.from_json({**data, "format_version": other})
 
 
 @pytest.mark.parametrize(
@@ -171,10 +257,41 @@ def test_another_version() -> None:
         (("source",), [["path", "x"]]),
         (("model_type",), None),
         (("unknown",), 1),
+        (("library",), "mlx-lm"),
+        (("layers", 0, "module"), "model.layers.0.mlp.switch_mlp"),
+        (("layouts", 0, "up", "bias"), None),
     ],
 )
 def test_contradictions_are_refused(path: tuple[str | int, ...], value: object) -> None:
-    data = parsed()
+    refused(parsed(), path, value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("library",), None),
+        (("library",), "mlx"),
+        (("library",), ["mlx-lm"]),
+        (("layers", 0, "module"), None),
+        (("layers", 0, "module"), 3),
+        (("layers", 0, "module"), ""),
+        (("layers", 0, "module"), "model..mlp"),
+        (("layers", 0, "module"), "model.layers.1.mlp.switch_mlp"),
+        (("layouts", 0, "gate"), None),
+        (("layouts", 0, "gate"), parsed()["layouts"][0]["gate"]),
+        (("layouts", 0, "up", "bias"), None),
+        (("layouts", 0, "down", "bias"), None),
+        (("layouts", 0, "down", "bias", "dtype"), "uint32"),
+        (("layouts", 0, "down", "bias", "dtype"), ["float32"]),
+        (("layouts", 0, "down", "bias", "offset"), 0),
+        (("layouts", 0, "down", "bias", "shape"), [128]),
+    ],
+)
+def test_contradictions_of_version_2_are_refused(path: tuple[str | int, ...], value: object) -> None:
+    refused(parsed(newer()), path, value)
+
+
+def refused(data: dict[str, Any], path: tuple[str | int, ...], value: object) -> None:
     node: Any = data
     for key in path[:-1]:
         node = node[key]
@@ -195,7 +312,7 @@ json_values = st.recursive(
 @given(st.data())
 def test_any_change_is_refused_or_kept_exactly(data: st.DataObject) -> None:
     """Replaces, deletes or duplicates random nodes: FormatError, or a manifest that says just what the JSON says."""
-    root = parsed()
+    root = parsed(data.draw(st.sampled_from([manifest, newer]))())
     for _ in range(data.draw(st.integers(1, 2))):
         node: Any = root
         while True:
@@ -223,7 +340,8 @@ def test_any_change_is_refused_or_kept_exactly(data: st.DataObject) -> None:
 @given(st.data())
 def test_damaged_text_is_refused_or_kept_exactly(tmp_path_factory, data: st.DataObject) -> None:
     folder = tmp_path_factory.getbasetemp()
-    content = bytearray(json.dumps(manifest().to_json()).encode())
+    written = data.draw(st.sampled_from([manifest, newer]))
+    content = bytearray(json.dumps(written().to_json()).encode())
     at = data.draw(st.integers(0, len(content) - 1))
     if data.draw(st.booleans()):
         content[at] = data.draw(st.integers(0, 255))

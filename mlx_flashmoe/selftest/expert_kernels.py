@@ -203,7 +203,7 @@ def _dense_products() -> str:
     """``kernels.quantized_matmul`` in the dtypes that models use: float32 on a CPU."""
     parts, allowed = {}, {}
     for form in FORMATS:
-        gate = form.layout.gate
+        gate = form.layout.projections["gate"]
         if gate.scales is not None:
             dtype = "float32" if mx.default_device() == mx.cpu else gate.scales.dtype
             parts[form.name] = partial(_dense_error, form, dtype)
@@ -213,7 +213,7 @@ def _dense_products() -> str:
 
 
 def _dense_error(form: Format, dtype: str) -> float:
-    gate = form.layout.gate
+    gate = form.layout.projections["gate"]
     experts = Experts(form.layout, 1)
     slab = _slab(experts)
     x = encode(np.random.default_rng(2).standard_normal((9, gate.in_dims)), dtype)
