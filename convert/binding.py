@@ -32,6 +32,7 @@ from mlx_flashmoe import models
 from mlx_flashmoe.convert.safetensors import Tensor
 from mlx_flashmoe.convert.source import Checkpoint
 from mlx_flashmoe.errors import FormatError, SourceError
+from mlx_flashmoe.external.library import LIBRARIES, find
 from mlx_flashmoe.layout import GROUP_SIZES, PROJECTIONS, UNQUANTIZED, Quantization
 from mlx_flashmoe.models.decoder import CausalLM
 from mlx_flashmoe.models.norm import RMSNorm
@@ -51,7 +52,9 @@ Kind = Literal["linear", "router", "norm", "conv", "plain"]
 class Matrix:
     """A matrix [out, in] (or a stack of them, [E, out, in]) as published: plain, affine quantized, or FP8.
 
-    ``skipped``: of an FP8 matrix, rows of its first block of 128 that are not part of it.
+    Attributes:
+        skipped: of an FP8 matrix, rows of its first block of 128 that are not part of it.
+        bias: [out], added to its product; only of experts.
     """
 
     weight: Tensor
@@ -60,6 +63,7 @@ class Matrix:
     quantization: Quantization = NONE
     scale_inv: Tensor | None = None
     skipped: int = 0
+    bias: Tensor | None = None
 
     @property
     def parts(self) -> dict[str, Tensor]:
@@ -68,6 +72,7 @@ class Matrix:
             "scales": self.scales,
             "biases": self.biases,
             "scale_inv": self.scale_inv,
+            "bias": self.bias,
         }
         return {k: t for k, t in named.items() if t is not None}
 
@@ -99,6 +104,7 @@ class Matrix:
             scales=optional(self.scales),
             biases=optional(self.biases),
             scale_inv=optional(self.scale_inv),
+            bias=optional(self.bias),
         )
 
     def rows(self, start: int, stop: int) -> Matrix:
@@ -159,14 +165,17 @@ class Bound:
     Attributes:
         published: bits and group size that the checkpoint as a whole was quantized with; None if it was not.
         left_out: what of it is not used, e.g. {"mtp.*": 12}.
+        library: whose modules the model is made of ("mlx-lm", "mlx-vlm"); None for ours.
+        library_version: the version that loaded the checkpoint.
     """
 
     model_type: str
-    architecture: Architecture
     dense: list[Dense]
     layers: list[Experts]
     published: Quantization | None
     left_out: dict[str, int]
+    library: str | None = None
+    library_version: str | None = None
 
 
 def describe(model_type: str, config: dict[str, Any], where: str) -> Architecture:
@@ -227,8 +236,7 @@ def bind(checkpoint: Checkpoint) -> Bound:
     where = str(checkpoint.folder / "config.json")
     model_type = checkpoint.config.get("model_type")
     if not isinstance(model_type, str) or model_type not in models.ARCHITECTURES:
-        supported = ", ".join(sorted(models.ARCHITECTURES))
-        raise SourceError(f"{where}: model_type {short(model_type)} is not supported; supported: {supported}")
+        return _bind_external(checkpoint, where)
     architecture = describe(model_type, checkpoint.config, where)
     unused = models.architecture(model_type).Model.unused
     binder = _Binder(checkpoint, unused, architecture, _Declared.read(checkpoint.config, where))
@@ -237,12 +245,26 @@ def bind(checkpoint: Checkpoint) -> Bound:
     binder.finish()
     return Bound(
         model_type=str(model_type),
-        architecture=architecture,
         dense=dense,
         layers=layers,
         published=binder.published(layers),
         left_out=binder.left_out,
     )
+
+
+def _bind_external(checkpoint: Checkpoint, where: str) -> Bound:
+    """Accounts for the tensors of a model whose architecture is a library's."""
+    from mlx_flashmoe.convert import external  # which knows this module
+
+    library = find(checkpoint.config)
+    if library is None:
+        missing = [name for name, one in LIBRARIES.items() if not one.installed]
+        more = "".join(f"; pip install 'mlx-flashmoe[{name}]' adds those of {name}" for name in missing)
+        raise SourceError(
+            f"{where}: model_type {short(checkpoint.config.get('model_type'))} is not supported; supported: "
+            f"{', '.join(sorted(models.ARCHITECTURES))}{more} (python -m mlx_flashmoe models lists all)"
+        )
+    return external.bind(checkpoint, library, where)
 
 
 @dataclass(frozen=True)
@@ -459,12 +481,12 @@ class _Binder:
     def finish(self) -> None:
         """Raises if anything was missing, or anything is left over."""
         if self.missing:
-            raise SourceError(f"{self.folder}: {_some('tensor', self.missing)} missing")
+            raise SourceError(f"{self.folder}: {some('tensor', self.missing)} missing")
         extra = [str(tensor.name) for name, tensor in self.tensors.items() if name not in self.used]
         if extra:
             verb = "is not part" if len(extra) == 1 else "are not part"
             raise SourceError(
-                f"{self.folder}: {_some('tensor', extra)} {verb} of the model that config.json describes"
+                f"{self.folder}: {some('tensor', extra)} {verb} of the model that config.json describes"
             )
 
     def published(self, layers: list[Experts]) -> Quantization | None:
@@ -477,7 +499,7 @@ class _Binder:
         return quantization if quantization.quantized else None
 
 
-def _some(noun: str, names: list[str], most: int = 3) -> str:
+def some(noun: str, names: list[str], most: int = 3) -> str:
     """``tensor a`` or ``5 tensors (a, b, c, …)``."""
     if len(names) == 1:
         return f"{noun} {names[0]!r}"

@@ -182,7 +182,7 @@ def make_plan(bound: Bound, recipe: Recipe) -> Plan:
     if any(m.fp8 and not q.quantized for m, q in [*kept, *(c for p in layers for c in p.choices())]):
         notes.append("FP8 that is not quantized becomes bfloat16")
     notes.append(
-        f"{counted(len(layers), 'layer')} of {counted(bound.architecture.num_experts, 'expert')}: {_bits(layers)}; "
+        f"{counted(len(layers), 'layer')} of {counted(max(e.num_experts for e in bound.layers), 'expert')}: {_bits(layers)}; "
         f"{' or '.join(f'{size:,}' for size in sizes)} bytes per expert: "
         f"{show_size(plan.expert_bytes)} of experts, {show_size(plan.dense_bytes)} of everything else"
     )
@@ -251,11 +251,11 @@ def _dense(dense: Dense, asked: Asked, uneven: list[str]) -> DensePlan:
             uneven.append(name.removesuffix(".weight"))
             chosen = matrix.quantization
     if _known(matrix, chosen).quantized:
-        rows, columns = dense.shape
-        groups = (rows, columns // chosen.group_size)
+        *rows, columns = dense.shape
+        groups = (*rows, columns // chosen.group_size)
         path = name.removesuffix(".weight")
         outputs: tuple[tuple[str, str, tuple[int, ...]], ...] = (
-            (name, "U32", (rows, columns * chosen.bits // 32)),
+            (name, "U32", (*rows, columns * chosen.bits // 32)),
             (f"{path}.scales", matrix.dtype, groups),
             (f"{path}.biases", matrix.dtype, groups),
         )
@@ -285,9 +285,9 @@ def _layer(experts: Experts, recipe: Recipe, bound: Bound, layouts: list[BlobLay
                 f"group size {q.group_size} does not divide the {matrix.in_dims} inputs of the experts' {p}_proj "
                 f"(layer {experts.layer}); {hint}"
             )
-    a = bound.architecture
     dtypes = {p: LAYOUT_DTYPES[matrix.dtype] for p, matrix in first.items()}
-    layout = BlobLayout.build(a.hidden_size, a.intermediate_size, chosen, dtypes)
+    biases = {p: LAYOUT_DTYPES[m.bias.dtype] for p, m in first.items() if m.bias is not None}
+    layout = BlobLayout.build(first["up"].in_dims, first["down"].in_dims, chosen, dtypes, biases)
     if layout not in layouts:
         layouts.append(layout)
     return LayerPlan(experts, layouts.index(layout), chosen, sum(m.nbytes for m in first.values()))

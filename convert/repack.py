@@ -433,7 +433,7 @@ def _manifest(
         for offset, nbytes, crc in parts[expert_file(p.experts.layer)]:
             blobs[offset // size].append((offset % size, nbytes, crc))
         crcs = tuple(crc32_of(size, blob) for blob in blobs)
-        layers.append(LayerEntry(p.experts.layer, count, p.layout, crcs))
+        layers.append(LayerEntry(p.experts.layer, count, p.layout, crcs, p.experts.module))
     return Manifest(
         model_type=bound.model_type,
         source={
@@ -441,9 +441,11 @@ def _manifest(
             "revision": checkpoint.revision,
             "asked": {"revision": asked["revision"], "recipe": asked["recipe"]},
             "files": {name: zlib.crc32(data) for name, data in sorted(side_files)},
+            **({"library_version": bound.library_version} if bound.library is not None else {}),
         },
         dense_quantization={m.path: m.quantization for m in plan.modules() if m.quantization.quantized},
         layouts=tuple(plan.layouts),
         layers=tuple(layers),
         dense=tuple(DenseEntry(f.name, f.nbytes, crc32_of(f.nbytes, parts[f.name])) for f in plan.dense),
+        library=bound.library,
     )

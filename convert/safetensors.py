@@ -56,7 +56,9 @@ class Tensor:
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """The slice [start:stop] along the first axis."""
+        """The slice [start:stop] along the first axis; a scalar has one row."""
+        if not self.shape:
+            return self
         row = math.prod(self.shape[1:]) * DTYPE_BITS[self.dtype] // 8
         shape = (stop - start, *self.shape[1:])
         return Tensor(self.file, self.name, self.dtype, shape, self.offset + start * row)

@@ -51,7 +51,8 @@ def convert(matrix: Matrix, quantization: Quantization, device: mx.Device) -> tu
         else:
             parts = quantize(matrix, quantization, device)
         mx.eval(parts)
-        return tuple(map(_bytes, parts))
+        made = tuple(map(_bytes, parts))
+    return made if matrix.bias is None else (*made, matrix.bias.read())
 
 
 def quantize(matrix: Matrix, quantization: Quantization, device: mx.Device) -> list[mx.array]:

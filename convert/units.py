@@ -118,9 +118,10 @@ class DenseJob:
     def spans(self) -> list[Span]:
         spans, offset = [], self.offset
         for _, dtype, shape in self.plan.outputs:
+            rows = _rows(shape)
             row = math.prod(shape[1:]) * DTYPE_BITS[dtype] // 8
             spans.append((offset + self.start * row, (self.stop - self.start) * row))
-            offset += shape[0] * row
+            offset += rows * row
         return spans
 
     @property
@@ -134,6 +135,11 @@ class DenseJob:
         if copied(matrix, self.plan.quantization):
             return [tensor.read().data for tensor in matrix.parts.values()]
         return [data.data for data in transform.convert(matrix, self.plan.quantization, scratch.device)]
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    """The rows of an array; a scalar is one."""
+    return shape[0] if shape else 1
 
 
 # What of an expert a job brings: a part of a projection as it is, or a projection converted (None).
@@ -236,7 +242,7 @@ def _cut_dense(file: DenseFile, rank: dict[str, int], builder: _Builder) -> None
     for module in file.modules:
         matrix = module.dense.matrix
         jobs = groups.setdefault(_ranks(matrix.parts.values(), rank), [])
-        rows = matrix.weight.shape[0]
+        rows = _rows(matrix.weight.shape)
         for start, stop in _ranges(rows, max(matrix.nbytes, module.nbytes)):
             jobs.append(DenseJob(module, offset, start, stop))
         offset += module.nbytes

@@ -1,0 +1,359 @@
+"""Finds every tensor of a library's model in a checkpoint, by having the library load it.
+
+Each library knows how the checkpoints of its models are named and changed on the way into its modules. So it loads
+the checkpoint itself, lazily, from a copy of which nothing is real but the headers. An array that arrives in the tree
+untouched is a tensor of a shard: it is copied byte for byte. So is a stack of such arrays, one an expert. Everything
+else is computed by the library's own operations from the real shards, one array at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+import tempfile
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_flashmoe.convert.binding import FLOATS, Bound, Dense, Experts, Matrix
+from mlx_flashmoe.convert.safetensors import SafetensorsFile, Tensor
+from mlx_flashmoe.convert.source import Checkpoint
+from mlx_flashmoe.errors import FormatError, SourceError
+from mlx_flashmoe.external import experts as expert_modules
+from mlx_flashmoe.external.experts import ExpertModule
+from mlx_flashmoe.external.library import Library
+from mlx_flashmoe.external.model import layer_numbers
+from mlx_flashmoe.layout import GROUP_SIZES, Quantization
+
+DTYPES = {
+    mx.bfloat16: "BF16",
+    mx.float16: "F16",
+    mx.float32: "F32",
+    mx.uint32: "U32",
+    mx.int32: "I32",
+    mx.uint8: "U8",
+    mx.int8: "I8",
+    mx.int64: "I64",
+    mx.bool_: "BOOL",
+}
+KEPT = 3  # computed arrays that are held: gate, up and down of the layer at work
+SMALL_FILES = ("*.json", "*.jinja")  # what a library may read beside the weights
+
+
+def bind(checkpoint: Checkpoint, library: Library, where: str) -> Bound:
+    """Accounts for every tensor that the library's model has.
+
+    Raises:
+        SourceError: the library cannot load the checkpoint, or holds something of it in a way that cannot be
+            streamed or kept.
+    """
+    with tempfile.TemporaryDirectory() as folder, _recorded() as record:
+        _headers_only(checkpoint, Path(folder))
+        try:
+            model, prefix = library.read(Path(folder))
+            found = expert_modules.find(model)
+        except FormatError as e:
+            raise SourceError(f"{where}: {e}") from None
+        except Exception as e:  # whatever a library's code does with a checkpoint that it cannot load
+            raise SourceError(
+                f"{checkpoint.folder}: {library.name} {library.version} cannot load it: "
+                f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+            ) from None
+        if not found:
+            raise SourceError(f"{where}: {library.name}'s model of it holds no experts that could be streamed")
+        finder = _Finder(checkpoint, library, record, model)
+        layers = [
+            finder.experts(layer, experts)
+            for layer, experts in zip(layer_numbers([e.path for e in found]), found)
+        ]
+        dense = [d for path, module in expert_modules.modules(model) for d in finder.dense(path, module)]
+    return Bound(
+        model_type=str(checkpoint.config["model_type"]),
+        dense=dense,
+        layers=layers,
+        published=finder.published(layers),
+        left_out=finder.left_out(prefix),
+        library=library.name,
+        library_version=library.version,
+    )
+
+
+@dataclass
+class _Record:
+    """Where arrays come from while a library loads a checkpoint.
+
+    Attributes:
+        loaded: id of an array -> its name in the checkpoint.
+        stacked: id of an array -> the arrays that are stacked in it.
+    """
+
+    loaded: dict[int, str] = field(default_factory=dict)
+    stacked: dict[int, list[mx.array]] = field(default_factory=dict)
+    _alive: list[mx.array] = field(default_factory=list)  # an id is one array's as long as that exists
+
+    def load(self, arrays: dict[str, mx.array]) -> None:
+        self._alive.extend(arrays.values())
+        self.loaded.update((id(array), name) for name, array in arrays.items())
+
+    def stack(self, array: mx.array, parts: list[mx.array]) -> None:
+        self._alive.append(array)
+        self.stacked[id(array)] = parts
+
+
+@contextlib.contextmanager
+def _recorded() -> Iterator[_Record]:
+    """While it lasts, ``mx.load`` and ``mx.stack`` tell which arrays they make."""
+    record, load, stack = _Record(), mx.load, mx.stack
+
+    def recording_load(file: Any, *args: Any, **kwargs: Any) -> Any:
+        result = load(file, *args, **kwargs)
+        arrays = result[0] if isinstance(result, tuple) else result
+        if isinstance(arrays, dict):
+            record.load(arrays)
+        return result
+
+    def recording_stack(arrays: Sequence[mx.array], axis: int = 0, **kwargs: Any) -> mx.array:
+        parts = list(arrays)
+        result = stack(parts, axis, **kwargs)
+        if axis == 0:
+            record.stack(result, parts)
+        return result
+
+    # The libraries look both up in the module when they call them.
+    vars(mx)["load"], vars(mx)["stack"] = recording_load, recording_stack
+    try:
+        yield record
+    finally:
+        vars(mx)["load"], vars(mx)["stack"] = load, stack
+
+
+def _headers_only(checkpoint: Checkpoint, folder: Path) -> None:
+    """Writes shards whose data is a hole in the file, and the small files beside them."""
+    for name, shard in checkpoint.shards.items():
+        with open(folder / name, "wb") as file:
+            text = shard.header.text
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(shard.header.file_size)
+    for path in checkpoint.side_files:
+        if any(path.match(pattern) for pattern in SMALL_FILES):
+            shutil.copyfile(path, folder / path.name)
+    (folder / "config.json").write_text(json.dumps(checkpoint.config), encoding="utf-8")
+    weights = {tensor.name: tensor.file.path.name for tensor in checkpoint.tensors.values()}
+    index = {"metadata": {}, "weight_map": weights}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+class _Finder:
+    """Finds what fills a library's modules, and remembers what of the checkpoint was used."""
+
+    def __init__(self, checkpoint: Checkpoint, library: Library, record: _Record, model: nn.Module):
+        self.checkpoint = checkpoint
+        self.record = record
+        self.used: set[str] = set()
+        self.computed = _Computed(checkpoint, library)
+        self.predicate: Callable[..., Any] | None = getattr(model, "quant_predicate", None)
+
+    def tensor(self, name: str, array: mx.array) -> Tensor:
+        """The tensor of the checkpoint that an array is, or one that is computed from some."""
+        published = self.record.loaded.get(id(array))
+        if published is not None:
+            self.used.add(published)
+            return self.checkpoint.tensors[published]
+        return self.computed.tensor(name, array)
+
+    def rows(self, name: str, array: mx.array) -> Callable[[int], Tensor]:
+        """The part of an array [E, ...] that belongs to each expert."""
+        parts = self.record.stacked.get(id(array))
+        if parts is not None and all(id(part) in self.record.loaded for part in parts):
+            tensors = [self.tensor(name, part) for part in parts]
+            return tensors.__getitem__
+        return self.tensor(name, array).at
+
+    def matrices(self, path: str, module: nn.Module) -> tuple[dict[str, mx.array], Quantization | None]:
+        """A matrix's arrays by part ("weight", "scales", "biases", "bias"), and how it is quantized."""
+        arrays = {n: a for n, a in module.items() if isinstance(a, mx.array)}
+        if "scales" not in arrays:
+            return arrays, None
+        mode = getattr(module, "mode", "affine")
+        if mode != "affine":
+            raise SourceError(
+                f"{self.checkpoint.folder}: {path} is quantized in mode {mode!r}; affine quantization is supported: "
+                "convert a checkpoint that is quantized so, or not quantized"
+            )
+        return arrays, Quantization(int(module.bits), int(module.group_size))
+
+    def experts(self, layer: int, experts: ExpertModule) -> Experts:
+        """A layer's experts; those of a fused gate and up are cut."""
+        parts: dict[str, dict[str, Callable[[int], Tensor]]] = {}
+        quantization: dict[str, Quantization] = {}
+        for child, role in experts.matrices.items():
+            path = f"{experts.path}.{child}"
+            arrays, found = self.matrices(path, experts.module[child])
+            unknown = arrays.keys() - {"weight", "scales", "biases", "bias"}
+            if unknown:
+                raise SourceError(
+                    f"{self.checkpoint.folder}: {path} has {', '.join(sorted(unknown))}, which experts cannot keep"
+                )
+            parts[role] = {part: self.rows(f"{path}.{part}", array) for part, array in arrays.items()}
+            if found is not None:
+                quantization[role] = found
+
+        def matrix(role: str, e: int) -> Matrix:
+            tensors = {part: at(e) for part, at in parts[role].items()}
+            plain = Matrix(tensors["weight"], bias=tensors.get("bias"))
+            if role not in quantization:
+                return plain
+            return Matrix(
+                tensors["weight"],
+                tensors["scales"],
+                tensors["biases"],
+                quantization[role],
+                bias=tensors.get("bias"),
+            )
+
+        def expert(e: int) -> dict[str, Matrix]:
+            found = {role: matrix(role, e) for role in parts}
+            if "gate_up" in found:
+                both, rows = found.pop("gate_up"), experts.intermediate_size
+                found = {"gate": both.rows(0, rows), "up": both.rows(rows, 2 * rows), **found}
+            return found
+
+        for role, one in expert(0).items():
+            if one.dtype not in FLOATS:
+                raise SourceError(f"{one.weight}: experts of dtype {one.dtype} are not supported ({role})")
+        return Experts(layer, experts.count, expert, experts.path)
+
+    def dense(self, path: str, module: nn.Module) -> Iterator[Dense]:
+        """The parameters of one module."""
+        arrays, quantization = self.matrices(path, module)
+        parameters = {n: a for n, a in arrays.items() if n in module.parameters()}
+        at = f"{path}." if path else ""
+        if quantization is not None and quantization.group_size not in GROUP_SIZES:
+            raise SourceError(
+                f"{self.checkpoint.folder}: {path} is quantized in groups of {quantization.group_size}; groups of "
+                f"{', '.join(map(str, GROUP_SIZES))} are supported"
+            )
+        for name, array in parameters.items():
+            if quantization is not None and name in ("scales", "biases"):
+                continue
+            if name != "weight" or not hasattr(module, "to_quantized"):
+                weight = self.tensor(at + name, array)
+                if name == "weight" and quantization is not None:
+                    scales = self.tensor(f"{at}scales", parameters["scales"])
+                    biases = self.tensor(f"{at}biases", parameters["biases"])
+                    inner = array.shape[-1] * 32 // quantization.bits
+                    shape = (*array.shape[:-1], inner)
+                    yield Dense(at + name, "linear", Matrix(weight, scales, biases, quantization), shape)
+                else:
+                    yield Dense(at + name, "plain", Matrix(weight), array.shape)
+                continue
+            kind = self.kind(path, module) if array.ndim == 2 else "plain"
+            yield Dense(at + name, kind, Matrix(self.tensor(at + name, array)), array.shape)
+
+    def kind(self, path: str, module: nn.Module) -> Any:
+        """How a matrix is quantized that is not yet: as the library itself would."""
+        if self.predicate is None:
+            return "linear"
+        asked = self.predicate(path, module)
+        if isinstance(asked, dict):
+            return "router" if asked.get("bits") == 8 else "linear"
+        return "linear" if asked else "plain"
+
+    def published(self, layers: list[Experts]) -> Quantization | None:
+        """How the checkpoint as a whole is quantized: as its experts are."""
+        quantization = layers[0].expert(0)["up"].quantization
+        return quantization if quantization.quantized else None
+
+    def left_out(self, prefix: str) -> dict[str, int]:
+        """Tensors that the model does not use as they are, by the beginnings of their names."""
+        if self.computed.names:
+            return {}  # which tensors those were made of is not known
+        rest: Counter[str] = Counter()
+        for name in self.checkpoint.tensors:
+            if name not in self.used:
+                rest[".".join(name.split(".")[:2]) + ".*"] += 1
+        return dict(rest)
+
+
+class _Computed:
+    """Arrays that the library computes from a checkpoint: like files to those who read them.
+
+    One thread owns the library's lazy arrays: MLX computes an array on the thread that made it. An array's bytes are
+    kept until others are wanted; then the library builds everything anew, lazily, which takes about a second.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, library: Library):
+        self._checkpoint = checkpoint
+        self._library = library
+        self._owner = ThreadPoolExecutor(1, "library")
+        self._lock = threading.Lock()
+        self._lazy: dict[str, mx.array] = {}
+        self._bytes: OrderedDict[str, np.ndarray[Any, np.dtype[np.uint8]]] = OrderedDict()
+        self.names: list[str] = []
+
+    def tensor(self, name: str, array: mx.array) -> Tensor:
+        """Raises SourceError if the array cannot be computed, because the shards are not all here."""
+        checkpoint = self._checkpoint
+        missing = sorted(n for n, shard in checkpoint.shards.items() if not shard.path.is_file())
+        if missing:
+            raise SourceError(
+                f"{checkpoint.folder}: {self._library.name} computes {name} from several tensors of the checkpoint, which "
+                f"must be in a folder for that ({missing[0]} is not): download it, and give the folder as --hf-path; or "
+                "give a checkpoint that is in MLX's layout already"
+            )
+        if array.dtype not in DTYPES:
+            raise SourceError(f"{checkpoint.folder}: {name} has dtype {array.dtype}, which cannot be kept")
+        self.names.append(name)
+        file = _ComputedFile(self, name, checkpoint.folder / sorted(checkpoint.shards)[-1])
+        return Tensor(file, name, DTYPES[array.dtype], array.shape, 0)
+
+    def bytes_of(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        with self._lock:
+            if name not in self._bytes:
+                while len(self._bytes) >= KEPT:
+                    self._bytes.popitem(last=False)
+                self._bytes[name] = self._owner.submit(self._compute, name).result()
+            self._bytes.move_to_end(name)
+            return self._bytes[name]
+
+    def _compute(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        with mx.stream(mx.cpu):
+            if name not in self._lazy:
+                model, _ = self._library.read(self._checkpoint.folder)
+                arrays: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
+                wanted = set(self.names)
+                self._lazy = {path: array for path, array in arrays if path in wanted}
+            array = mx.contiguous(self._lazy.pop(name))
+            return np.array(array.view(mx.uint8)).reshape(-1)
+
+
+class _ComputedFile(SafetensorsFile):
+    """One computed array, in the place of a file that holds nothing else."""
+
+    def __init__(self, computed: _Computed, name: str, path: Path):
+        self.path = path
+        self._computed, self._name = computed, name
+
+    def read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        data = self._computed.bytes_of(self._name)
+        for buffer in buffers:
+            n = buffer.nbytes
+            buffer.cast("B")[:] = data[offset : offset + n].data
+            offset += n
+
+    def close(self) -> None:
+        pass
+
+    def forget(self) -> None:
+        pass
