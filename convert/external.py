@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import shutil
 import tempfile
 import threading
@@ -71,7 +70,9 @@ def bind(checkpoint: Checkpoint, library: Library, where: str) -> Bound:
                 f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
             ) from None
         if not found:
-            raise SourceError(f"{where}: {library.name}'s model of it holds no experts that could be streamed")
+            raise SourceError(
+                f"{where}: {library.name}'s model of it holds no experts that could be streamed"
+            )
         finder = _Finder(checkpoint, library, record, model)
         layers = [
             finder.experts(layer, experts)
@@ -308,9 +309,9 @@ class _Computed:
         missing = sorted(n for n, shard in checkpoint.shards.items() if not shard.path.is_file())
         if missing:
             raise SourceError(
-                f"{checkpoint.folder}: {self._library.name} computes {name} from several tensors of the checkpoint, which "
-                f"must be in a folder for that ({missing[0]} is not): download it, and give the folder as --hf-path; or "
-                "give a checkpoint that is in MLX's layout already"
+                f"{checkpoint.folder}: {self._library.name} computes {name} from the checkpoint's tensors, and needs "
+                f"all of them in a folder ({missing[0]} is missing): download the checkpoint and give its folder as "
+                "--hf-path, or give a checkpoint in MLX's layout"
             )
         if array.dtype not in DTYPES:
             raise SourceError(f"{checkpoint.folder}: {name} has dtype {array.dtype}, which cannot be kept")

@@ -181,8 +181,9 @@ def make_plan(bound: Bound, recipe: Recipe) -> Plan:
     kept = [(m.dense.matrix, m.quantization) for m in plan.modules()]
     if any(m.fp8 and not q.quantized for m, q in [*kept, *(c for p in layers for c in p.choices())]):
         notes.append("FP8 that is not quantized becomes bfloat16")
+    most = max(e.num_experts for e in bound.layers)
     notes.append(
-        f"{counted(len(layers), 'layer')} of {counted(max(e.num_experts for e in bound.layers), 'expert')}: {_bits(layers)}; "
+        f"{counted(len(layers), 'layer')} of {counted(most, 'expert')}: {_bits(layers)}; "
         f"{' or '.join(f'{size:,}' for size in sizes)} bytes per expert: "
         f"{show_size(plan.expert_bytes)} of experts, {show_size(plan.dense_bytes)} of everything else"
     )

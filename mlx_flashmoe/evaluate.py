@@ -27,7 +27,6 @@ from mlx_flashmoe.console import print_note
 from mlx_flashmoe.errors import RequestError
 from mlx_flashmoe.generate import stream_generate
 from mlx_flashmoe.loader import StreamingModel, load
-from mlx_flashmoe.models.moe import Experts, MoE
 from mlx_flashmoe.progress import Steps
 from mlx_flashmoe.reports import check_report, write_report
 from mlx_flashmoe.scoring import row_logprobs
@@ -130,30 +129,10 @@ class AnswerFigures:
 
 
 def record_routing(model: StreamingModel) -> list[list[mx.array]]:
-    """For each layer with experts, a list that from now on gets the expert ids [..., active] of every call of them."""
-    recorders = []
-    for layer in model.model.model.layers:
-        if isinstance(layer.mlp, MoE):
-            recorders.append(_Recorded(layer.mlp._experts))
-            layer.mlp._experts = recorders[-1]
-    return [recorder.picked for recorder in recorders]
-
-
-class _Recorded:
-    """A layer's experts, and which of them were asked for."""
-
-    def __init__(self, experts: Experts) -> None:
-        self.picked: list[mx.array] = []
-        self._experts = experts
-
-    def __call__(
-        self, x: mx.array, ids: mx.array, weights: mx.array, likely: mx.array | None = None
-    ) -> mx.array:
-        self.picked.append(ids)
-        return self._experts(x, ids, weights, likely)
-
-    def wants_guess(self, tokens: int) -> bool:
-        return self._experts.wants_guess(tokens)
+    """For each layer with experts, a list that from now on gets the ids [tokens, active] of every call of them."""
+    picked: dict[int, list[mx.array]] = {layer: [] for layer in model.arena.store.layers}
+    model.on_routing(lambda layer, ids: picked[layer].append(ids))
+    return list(picked.values())
 
 
 class ExpertUse:

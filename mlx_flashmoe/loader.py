@@ -18,8 +18,9 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_flashmoe import memory
+from mlx_flashmoe.architectures import Architecture, described
 from mlx_flashmoe.errors import FormatError, MemoryPlanError
-from mlx_flashmoe.experts import Decode, ExpertStore, ReadAhead, SlotArena, StreamedExperts
+from mlx_flashmoe.experts import Decode, ExpertStore, ReadAhead, SlotArena
 from mlx_flashmoe.experts.slab import HostSlab
 from mlx_flashmoe.experts.store import ReadRequest, reads_directly
 from mlx_flashmoe.experts.streamed import slot_layout
@@ -27,7 +28,7 @@ from mlx_flashmoe.facts import Facts
 from mlx_flashmoe.fetch import model_folder
 from mlx_flashmoe.kernels import chosen, trust
 from mlx_flashmoe.layout import BlobLayout, Manifest, expert_files
-from mlx_flashmoe.models import architecture, check_kernels
+from mlx_flashmoe.models import check_kernels
 from mlx_flashmoe.models.cache import Cache
 from mlx_flashmoe.models.decoder import mixed_at_once
 from mlx_flashmoe.models.quantized import quantize
@@ -110,7 +111,8 @@ class StreamingModel:
         Raises:
             ReadError: as a call.
         """
-        return self.model.model(tokens, cache)
+        hidden: mx.array = self.model.hidden(tokens, cache)
+        return hidden
 
     def head(self, hidden: mx.array) -> mx.array:
         """What ``read`` returned, or some of its tokens, [B, T, hidden] -> logits [B, T, vocab]."""
@@ -160,6 +162,10 @@ class StreamingModel:
     def on_prefill_layer(self, done: Callable[[int, int], None] | None) -> None:
         """``done`` is called as a prompt goes through, with (layers done, layers); None: no longer."""
         self._decode.on_prefill_layer = done
+
+    def on_routing(self, chosen: Callable[[int, mx.array], None] | None) -> None:
+        """``chosen`` is called with (layer, ids [tokens, active]) by every layer of experts; None: no longer."""
+        self._decode.on_routing = chosen
 
     def stats(self) -> Stats:
         arena, store = self.arena, self.arena.store
@@ -226,16 +232,10 @@ def load(
                 f"give a folder with copies of files of {folder / 'experts'}"
             )
     config = read_config(folder)
-    arch = architecture(manifest.model_type)
-    settings = arch.Config.from_dict(config)
-    _check_experts(manifest, settings, folder)
-    if active_experts is not None and not 1 <= active_experts <= settings.selectable_experts:
-        most = settings.selectable_experts
-        has = "has" if most == settings.num_experts else "lets a token choose from"
-        raise MemoryPlanError(
-            f"--active-experts {active_experts}: a layer of this model {has} {most} experts; give 1 to {most}"
-        )
-    active = active_experts or settings.num_experts_per_tok
+    arch = described(manifest.model_type, manifest.library, config)
+    settings = arch.settings
+    _check_experts(arch, manifest, folder)
+    active = arch.active(active_experts)
     if dtype is None:
         on_gpu = mx.default_device() == mx.gpu
         dtype = getattr(mx, settings.dtype, None) if on_gpu else mx.float32
@@ -244,7 +244,7 @@ def load(
 
     weights = _open_dense(folder, manifest)
     dtypes = {
-        name: mx.float32 if arch.Model.keep_float32(name) else dtype
+        name: arch.dtype_of(name, w.dtype, dtype)
         for name, w in weights.items()
         if mx.issubdtype(w.dtype, mx.floating)
     }
@@ -281,11 +281,12 @@ def load(
     store = ExpertStore(folder, manifest, experts_path, direct_reads or plan.direct, check_reads)
     trust.use(kernels, announce)
     layouts = {slot_layout(store, layer): layer for layer in store.layers}
+    summed = arch.ffn_experts(active)
     for layout, layer in layouts.items():
-        chosen.prepare(layout, dtype, active, partial(_some_experts, store, layer, layout), announce)
+        chosen.prepare(layout, dtype, summed, partial(_some_experts, store, layer, layout), announce)
     arena = SlotArena(store, plan.slots)
     decode = Decode(arena, ReadAhead(arena) if read_ahead else None)
-    model = arch.Model(settings, lambda layer: StreamedExperts(decode, layer), active)
+    model = arch.build(decode, active)
     check_kernels(model, dtype)
     facts = Facts.of(manifest, weights)
     _load_dense(model, manifest, weights, dtypes, folder, lambda done: told(done, total))
@@ -294,8 +295,8 @@ def load(
         arena.load_all(lambda count: told(plan.dense + count * plan.slot_bytes, total))
     told(total, total)
     chunk = prefill_chunk(settings, dtype)
-    computing = [chosen.identity(layout, dtype, active) for layout in layouts]
-    identity = _identity(manifest, config, active, dtype, [*computing, *trust.wrong()])
+    computing = [chosen.identity(layout, dtype, summed) for layout in layouts]
+    identity = _identity(manifest, config, active, dtype, [*arch.code, *computing, *trust.wrong()])
     loaded = StreamingModel(model, decode, plan, chunk, kv_bytes, settings.context_length, identity, facts)
     return loaded, tokenizer
 
@@ -359,18 +360,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_experts(manifest: Manifest, settings: Any, folder: Path) -> None:
-    layers = sorted(entry.layer for entry in manifest.layers)
-    if layers != settings.moe_layers:
-        raise FormatError(
-            f"{folder}: experts for layers {layers}, but by config.json the layers {settings.moe_layers} have some"
-        )
+def _check_experts(arch: Architecture, manifest: Manifest, folder: Path) -> None:
+    try:
+        arch.check(manifest.layers)
+    except FormatError as e:
+        raise FormatError(f"{folder}: {e}") from None
     for entry in manifest.layers:
-        layout = manifest.layout_of(entry)
-        if entry.num_experts != settings.num_experts or layout.hidden_size != settings.hidden_size:
+        width = manifest.layout_of(entry).hidden_size
+        if manifest.library is None and width != arch.settings.hidden_size:
             raise FormatError(
-                f"{folder}: layer {entry.layer} has {entry.num_experts} experts of width {layout.hidden_size}, "
-                f"but config.json says {settings.num_experts} of {settings.hidden_size}"
+                f"{folder}: layer {entry.layer} has experts of width {width}, but config.json says "
+                f"{arch.settings.hidden_size}"
             )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_flashmoe.architectures import described
 from mlx_flashmoe.convert.binding import bind
 from mlx_flashmoe.convert.estimate import disk_needs
 from mlx_flashmoe.convert.hub import Repository
@@ -28,10 +29,9 @@ from mlx_flashmoe.errors import FormatError
 from mlx_flashmoe.fetch import published, read_manifest, wanted_files
 from mlx_flashmoe.layout import MANIFEST, STATE, BlobLayout, Manifest, Quantization
 from mlx_flashmoe.loader import read_config
-from mlx_flashmoe.models import architecture
 from mlx_flashmoe.sizes import show_size
 
-FLOATS = ("F32", "F16", "BF16")
+FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 EMBEDDING = "model.embed_tokens."  # a token reads one row of it
 
 
@@ -41,7 +41,8 @@ class Needs:
 
     Attributes:
         state: "converted", or how it would be.
-        settings: an architecture's Config.
+        library: whose modules the model is made of; None for those of ``models``.
+        settings: an architecture's.
         layout: of the largest expert.
         layers: with experts.
         expert_bytes, dense_bytes: on disk.
@@ -54,6 +55,7 @@ class Needs:
     """
 
     model_type: str
+    library: str | None
     state: str
     settings: Any
     layout: BlobLayout
@@ -117,6 +119,7 @@ def _converted(manifest: Manifest, headers: list[Header], config: dict[str, Any]
     ]
     return _needs(
         manifest.model_type,
+        manifest.library,
         "converted",
         config,
         tensors,
@@ -137,6 +140,7 @@ def _to_convert(checkpoint: Checkpoint, dtype: mx.Dtype) -> Needs:
     bits = {p.bits for layout in plan.layouts for p in layout.projections.values()}
     needs = _needs(
         bound.model_type,
+        bound.library,
         f"as convert would make it, {' and '.join(map(str, sorted(bits)))} bits",
         checkpoint.config,
         [tensor for module in modules for tensor in module.outputs],
@@ -160,9 +164,10 @@ def _to_convert(checkpoint: Checkpoint, dtype: mx.Dtype) -> Needs:
 
 def _needs(
     model_type: str,
+    library: str | None,
     state: str,
     config: dict[str, Any],
-    tensors: Iterable[tuple[str, str, tuple[int, ...]]],
+    tensors: list[tuple[str, str, tuple[int, ...]]],
     quantization: dict[str, Quantization],
     layouts: Iterable[BlobLayout],
     layers: int,
@@ -171,22 +176,24 @@ def _needs(
     dtype: mx.Dtype,
     converted: bool,
 ) -> Needs:
-    arch = architecture(model_type)
-    settings = arch.Config.from_dict(config)
+    arch = described(model_type, library, config)
+    settings = arch.settings
+    tied = not any("lm_head" in name for name, _, _ in tensors)  # the head then reads all of the embedding
     in_memory = embedding = parameters = 0
     for name, stored, shape in tensors:
         count = math.prod(shape)
         size = count * DTYPE_BITS[stored] // 8
         if stored in FLOATS:
-            size = count * (4 if arch.Model.keep_float32(name) else dtype.size)
+            size = count * arch.dtype_of(name, FLOATS[stored], dtype).size
         in_memory += size
         path, _, part = name.rpartition(".")
-        if name.startswith(EMBEDDING) and not settings.tie_word_embeddings:
+        if name.startswith(EMBEDDING) and not tied:
             embedding += size
         elif part == "weight":
             parameters += count * 32 // quantization[path].bits if path in quantization else count
     return Needs(
         model_type=model_type,
+        library=library,
         state=state,
         settings=settings,
         layout=max(layouts, key=lambda layout: layout.blob_size),

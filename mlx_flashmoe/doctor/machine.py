@@ -32,6 +32,7 @@ from mlx_flashmoe.errors import FlashMoEError
 from mlx_flashmoe.experts import Decode, ExpertStore, SlotArena, StreamedExperts
 from mlx_flashmoe.experts.slab import make_slab
 from mlx_flashmoe.experts.store import ReadRequest
+from mlx_flashmoe.external.model import ExternalConfig
 from mlx_flashmoe.kernels.random_slab import random_slab
 from mlx_flashmoe.layout import (
     MANIFEST,
@@ -46,6 +47,7 @@ from mlx_flashmoe.models import architecture
 from mlx_flashmoe.models.quantized import quantize
 from mlx_flashmoe.models.together import join
 
+STAND_IN = "qwen3_moe"  # for models of libraries, which cannot be made smaller
 PROBE_BYTES = 256 * 10**6  # of experts that are written, read and computed with, about
 LAYERS = 4  # that are timed, at most: as many as it takes until kinds of layers repeat
 SMALL_VOCABULARY, SMALL_EXPERTS, FEW_EXPERTS = (
@@ -202,6 +204,8 @@ def _layers(
 ) -> tuple[float, float, float]:
     """Seconds of a layer beyond what its weights take at ``rates``: for one token when experts may be missing, the
     same when all are known to be resident, and for each token of a prompt."""
+    if isinstance(settings, ExternalConfig):
+        model_type, settings = STAND_IN, _stand_in(settings)
     count = max(FEW_EXPERTS, active)
     few = {
         "vocab_size": SMALL_VOCABULARY,
@@ -269,6 +273,27 @@ def _layers(
         max(0.0, tokens(resident=False) - seconds),
         max(0.0, tokens(resident=True) - seconds),
         max(0.0, _median(prompt, PROMPT_REPEATS) - prompt_seconds),
+    )
+
+
+def _stand_in(external: ExternalConfig) -> Any:
+    """Settings of an architecture of ours, as wide as a library's model: its layers take the host about as long."""
+    head, width = 64, external.hidden_size
+    return architecture(STAND_IN).Config.from_dict(
+        {
+            "hidden_size": width,
+            "num_hidden_layers": external.num_hidden_layers,
+            "vocab_size": external.vocab_size,
+            "rms_norm_eps": 1e-6,
+            "num_attention_heads": max(1, width // head),
+            "num_key_value_heads": 1,
+            "head_dim": head,
+            "rope_theta": 1e6,
+            "num_experts": external.num_experts,
+            "num_experts_per_tok": external.num_experts_per_tok,
+            "moe_intermediate_size": SMALL_EXPERTS,
+            "norm_topk_prob": True,
+        }
     )
 
 

@@ -38,6 +38,7 @@ class Decode:
 
     Attributes:
         on_prefill_layer: called as a prompt goes through, with (layers whose experts are read, layers).
+        on_routing: called with (layer, ids [tokens, K]) whenever a layer's experts are asked for.
     """
 
     def __init__(self, arena: SlotArena, ahead: ReadAhead | None = None):
@@ -47,6 +48,7 @@ class Decode:
         self._to_host = cuda.HostCopy() if cuda.is_current() else host_view
         self._pending: _Choice | None = None
         self.on_prefill_layer: Callable[[int, int], None] | None = None
+        self.on_routing: Callable[[int, mx.array], None] | None = None
 
     def step(
         self, layer: int, ids: mx.array, likely: mx.array | None, build: Callable[[], mx.array]
@@ -112,7 +114,9 @@ class Decode:
             ahead.stop()
         experts = np.unique(ids[0])  # some routers choose one twice, for experts that compute nothing
         fetch = arena.fetch(choice.layer, experts)
-        arena.touch(choice.layer, experts)  # while the disks are busy; nobody that it concerns could have left
+        arena.touch(
+            choice.layer, experts
+        )  # while the disks are busy; nobody that it concerns could have left
         fetch.wait()
         slots = arena.slot_of[arena.row_of[choice.layer]][experts]
         if ahead is not None and len(ids) > 1:

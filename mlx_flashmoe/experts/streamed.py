@@ -20,7 +20,7 @@ from mlx_flashmoe.errors import ReadError
 from mlx_flashmoe.experts.arena import SlotArena
 from mlx_flashmoe.experts.decode import Decode
 from mlx_flashmoe.experts.store import ExpertStore
-from mlx_flashmoe.kernels import Activation
+from mlx_flashmoe.kernels.reference import Activation
 from mlx_flashmoe.layout import BlobLayout
 
 # Experts a wave has at most: enough to keep the disk busy, few enough that neither the first wave's reading
@@ -133,6 +133,8 @@ class StreamedExperts(nn.Module):
         shape, top_k = x.shape, ids.shape[-1]
         x, ids = x.reshape(-1, shape[-1]), ids.reshape(-1, top_k)
         weights = weights.reshape(-1, top_k).astype(mx.float32)
+        if self._decode.on_routing is not None:
+            self._decode.on_routing(self._layer, ids)
 
         def one_token() -> mx.array:
             slots = self._arena.table.lookup(self._row, ids)
@@ -165,7 +167,7 @@ class StreamedExperts(nn.Module):
         return y.astype(x.dtype)
 
     def _computed(
-        self, x: mx.array, routed: mx.array, activation: Activation | None
+        self, x: mx.array, routed: mx.array, activation: Activation
     ) -> Iterator[tuple[np.ndarray, mx.array, np.ndarray]]:
         """The experts' outputs for many tokens. Every expert is read at most once, in file order, in waves.
 
@@ -217,7 +219,7 @@ class StreamedOutputs(StreamedExperts):
         activation: None for SwiGLU; else what is between the matrices, see ``kernels.expert_outputs``.
     """
 
-    def __init__(self, decode: Decode, layer: int, activation: Activation | None):
+    def __init__(self, decode: Decode, layer: int, activation: Activation):
         super().__init__(decode, layer)
         self._activation = activation
 
@@ -237,6 +239,8 @@ class StreamedOutputs(StreamedExperts):
         """
         shape = (*ids.shape, x.shape[-1])
         x, ids = x.reshape(-1, x.shape[-1]), ids.reshape(-1, ids.shape[-1])
+        if self._decode.on_routing is not None:
+            self._decode.on_routing(self._layer, ids)
 
         def one_token() -> mx.array:
             slots = self._arena.table.lookup(self._row, ids)

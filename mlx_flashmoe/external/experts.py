@@ -1,7 +1,7 @@
-"""Modules that hold all experts of a layer, found in a library's tree by what they are made of and what they compute.
+"""Modules that hold all experts of a layer, found in a library's tree by their parts and by their results.
 
-``SwitchGLU`` and ``SwitchMLP`` have many relatives. A module counts as one of them if it has their matrices and no other
-parameters, and if it computes on random weights what ``Formula`` says. Its name does not matter.
+``SwitchGLU`` and ``SwitchMLP`` have many relatives. A module counts as one of them if it has their matrices and no
+other parameters, and if it computes on random weights what ``formula`` says. Its name does not matter.
 """
 
 from __future__ import annotations

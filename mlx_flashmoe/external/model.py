@@ -14,7 +14,6 @@ from mlx_flashmoe.external import experts as expert_modules
 from mlx_flashmoe.external import probe
 from mlx_flashmoe.external.cache import ExternalCache
 from mlx_flashmoe.external.library import Library
-from mlx_flashmoe.layout import Manifest
 from mlx_flashmoe.models.cache import Cache
 
 CONTEXT = ("max_position_embeddings", "max_seq_len", "seq_length", "n_positions", "model_max_length")
@@ -42,8 +41,8 @@ class ExternalConfig:
         self.experts = expert_modules.find(model)
         if not self.experts:
             raise FormatError(
-                f"{library.name}'s {type(model).__module__} holds no experts that could be streamed: it has no SwitchGLU or "
-                "SwitchMLP layers"
+                f"{library.name}'s {type(model).__module__} holds no experts that could be streamed: it has no "
+                "SwitchGLU or SwitchMLP layers"
             )
         probed = probe.probe(model, self.experts, lambda tokens, caches: run(model, tokens, caches))
         self.num_experts_per_tok, self.vocab_size = probed.top_k, probed.vocabulary
@@ -56,30 +55,24 @@ class ExternalConfig:
         text = {**config, **(inner if isinstance(inner, dict) else {})}
         given = [text[name] for name in CONTEXT if type(text.get(name)) is int and text[name] > 0]
         self.context_length: int | None = given[0] if given else None
-        self.dtype = str(text.get("dtype") or text.get("torch_dtype") or "")
-        self._kv_bytes: dict[int, int] = {}
+        self.dtype = str(text.get("dtype") or text.get("torch_dtype") or "bfloat16")
+        self._growth: dict[mx.Dtype, list[probe.Growth]] = {}
 
-    @classmethod
-    def from_manifest(cls, library: Library, config: dict[str, Any], manifest: Manifest) -> ExternalConfig:
-        """Raises FormatError if the library now has other experts than when the folder was converted."""
-        settings = cls(library, config)
-        converted = {entry.layer: (entry.module, entry.num_experts) for entry in manifest.layers}
-        have = {n: (one.path, one.count) for n, one in zip(settings.moe_layers, settings.experts)}
+    def check(self, converted: dict[int, tuple[str | None, int]]) -> None:
+        """Raises FormatError unless these are the modules with experts: by layer, path and number of experts."""
+        have = {n: (one.path, one.count) for n, one in zip(self.moe_layers, self.experts)}
         if converted != have:
             raise FormatError(
-                f"this {library.name} ({library.version}) builds {manifest.model_type} with other experts than the one "
-                f"that the folder was converted with ({manifest.source.get('library_version', 'unknown')}): "
-                "convert the checkpoint again"
+                f"{self.library.name} {self.library.version} builds this model with other experts than the version "
+                "that converted it; convert the checkpoint again"
             )
-        return settings
 
     def kv_bytes(self, tokens: int, dtype: mx.Dtype) -> int:
         """Bytes of the caches of one sequence of ``tokens`` tokens."""
-        # The graph is built with the weights' own dtypes; what it stores is counted as ``dtype``.
-        if tokens not in self._kv_bytes:
-            model = self._model
-            self._kv_bytes[tokens] = probe.cache_bytes(model, lambda t, c: run(model, t, c), tokens)
-        return self._kv_bytes[tokens]
+        if dtype not in self._growth:
+            self._model.set_dtype(dtype)  # of lazy weights: what the graph stores then has it too
+            self._growth[dtype] = probe.growth(self._model, lambda t, c: run(self._model, t, c))
+        return sum(cache.nbytes(tokens) for cache in self._growth[dtype])
 
     @cached_property
     def _widest(self) -> int:

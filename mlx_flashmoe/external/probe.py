@@ -17,6 +17,8 @@ from mlx_flashmoe.errors import FormatError
 from mlx_flashmoe.external.cache import ExternalCache
 from mlx_flashmoe.external.experts import ExpertModule
 
+STEP = 256  # tokens by which caches grow
+
 
 class Absent(nn.Module):
     """Stands in for a layer's experts: (x, ids) -> zeros [..., K, D]. Remembers how it was called."""
@@ -55,7 +57,9 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
         setattr(parent, last, module)
 
 
-def probe(model: nn.Module, experts: list[ExpertModule], run: Callable[[mx.array, list[Any]], mx.array]) -> Probed:
+def probe(
+    model: nn.Module, experts: list[ExpertModule], run: Callable[[mx.array, list[Any]], mx.array]
+) -> Probed:
     """Takes the experts out of the tree, and calls the model with one token and with several.
 
     Args:
@@ -98,8 +102,47 @@ def caches(model: nn.Module) -> list[Any]:
     return [kind() for _ in model.layers]
 
 
-def cache_bytes(model: nn.Module, run: Callable[[mx.array, list[Any]], mx.array], tokens: int) -> int:
-    """Bytes of the caches of one sequence of ``tokens`` tokens; ``model`` is one that was probed."""
-    theirs = caches(model)
-    run(mx.zeros((1, tokens), mx.int32), theirs)
-    return ExternalCache(theirs).nbytes
+@dataclass(frozen=True)
+class Growth:
+    """How a layer's cache grows.
+
+    Attributes:
+        first: bytes for the first token, and up to ``STEP`` tokens.
+        each: bytes of every further token.
+        most: tokens that it holds at most; None for any number.
+    """
+
+    first: int
+    each: float
+    most: int | None
+
+    def nbytes(self, tokens: int) -> int:
+        held = -(-min(tokens, self.most or tokens) // STEP) * STEP
+        return self.first + int(self.each * max(0, held - STEP))
+
+
+def growth(model: nn.Module, run: Callable[[mx.array, list[Any]], mx.array]) -> list[Growth]:
+    """How the caches of a model grow; ``model`` is one that was probed."""
+    few, more = [], []
+    for tokens, kept in ((1, few), (STEP + 1, more)):
+        theirs = caches(model)
+        run(mx.zeros((1, tokens), mx.int32), theirs)
+        kept.extend(_single(theirs))
+    return [
+        Growth(a := ExternalCache([one]).nbytes, (ExternalCache([two]).nbytes - a) / STEP, _most(one))
+        for one, two in zip(few, more)
+    ]
+
+
+def _single(theirs: Any) -> list[Any]:
+    """The caches in lists of caches, one by one."""
+    if isinstance(theirs, (list, tuple)):
+        return [single for one in theirs for single in _single(one)]
+    inner = getattr(theirs, "caches", None)
+    return _single(inner) if isinstance(inner, (list, tuple)) else [theirs]
+
+
+def _most(cache: Any) -> int | None:
+    """Tokens that a cache with a window holds."""
+    most = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)
+    return int(most) if isinstance(most, int) and most > 0 else None

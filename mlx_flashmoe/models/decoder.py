@@ -116,7 +116,12 @@ class CausalLM(nn.Module):
 
     def __call__(self, tokens: mx.array, cache: list[Cache] | None = None) -> mx.array:
         """tokens [B, T] -> logits [B, T, vocab]; ``cache`` (of ``make_cache``) is updated."""
-        return self.head(self.model(tokens, cache))
+        return self.head(self.hidden(tokens, cache))
+
+    def hidden(self, tokens: mx.array, cache: list[Cache] | None) -> mx.array:
+        """tokens [B, T] -> what ``head`` takes, [B, T, hidden]."""
+        x: mx.array = self.model(tokens, cache)
+        return x
 
     def head(self, x: mx.array) -> mx.array:
         """Outputs of ``model`` [B, T, hidden] -> logits [B, T, vocab]."""
