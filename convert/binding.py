@@ -153,11 +153,17 @@ class Dense:
 
 @dataclass(frozen=True)
 class Experts:
-    """One layer's experts. ``expert(e)`` gives gate, up and down of expert e, in this order; some have no gate."""
+    """One layer's experts.
+
+    Attributes:
+        expert: gives the matrices that an expert has, of gate, up and down.
+        module: path of the module of a library's model that holds them; None in a model of ours.
+    """
 
     layer: int
     num_experts: int
     expert: Callable[[int], dict[str, Matrix]]
+    module: str | None = None
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,10 @@ class Architecture(Protocol):
         """The model, with random lazy weights."""
         ...
 
+    def tree(self, model: nn.Module) -> nn.Module:
+        """The modules whose paths are the names of the dense tensors."""
+        ...
+
 
 class Own:
     """An architecture of ``models``."""
@@ -89,6 +93,9 @@ class Own:
         model: nn.Module = self._module.Model(self.settings, make, active)
         return model
 
+    def tree(self, model: nn.Module) -> nn.Module:
+        return model
+
 
 class External:
     """An architecture of a library."""
@@ -123,6 +130,10 @@ class External:
         return ExternalModel(
             self.settings, self._config, lambda layer, activation: StreamedOutputs(decode, layer, activation)
         )
+
+    def tree(self, model: nn.Module) -> nn.Module:
+        tree: nn.Module = model.language_model
+        return tree
 
 
 def described(model_type: str, library: str | None, config: dict[str, Any]) -> Architecture:

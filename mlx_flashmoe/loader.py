@@ -289,7 +289,7 @@ def load(
     model = arch.build(decode, active)
     check_kernels(model, dtype)
     facts = Facts.of(manifest, weights)
-    _load_dense(model, manifest, weights, dtypes, folder, lambda done: told(done, total))
+    _load_dense(arch.tree(model), manifest, weights, dtypes, folder, lambda done: told(done, total))
     tokenizer = _load_tokenizer(folder)
     if plan.slots == experts:
         arena.load_all(lambda count: told(plan.dense + count * plan.slot_bytes, total))
