@@ -1,18 +1,23 @@
-"""The expert feed-forward over a slab of blobs: one function, and the backend of the current device.
+"""The expert feed-forward over a slab of blobs, and the backend of the current device.
 
 A *slab* is a uint32 array [slots, blob_size / 4]: slot s holds one expert's blob as ``layout`` describes it.
 Kernels read experts where they lie in it; nothing is unpacked, copied or gathered.
+
+An *activation* is what is between an expert's products. None is SwiGLU, which the fused kernels know. Others are
+callables of MLX arrays [rows, intermediate_size] in x's dtype, on the CPU in float32, and must compute each row by
+itself: (up, gate) -> h, or (h) -> h for experts without a gate.
 """
 
 from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_flashmoe.kernels import chosen, gpu, on_cpu
+from mlx_flashmoe.kernels import chosen, gpu, mlx_experts, on_cpu
 from mlx_flashmoe.kernels.dense import quantized_matmul
+from mlx_flashmoe.kernels.reference import Activation
 from mlx_flashmoe.layout import BlobLayout
 
-__all__ = ["expert_ffn", "expert_rows", "quantized_matmul"]
+__all__ = ["expert_ffn", "expert_outputs", "expert_rows", "quantized_matmul"]
 
 
 def expert_ffn(
@@ -38,7 +43,36 @@ def expert_ffn(
     return experts.expert_ffn(x, slab, slots, weights, layout)
 
 
-def expert_rows(x: mx.array, slab: mx.array, slots: mx.array, layout: BlobLayout) -> mx.array:
+def expert_outputs(
+    x: mx.array, slab: mx.array, slots: mx.array, layout: BlobLayout, activation: Activation = None
+) -> mx.array:
+    """Each chosen expert's own output, for a few tokens; it does not depend on what else is in the call.
+
+    Args:
+        x: [T, D] activations, float32, bfloat16 or float16. T from 1 to 16.
+        slab: uint32 [slots, blob_size / 4].
+        slots: int32 [T, K], where each token's experts lie. Every entry must be a valid slot.
+        layout: of the blobs in the slab.
+        activation: between the products; None for SwiGLU.
+
+    Returns:
+        [T, K, D] in x's dtype: down(h) of each expert, unweighted.
+
+    Raises:
+        ValueError: experts without a gate and without an activation.
+    """
+    language = gpu.current()
+    if language is None:
+        y: mx.array = on_cpu.module().expert_outputs(x, slab, slots, layout, activation)
+        return y
+    if activation is not None:
+        return mlx_experts.expert_outputs(x, slab, slots, layout, activation)
+    return chosen.for_ffn(language, layout, x.dtype, 1).expert_outputs(x, slab, slots, layout)
+
+
+def expert_rows(
+    x: mx.array, slab: mx.array, slots: mx.array, layout: BlobLayout, activation: Activation = None
+) -> mx.array:
     """One expert a row, unweighted, for many rows grouped by expert: each expert's weights are read once.
 
     The result of a row depends on that row's x, its expert and the number of rows of its run, and on nothing
@@ -49,13 +83,19 @@ def expert_rows(x: mx.array, slab: mx.array, slots: mx.array, layout: BlobLayout
         slab: uint32 [slots, blob_size / 4].
         slots: int32 [P], equal entries adjacent.
         layout: of the blobs in the slab.
+        activation: between the products; None for SwiGLU.
 
     Returns:
-        [P, D]: down(silu(gate(x)) * up(x)) of each row's expert; on a GPU in x's dtype, on the CPU in float32, so
-        that a weighted sum of them in order has the bits of expert_ffn.
+        [P, D]: down(h) of each row's expert; on a GPU in x's dtype, on the CPU in float32, so that a weighted sum of
+        them in order has the bits of expert_ffn.
+
+    Raises:
+        ValueError: experts without a gate and without an activation.
     """
     language = gpu.current()
     if language is None:
-        y: mx.array = on_cpu.module().expert_rows(x, slab, slots, layout)
+        y: mx.array = on_cpu.module().expert_rows(x, slab, slots, layout, activation)
         return y
+    if activation is not None:
+        return mlx_experts.expert_rows(x, slab, slots, layout, activation)
     return chosen.for_rows(language, layout, x.dtype).expert_rows(x, slab, slots, layout)

@@ -51,6 +51,9 @@ class Experts:
         self.expert_ffn = (
             mlx_experts.expert_ffn if ffn == MLX else partial(gpu.expert_ffn, tiled, formulation=ffn)
         )
+        self.expert_outputs = (
+            mlx_experts.expert_outputs if ffn == MLX else partial(gpu.expert_outputs, tiled, formulation=ffn)
+        )
         self.expert_rows = (
             mlx_experts.expert_rows if rows == MLX else partial(gpu.expert_rows, tiled, formulation=rows)
         )
@@ -60,7 +63,7 @@ _experts: dict[tuple[Hashable, ...], Experts] = {}
 
 
 def for_ffn(language: gpu.Language, layout: BlobLayout, dtype: mx.Dtype, top_k: int) -> Experts:
-    """Returns the functions for a few tokens with ``top_k`` experts each."""
+    """Returns the functions for a few tokens with ``top_k`` experts each; 1 for expert_outputs."""
     key = (trust.mode(), layout, dtype, top_k)
     return _experts.get(key) or _unprepared(key, language, layout, dtype, top_k)
 
@@ -82,7 +85,7 @@ def prepare(
 
     Args:
         dtype: of the activations.
-        top_k: experts of a token.
+        top_k: experts of a token; 1 where expert_outputs is what is called.
         experts: returns that many of the model's experts, or all if it has fewer: uint32 [count, blob_size / 4].
         announce: is given a line before kernels are measured, which takes seconds.
 
@@ -98,10 +101,11 @@ def prepare(
     key = (trust.mode(), layout, dtype, top_k)
     if key not in _experts:
         file = trust.kept_name("chosen", key)
-        kept = None if trust.mode() == MLX else user_cache.read("kernels", file)
+        plain = _plain(layout)
+        kept = None if plain else user_cache.read("kernels", file)
         if kept is not None:
             choice = _from_json(kept)
-        elif trust.mode() == MLX:
+        elif plain:
             choice = Choice(MLX, MLX, language.tiling)
         else:
             if announce is not None:
@@ -164,6 +168,11 @@ def identity(layout: BlobLayout, dtype: mx.Dtype, top_k: int) -> str:
     return f"{ffn.ffn} {rows.rows} {ffn.tiling} {rows.tiling}"
 
 
+def _plain(layout: BlobLayout) -> bool:
+    """Whether MLX's operations compute such experts, without a custom kernel to compare."""
+    return trust.mode() == MLX or not gpu.fuses(layout)
+
+
 def _take(key: tuple[Hashable, ...], language: gpu.Language, choice: Choice) -> Experts:
     """Uses a choice from now on, for rows too unless they have one."""
     experts = _experts[key] = Experts(language, choice)
@@ -177,7 +186,7 @@ def _unprepared(
     key: tuple[Hashable, ...], language: gpu.Language, layout: BlobLayout, dtype: mx.Dtype, top_k: int
 ) -> Experts:
     choice = Choice(gpu.DEFAULT_FORMULATION, gpu.best_for_rows(language, layout, dtype), language.tiling)
-    if trust.mode() == MLX:
+    if _plain(layout):
         choice = Choice(MLX, MLX, language.tiling)
     elif trust.mode() == "auto":
         blobs = np.array(random_slab(layout, max(top_k + 1, len(RUNS))))

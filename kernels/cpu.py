@@ -39,7 +39,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from mlx_flashmoe import system
-from mlx_flashmoe.kernels.reference import DTYPES
+from mlx_flashmoe.kernels.reference import DTYPES, Activation, activate
 from mlx_flashmoe.layout import BlobLayout, Component, Projection
 from mlx_flashmoe.threads import Shared, Threads
 
@@ -465,6 +465,7 @@ class _Matrix:
         quantized = scales is not None and biases is not None
         self.kind = (scales or projection.weight).dtype
         self.groups = self.in_dims // self.group if quantized else 0
+        self.bias = projection.bias
         self.factors = _factors(self.bits)
         per_unit = unit_of(self.bits)[1] if quantized else 1
         self.offsets = (
@@ -496,10 +497,19 @@ class _Matrix:
         )
         return arranged, sums
 
+    def add_bias(self, memory: np.ndarray, slots: np.ndarray, starts: np.ndarray, out: np.ndarray) -> None:
+        """Adds the linear bias of slot slots[r] to the rows of run r."""
+        if self.bias is None:
+            return
+        first, last = self.bias.offset, self.bias.offset + self.bias.nbytes
+        for slot, start, stop in zip(slots, starts, starts[1:]):
+            out[start:stop] += _floats(memory[slot].view(np.uint8)[first:last], self.bias.dtype)
+
 
 @lru_cache
-def _matrices(layout: BlobLayout) -> tuple[_Matrix, _Matrix, _Matrix]:
-    return _Matrix(layout.gate), _Matrix(layout.up), _Matrix(layout.down)
+def _matrices(layout: BlobLayout) -> tuple[_Matrix | None, _Matrix, _Matrix]:
+    gate = None if layout.gate is None else _Matrix(layout.gate)
+    return gate, _Matrix(layout.up), _Matrix(layout.down)
 
 
 def _each_tile(starts: np.ndarray, m: _Matrix, work: Callable[[int, int], None]) -> None:
@@ -516,7 +526,12 @@ def _each_tile(starts: np.ndarray, m: _Matrix, work: Callable[[int, int], None])
 
 
 def _pairs(
-    x: np.ndarray, order: np.ndarray, slab: mx.array, slots: np.ndarray, layout: BlobLayout
+    x: np.ndarray,
+    order: np.ndarray,
+    slab: mx.array,
+    slots: np.ndarray,
+    layout: BlobLayout,
+    activation: Activation = None,
 ) -> np.ndarray:
     """The experts of rows in runs: float32 [P, D], row p = expert slots[p] of x[order[p]].
 
@@ -529,7 +544,8 @@ def _pairs(
             f"[expert_ffn] slots from {slots.min()} to {slots.max()} in a slab of {memory.shape[0]}"
         )
     starts = np.flatnonzero(np.concatenate([[True], slots[1:] != slots[:-1], [True]]))
-    blobs = memory.ctypes.data + slots[starts[:-1]].astype(np.int64) * memory.strides[0]
+    experts = slots[starts[:-1]].astype(np.int64)
+    blobs = memory.ctypes.data + experts * memory.strides[0]
 
     def bind(
         m: _Matrix, rows: np.ndarray, a: tuple[np.ndarray, np.ndarray], out: np.ndarray
@@ -541,25 +557,40 @@ def _pairs(
 
         return project
 
-    arranged = gate.arrange(x)
-    same = (gate.bits, gate.group) == (up.bits, up.group)
-    for_up = arranged if same else up.arrange(x)
-    h = np.empty((order.shape[0], gate.out_dims), np.float32)
-    u = np.empty_like(h)
+    arranged = up.arrange(x)
+    u = np.empty((order.shape[0], up.out_dims), np.float32)
+    into_u = bind(up, order, arranged, u)
+    if gate is None:
+        _each_tile(starts, up, into_u)
+    else:
+        same = (gate.bits, gate.group) == (up.bits, up.group)
+        h = np.empty_like(u)
+        into_h = bind(gate, order, arranged if same else gate.arrange(x), h)
 
-    into_h, into_u = bind(gate, order, arranged, h), bind(up, order, for_up, u)
+        def hidden(low: int, high: int) -> None:
+            into_h(low, high)
+            into_u(low, high)
 
-    def hidden(low: int, high: int) -> None:
-        into_h(low, high)
-        into_u(low, high)
-
-    _each_tile(starts, gate, hidden)
-    _swiglu(h, u)
+        _each_tile(starts, gate, hidden)
+        gate.add_bias(memory, experts, starts, h)
+    up.add_bias(memory, experts, starts, u)
+    if gate is not None and activation is None:
+        _swiglu(h, u)
+    else:
+        h = _float32(activate(mx.array(u), None if gate is None else mx.array(h), activation))
     inner = down.arrange(h)
     y = np.empty((order.shape[0], down.out_dims), np.float32)
     each = np.arange(order.shape[0], dtype=np.int64)
     _each_tile(starts, down, bind(down, each, inner, y))
+    down.add_bias(memory, experts, starts, y)
     return y
+
+
+def _floats(raw: np.ndarray, dtype: str) -> np.ndarray:
+    """Bytes of numbers of a dtype -> the numbers, float32."""
+    if dtype == "bfloat16":  # which numpy does not know
+        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return raw.view(dtype).astype(np.float32, copy=False)
 
 
 def _float32(x: mx.array) -> np.ndarray:
@@ -567,38 +598,56 @@ def _float32(x: mx.array) -> np.ndarray:
 
     Numpy, not MLX, converts and reshapes: each evaluation wakes MLX's thread, which costs more than a small product.
     """
-    if x.dtype == mx.bfloat16:  # which numpy does not know
+    if x.dtype == mx.bfloat16:
         if not memoryview(x).c_contiguous:  # type: ignore[arg-type]
             x = mx.contiguous(x)
-        wide = np.frombuffer(x, np.uint16).astype(np.uint32)  # type: ignore[call-overload]
-        return (wide << 16).view(np.float32).reshape(x.shape)
+        return _floats(np.frombuffer(x, np.uint8), "bfloat16").reshape(x.shape)  # type: ignore[call-overload]
     return np.ascontiguousarray(np.asarray(x), dtype=np.float32)
 
 
-def expert_rows(x: mx.array, slab: mx.array, slots: mx.array, layout: BlobLayout) -> mx.array:
+def expert_rows(
+    x: mx.array, slab: mx.array, slots: mx.array, layout: BlobLayout, activation: Activation = None
+) -> mx.array:
     """See :func:`mlx_flashmoe.kernels.expert_rows`; here a row's bits do not even depend on its run. Eager."""
     ids = np.asarray(slots)
     if not ids.size:
         return mx.zeros((0, layout.hidden_size))
-    return mx.array(_pairs(_float32(x), np.arange(ids.size), slab, ids, layout))
+    return mx.array(_pairs(_float32(x), np.arange(ids.size), slab, ids, layout, activation))
 
 
 def expert_ffn(
     x: mx.array, slab: mx.array, slots: mx.array, weights: mx.array, layout: BlobLayout
 ) -> mx.array:
     """See :func:`mlx_flashmoe.kernels.expert_ffn`. Eager."""
-    tokens, top_k = slots.shape
     mx.eval(x, slots, weights)  # at once: each evaluation costs
-    ids = np.asarray(slots).reshape(-1)
-    if not ids.size:
+    tokens = slots.shape[0]
+    if not slots.size:
         return mx.zeros((tokens, layout.hidden_size), dtype=x.dtype)
-    order = np.argsort(ids, kind="stable")
-    pairs = _pairs(_float32(x), order // top_k, slab, ids[order], layout)
-    position = np.empty_like(order)
-    position[order] = np.arange(order.size)
+    pairs, position = _of_tokens(x, slab, slots, layout)
     y = np.empty((tokens, layout.hidden_size), np.float32)
     _combiner()(pairs, position, _float32(weights), y)
     return mx.array(y).astype(x.dtype)
+
+
+def expert_outputs(
+    x: mx.array, slab: mx.array, slots: mx.array, layout: BlobLayout, activation: Activation = None
+) -> mx.array:
+    """See :func:`mlx_flashmoe.kernels.expert_outputs`. Eager."""
+    mx.eval(x, slots)
+    pairs, position = _of_tokens(x, slab, slots, layout, activation)
+    return mx.array(pairs[position].reshape(*slots.shape, layout.hidden_size)).astype(x.dtype)
+
+
+def _of_tokens(
+    x: mx.array, slab: mx.array, slots: mx.array, layout: BlobLayout, activation: Activation = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The experts of tokens: float32 [T * K, D] in order of their slots, and where token t's number k is in it."""
+    ids = np.asarray(slots).reshape(-1)
+    order = np.argsort(ids, kind="stable")
+    pairs = _pairs(_float32(x), order // slots.shape[-1], slab, ids[order], layout, activation)
+    position = np.empty_like(order)
+    position[order] = np.arange(order.size)
+    return pairs, position
 
 
 @lru_cache

@@ -32,6 +32,7 @@ SPAN = 1024  # floats: one chunk for each of 32 lanes
 PANEL = 16  # weight rows of a matrix instruction
 COLUMNS = 8  # and rows of x
 TYPES = {mx.float32: "float32", mx.bfloat16: "bfloat16", mx.float16: "float16"}
+MOST_ROWS = 16  # that expert_ffn is made for
 MOST_TILES = 65535  # CUDA's limit on a grid's second dimension
 
 
@@ -122,17 +123,23 @@ def row_kernel(
     return make(language, name, inputs, outputs, source, "\n".join(lines))
 
 
+def fuses(layout: BlobLayout) -> bool:
+    """Whether the kernels know such experts: SwiGLU, without linear biases."""
+    return layout.gate is not None and not layout.biased
+
+
 def supports(layout: BlobLayout) -> bool:
     """Unquantized matrices whose inputs are no multiple of 32 are left to the reference."""
-    return all(p.in_dims % CHUNK == 0 for p in layout.projections.values())
+    return fuses(layout) and all(p.in_dims % CHUNK == 0 for p in layout.projections.values())
 
 
 def supports_matrix(layout: BlobLayout, dtype: mx.Dtype) -> bool:
     """Whether expert_mma.h serves: 4 bits throughout, bfloat16 activations, gate and up in groups of one size."""
     return (
         dtype == mx.bfloat16
+        and fuses(layout)
         and all(p.bits == 4 for p in layout.projections.values())
-        and layout.gate.group_size == layout.up.group_size
+        and layout.projections["gate"].group_size == layout.up.group_size
     )
 
 
@@ -365,6 +372,27 @@ def expert_ffn(
         **launch,
     )
     return y
+
+
+def expert_outputs(
+    language: Language,
+    x: mx.array,
+    slab: mx.array,
+    slots: mx.array,
+    layout: BlobLayout,
+    formulation: str | None = None,
+    **launch: Any,
+) -> mx.array:
+    """See :func:`mlx_flashmoe.kernels.expert_outputs`: expert_ffn with one expert a row, a few rows at once."""
+    tokens, top_k = slots.shape
+    rows, chosen = mx.repeat(x, top_k, axis=0), slots.reshape(-1, 1)
+    ones = mx.ones(chosen.shape)
+    pairs = []
+    for start in range(0, tokens * top_k, MOST_ROWS):
+        some = slice(start, start + MOST_ROWS)
+        y = expert_ffn(language, rows[some], slab, chosen[some], ones[some], layout, formulation, **launch)
+        pairs.append(y)
+    return mx.concatenate(pairs).reshape(tokens, top_k, -1)
 
 
 def expert_rows(

@@ -4,7 +4,7 @@ import gc
 import signal
 import threading
 import time
-from itertools import product
+from itertools import cycle, pairwise, product
 
 import mlx.core as mx
 import numpy as np
@@ -12,9 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_flashmoe.kernels import on_cpu, reference
+from mlx_flashmoe import kernels
+from mlx_flashmoe.kernels import gpu, mlx_experts, on_cpu, reference
 from mlx_flashmoe.layout import BITS, GROUP_SIZES
-from mlx_flashmoe.selftest.expert_cases import TOLERANCE, Experts, layout_of
+from mlx_flashmoe.selftest.expert_cases import (
+    TOLERANCE,
+    Experts,
+    clamped_swiglu,
+    layout_of,
+    squared_relu,
+)
 from mlx_flashmoe.selftest.floats import error, from_bfloat16
 
 try:
@@ -22,6 +29,7 @@ try:
 except ImportError:
     cpu = None
 MODULES = [reference] if cpu is None else [reference, cpu]
+GENERAL = [*MODULES, mlx_experts]  # those that know every layout and activation
 needs_numba = pytest.mark.skipif(cpu is None, reason="numba is absent")
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -64,6 +72,150 @@ def test_every_format_against_float64(bits, group, dtype):
         y = module.expert_ffn(mx.array(x), slab_of(experts), mx.array(picked), mx.array(weights), layout)
         assert y.dtype == mx.float32 and y.shape == x.shape
         assert error(np.array(y), expected) < 5e-6, module.__name__
+
+
+# Experts of every kind that is not computed by a fused kernel, in every width.
+KINDS = [
+    (gated, bias, activation)
+    for gated, activation in ((True, None), (True, clamped_swiglu), (False, squared_relu))
+    for bias in (None, "own", "float32", "bfloat16")
+]
+GENERAL_CASES = [
+    (*kind, bits, group, dtype)
+    for (bits, group, dtype), kind in zip(2 * FORMATS, cycle(KINDS))
+    if bits == 16 or (group == 64 or bits == 3)
+] + [(*kind, 4, 64, "bfloat16") for kind in KINDS]
+
+
+@pytest.mark.parametrize("gated, bias, activation, bits, group, dtype", GENERAL_CASES)
+def test_every_kind_of_expert_against_float64(gated, bias, activation, bits, group, dtype):
+    """Each expert's outputs and rows of several lengths; a pair's output does not depend on the others."""
+    layout = layout_of(640, 384, bits, group, dtype, gated, dtype if bias == "own" else bias)
+    experts = Experts(layout, 6, seed=bits, activation=activation)
+    slab = slab_of(experts)
+    x, picked, _ = inputs(np.random.default_rng(1), 5, 640, 6, 3)
+    x[0] *= 4  # what is clamped
+    rows, slots = np.repeat(x[:4], (1, 9, 2, 5), axis=0), np.repeat([4, 0, 5, 0], (1, 9, 2, 5))
+    expected = experts.outputs(x.astype(np.float64), picked)
+    of_rows = experts.outputs(rows.astype(np.float64), slots[:, None])[:, 0]
+    for module in GENERAL:
+        y = module.expert_outputs(mx.array(x), slab, mx.array(picked), layout, activation)
+        assert y.dtype == mx.float32 and y.shape == (5, 3, 640)
+        assert error(np.array(y), expected) < 5e-6, module.__name__
+        for t in range(5):
+            one, few = slice(t, t + 1), picked[t : t + 1, [2, 0]]
+            alone = module.expert_outputs(mx.array(x[one]), slab, mx.array(few), layout, activation)
+            assert (bits_of(alone)[0] == bits_of(y)[t, [2, 0]]).all(), module.__name__
+        y = module.expert_rows(mx.array(rows), slab, mx.array(slots), layout, activation)
+        assert error(np.array(y), of_rows) < 5e-6, module.__name__
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+@pytest.mark.parametrize("gated, bias, activation", KINDS)
+def test_every_kind_of_expert_in_the_dtype_of_x(gated, bias, activation, kind):
+    layout = layout_of(256, 128, 4, 64, kind, gated, kind if bias == "own" else bias)
+    experts = Experts(layout, 4, activation=activation)
+    x, picked, _ = inputs(np.random.default_rng(2), 3, 256, 4, 2)
+    x = mx.array(x).astype(getattr(mx, kind))
+    expected = experts.outputs(np.array(x.astype(mx.float32)).astype(np.float64), picked)
+    for module in GENERAL:
+        # On a CPU, MLX's own products are summed in x's dtype.
+        allowed = TOLERANCE[kind] * (10 if module is mlx_experts else 1)
+        seen = []
+
+        def spy(*hidden, seen=seen):
+            seen.extend(hidden)
+            return activation(*hidden)
+
+        given = None if activation is None else spy
+        y = module.expert_outputs(x, slab_of(experts), mx.array(picked), layout, given)
+        assert y.dtype == x.dtype
+        assert error(np.array(y.astype(mx.float32)), expected) < allowed
+        y = module.expert_rows(x, slab_of(experts), mx.array(picked[:, 0]), layout, given)
+        assert y.dtype == (x.dtype if module is mlx_experts else mx.float32)
+        assert error(np.array(y.astype(mx.float32)), expected[:, 0]) < allowed
+        assert {(h.dtype, h.ndim, h.shape[1]) for h in seen} <= {(y.dtype, 2, 128)}
+
+
+def moved(experts, order):
+    """The slab with expert e in slot order[e]."""
+    blobs = np.empty_like(experts.blobs)
+    blobs[order] = experts.blobs
+    return mx.array(blobs.view(np.uint32))
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_bits_depend_neither_on_the_split_between_runs_nor_on_slots(data):
+    """What makes residency bit-identical, for every kind of expert and an inner dimension that is no power of two."""
+    gated, bias, activation = data.draw(st.sampled_from(KINDS))
+    quantized = data.draw(st.booleans())
+    inner = 192 if quantized else data.draw(st.integers(8, 70))
+    layout = layout_of(
+        128, inner, 4 if quantized else 16, 64, "float16", gated, "float16" if bias == "own" else bias
+    )
+    experts = Experts(layout, 5, activation=activation)
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    lengths = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=5))
+    ids = np.repeat(rng.permutation(5)[: len(lengths)], lengths)
+    x = rng.standard_normal((len(ids), 128)).astype(np.float32)
+    place = rng.permutation(5)
+    ends = np.cumsum(lengths)
+    cuts = [0, *(end for end in ends[:-1] if data.draw(st.booleans())), ends[-1]]
+    for module in GENERAL:
+        whole = module.expert_rows(mx.array(x), slab_of(experts), mx.array(ids), layout, activation)
+        slab, slots = moved(experts, place), place[ids]
+        parts = [
+            module.expert_rows(mx.array(x[a:b]), slab, mx.array(slots[a:b]), layout, activation)
+            for a, b in pairwise(cuts)
+        ]
+        assert (bits_of(mx.concatenate(parts)) == bits_of(whole)).all(), module.__name__
+        few = slice(0, 3)
+        outputs = [
+            module.expert_outputs(mx.array(x[few]), s, mx.array(i[few, None]), layout, activation)
+            for s, i in ((slab_of(experts), ids), (slab, slots))
+        ]
+        assert (bits_of(outputs[0]) == bits_of(outputs[1])).all(), module.__name__
+        if module is cpu:
+            assert (bits_of(outputs[0])[:, 0] == bits_of(whole)[few]).all()
+
+
+@pytest.mark.parametrize("module", GENERAL)
+def test_an_activation_is_needed_and_keeps_the_shape(module):
+    ungated, gated = layout_of(64, 64, 4, 64, gated=False), layout_of(64, 64, 4, 64)
+    x = mx.ones((1, 64))
+    for call, slots in ((module.expert_outputs, mx.array([[0]])), (module.expert_rows, mx.array([0]))):
+        with pytest.raises(ValueError, match="without a gate"):
+            call(x, slab_of(Experts(ungated, 1)), slots, ungated)
+        with pytest.raises(ValueError, match=r"makes \[1, 32\] of \[1, 64\]"):
+            call(x, slab_of(Experts(gated, 1)), slots, gated, lambda up, gate: (up * gate)[:, ::2])
+
+
+@pytest.mark.parametrize("tokens, top_k", [(1, 3), (2, 10), (16, 3)])
+def test_a_gpu_s_outputs_are_its_sums_over_one_expert(monkeypatch, tokens, top_k):
+    def few(language, x, slab, slots, weights, layout, formulation):
+        assert x.shape[0] <= 16 and slots.shape == (x.shape[0], 1) and formulation == "fma"
+        return reference.expert_ffn(x, slab, slots, weights, layout)
+
+    monkeypatch.setattr(gpu, "expert_ffn", few)
+    layout = layout_of(64, 96, 4, 32)
+    experts = Experts(layout, 10)
+    x, picked, _ = inputs(np.random.default_rng(8), tokens, 64, 10, top_k)
+    y = gpu.expert_outputs(None, mx.array(x), slab_of(experts), mx.array(picked), layout, "fma")
+    assert error(np.array(y), experts.outputs(x.astype(np.float64), picked)) < 5e-6
+
+
+def test_the_device_s_functions_take_every_kind_of_expert():
+    for gated, bias, activation in KINDS:
+        layout = layout_of(64, 64, 4, 64, "float32", gated, "float32" if bias else None)
+        experts = Experts(layout, 3, activation=activation)
+        x, picked, _ = inputs(np.random.default_rng(9), 2, 64, 3, 2)
+        expected = experts.outputs(x.astype(np.float64), picked)
+        slab, x = slab_of(experts), mx.array(x)
+        y = kernels.expert_outputs(x, slab, mx.array(picked), layout, activation)
+        assert error(np.array(y), expected) < 5e-6
+        y = kernels.expert_rows(x, slab, mx.array(picked[:, 0]), layout, activation)
+        assert error(np.array(y), expected[:, 0]) < 5e-6
 
 
 @pytest.mark.parametrize("kind", [mx.bfloat16, mx.float16, mx.float32])

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_flashmoe import convert, generate, load, user_cache
+from mlx_flashmoe import convert, generate, kernels, load, user_cache
 from mlx_flashmoe.errors import FlashMoEError
 from mlx_flashmoe.kernels import (
     add_norm,
@@ -31,7 +31,8 @@ from mlx_flashmoe.kernels import (
     tuning,
 )
 from mlx_flashmoe.kernels.random_slab import random_slab
-from mlx_flashmoe.selftest.expert_cases import layout_of
+from mlx_flashmoe.selftest.expert_cases import Experts, clamped_swiglu, layout_of, squared_relu
+from mlx_flashmoe.selftest.floats import error
 from mlx_flashmoe.selftest.workplace import Workplace, model_types
 
 MODEL = Path(__file__).parents[1] / "examples" / "small_moe" / "model"
@@ -271,8 +272,6 @@ def test_a_device_on_which_nothing_is_right_is_refused(monkeypatch: pytest.Monke
 
 
 def test_callers_without_a_model_are_served_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlx_flashmoe import kernels
-
     layout = layout_of(64, 96, 4, 32)
     slab, slots = random_slab(layout, 4), mx.array([[2, 0]], dtype=mx.int32)
     x, weights = mx.ones((1, 64)), mx.array([[0.25, 0.75]])
@@ -280,6 +279,53 @@ def test_callers_without_a_model_are_served_too(monkeypatch: pytest.MonkeyPatch)
     with pytest.warns(RuntimeWarning, match="the experts kernel is not used"):
         y = kernels.expert_ffn(x, slab, slots, weights, layout)
     assert mx.allclose(y, reference.expert_ffn(x, slab, slots, weights, layout), rtol=1e-4, atol=1e-5).item()
+
+
+@pytest.mark.parametrize("mode", ["auto", "custom"])
+@pytest.mark.parametrize(
+    "gated, bias, activation",
+    [(False, None, squared_relu), (True, "float32", None), (True, None, clamped_swiglu)],
+)
+def test_custom_kernels_are_not_asked_for_experts_that_they_do_not_know(
+    gated: bool, bias: str | None, activation: Any, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = layout_of(64, 96, 4, 32, "float32", gated, bias)
+    experts = Experts(layout, 4, activation=activation)
+    slab = mx.array(experts.blobs.view(np.uint32))
+    made = plant(monkeypatch, gives_zeros)
+    trust.use(mode)
+    if not gpu.fuses(layout):
+        choice = chosen.prepare(layout, mx.float32, 1, lambda count: pytest.fail("experts are read"))
+        assert choice is not None and (choice.ffn, choice.rows, choice.wrong) == (
+            chosen.MLX,
+            chosen.MLX,
+            "",
+        )
+        assert chosen.identity(layout, mx.float32, 1).startswith("mlx mlx ")
+    x = trust.normals((3, 64))[0]
+    picked = np.array([[1, 3], [0, 1], [2, 0]], np.int32)
+    expected = experts.outputs(np.array(x, np.float64), picked)
+    y = kernels.expert_outputs(x, slab, mx.array(picked), layout, activation)
+    assert error(np.array(y), expected) < 1e-5
+    y = kernels.expert_rows(x, slab, mx.array(picked[:, 0]), layout, activation)
+    assert error(np.array(y), expected[:, 0]) < 1e-5
+    assert not made
+
+
+def test_a_result_per_expert_comes_from_the_custom_kernels_if_they_are_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layout = layout_of(64, 96, 4, 32)
+    slab, slots = random_slab(layout, 4), mx.array([[2, 0]], dtype=mx.int32)
+    x = mx.ones((1, 64))
+    made = plant(monkeypatch, gives_zeros)
+    trust.use("custom")
+    assert not kernels.expert_outputs(x, slab, slots, layout).any().item()
+    assert len(made) == 2
+    trust.use("auto")
+    with pytest.warns(RuntimeWarning, match="the experts kernel is not used"):
+        y = kernels.expert_outputs(x, slab, slots, layout)
+    assert trust.judge([y], [reference.expert_outputs(x, slab, slots, layout)], 1e-5) == ""
 
 
 def test_a_check_leaves_sampling_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,13 @@ import numpy as np
 from mlx_flashmoe import kernels
 from mlx_flashmoe.kernels import gpu, mlx_experts, reference
 from mlx_flashmoe.layout import BlobLayout
-from mlx_flashmoe.selftest.expert_cases import TOLERANCE, Experts, layout_of
+from mlx_flashmoe.selftest.expert_cases import (
+    TOLERANCE,
+    Experts,
+    clamped_swiglu,
+    layout_of,
+    squared_relu,
+)
 from mlx_flashmoe.selftest.floats import DTYPES, SHORT, decode, encode, error, to_float64, to_mlx
 from mlx_flashmoe.selftest.trial import Skip, Trial, Wrong, compared
 from mlx_flashmoe.selftest.workplace import Workplace
@@ -32,13 +38,17 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class Format:
-    """A blob layout, the dtype of activations, and how many tokens and experts are tried."""
+    """A blob layout, the dtype of activations, and how many tokens and experts are tried.
+
+    ``activation``: between the products, for numpy's and MLX's arrays; None for SwiGLU.
+    """
 
     name: str
     layout: BlobLayout
     dtype: str
     tokens: int = 2
     top_k: int = 3
+    activation: Callable[..., Any] | None = None
 
 
 def _format(bits: int, group_size: int, scales: str, dtype: str) -> Format:
@@ -77,6 +87,33 @@ FORMATS = (
         "bfloat16",
     ),
 )
+# Experts of other libraries' models: two matrices, an activation of their own, linear biases.
+KINDS = (
+    FORMATS[0],
+    Format(
+        "two matrices",
+        layout_of(HIDDEN, INTERMEDIATE, 4, 64, gated=False),
+        "bfloat16",
+        activation=squared_relu,
+    ),
+    Format(
+        "clamped SwiGLU and biases",
+        layout_of(HIDDEN, INTERMEDIATE, 4, 32, bias="bfloat16"),
+        "bfloat16",
+        activation=clamped_swiglu,
+    ),
+    Format(
+        "float32 biases",
+        layout_of(HIDDEN, INTERMEDIATE, 8, 64, "float32", bias="float32"),
+        "float32",
+    ),
+    Format(
+        "two unquantized matrices and biases",
+        layout_of(HIDDEN, INTERMEDIATE, 16, 0, "float16", gated=False, bias="float16"),
+        "float16",
+        activation=squared_relu,
+    ),
+)
 LARGE = Format("an expert of 7 MB", layout_of(4096, 1024, 4, 64), "bfloat16", tokens=1, top_k=10)
 
 
@@ -91,6 +128,7 @@ def expert_checks(place: Workplace) -> Iterator[Trial]:
                 yield Trial(f"{formulation}: {form.name}", partial(_check, module, form, formulation))
     module = reference if module is None else mlx_experts
     yield Trial("MLX's operations", partial(_operations, module, FORMATS))
+    yield Trial("every kind of expert", partial(_kinds, KINDS))
     yield Trial("products of dense weights", _dense_products)
 
 
@@ -142,6 +180,17 @@ def _operations(module: ModuleType, forms: tuple[Format, ...]) -> str:
     return f"{len(forms)} formats"
 
 
+def _kinds(forms: tuple[Format, ...]) -> str:
+    """Checks a result per expert, and rows, of every kind of expert, as the current device computes them."""
+    parts: dict[str, Callable[[], float]] = {}
+    for form in forms:
+        parts[f"outputs of {form.name}"] = partial(outputs_error, kernels.expert_outputs, form)
+        given = {} if form.activation is None else {"activation": form.activation}
+        parts[f"rows of {form.name}"] = partial(rows_error, kernels.expert_rows, form, **given)
+    compared(parts, {name: TOLERANCE[f.dtype] for f in forms for name in parts if name.endswith(f.name)})
+    return f"{len(forms)} kinds"
+
+
 def ffn_error(function: Callable[..., mx.array], form: Format, **options: Any) -> float:
     """The error of expert_ffn.
 
@@ -163,6 +212,28 @@ def ffn_error(function: Callable[..., mx.array], form: Format, **options: Any) -
     return error(to_float64(y), experts.ffn(decode(x), which, weights))
 
 
+def outputs_error(function: Callable[..., mx.array], form: Format) -> float:
+    """The error of expert_outputs.
+
+    Raises:
+        Wrong: the same call, or a token by itself, gives other bits.
+    """
+    rng = np.random.default_rng(0)
+    experts = Experts(form.layout, 3, activation=form.activation)
+    x = encode(rng.standard_normal((form.tokens, form.layout.hidden_size)), form.dtype)
+    which = rng.integers(0, 3, (form.tokens, form.top_k))
+    slab, slots = _slab(experts), mx.array(which.astype(np.int32))
+
+    def call(tokens: slice = slice(None)) -> mx.array:
+        return function(to_mlx(x)[tokens], slab, slots[tokens], form.layout, form.activation)
+
+    y = call()
+    _same_bits(y, call)
+    last = slice(-1, None)
+    _same_bits(y[last], partial(call, last), 1)
+    return error(to_float64(y), experts.outputs(decode(x), which))
+
+
 def rows_error(function: Callable[..., mx.array], form: Format, **options: Any) -> float:
     """The error of expert_rows on runs of several lengths.
 
@@ -170,7 +241,7 @@ def rows_error(function: Callable[..., mx.array], form: Format, **options: Any) 
         Wrong: the same call, or a run by itself, gives other bits.
     """
     rng = np.random.default_rng(1)
-    experts = Experts(form.layout, 3)
+    experts = Experts(form.layout, 3, activation=form.activation)
     which = np.repeat(ORDER, RUNS)
     x = encode(rng.standard_normal((len(which), form.layout.hidden_size)), form.dtype)
     slab, slots = _slab(experts), mx.array(which.astype(np.int32))
