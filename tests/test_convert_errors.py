@@ -17,6 +17,7 @@ from checkpoints import Array, Spec, quantized, save_safetensors, write_checkpoi
 from mlx_flashmoe.convert import convert
 from mlx_flashmoe.errors import ConversionError, FlashMoEError, FormatError, SourceError
 from mlx_flashmoe.layout import Manifest
+from mlx_flashmoe.models import ARCHITECTURES
 
 INDEX = "model.safetensors.index.json"
 FIRST = "model-00001-of-00003.safetensors"
@@ -71,7 +72,7 @@ BAD_SOURCES: list[tuple[Callable[[Path], Any], str]] = [
     (lambda s: (s / "config.json").write_text("[1]"), r"config\.json: not a JSON object"),
     (
         top_config(model_type="llama"),
-        "model_type 'llama' is not supported; supported: qwen3_5_moe, qwen3_5_moe_text, qwen3_moe, qwen3_next",
+        f"model_type 'llama' is not supported; supported: {', '.join(sorted(ARCHITECTURES))}$",
     ),
     (top_config(model_type=None), "model_type None is not supported"),
     (top_config(model_type=["x"] * 9000), r"model_type \[.{,80}\] is not supported"),
