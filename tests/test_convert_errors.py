@@ -129,6 +129,22 @@ BAD_SOURCES: list[tuple[Callable[[Path], Any], str]] = [
     ),
     (top_config(quantization_config={"quant_method": "fp8"}), r"FP8 in blocks of None"),
     (
+        top_config(
+            quantization_config={
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
+                "config_groups": {
+                    "group_0": {"weights": {"type": "int", "num_bits": 4, "strategy": "group"}}
+                },
+            }
+        ),
+        r"compressed-tensors of format 'pack-quantized' .*\('int', 4, 'group'\); float-quantized",
+    ),
+    (
+        top_config(quantization_config={"quant_method": "compressed-tensors"}),
+        r"compressed-tensors of format None",
+    ),
+    (
         top_config(quantization={"mode": "mxfp4", "bits": 4, "group_size": 32}),
         "mode 'mxfp4' is not supported",
     ),
