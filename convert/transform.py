@@ -44,10 +44,13 @@ def one_plus(weight: Tensor) -> Bytes:
 
 
 def convert(matrix: Matrix, quantization: Quantization, device: mx.Device) -> tuple[Bytes, ...]:
-    """The parts of a matrix that does not stay as published: quantized anew, or bfloat16 from FP8."""
+    """The parts of a matrix that does not stay as published: quantized anew, bfloat16 from FP8, or float32."""
     with _gpu if device.type == mx.DeviceType.gpu else contextlib.nullcontext():
         if not quantization.quantized:
-            parts = [_fp8_values(matrix, device).astype(mx.bfloat16, stream=device)]
+            if matrix.fp8:
+                parts = [_fp8_values(matrix, device).astype(mx.bfloat16, stream=device)]
+            else:
+                parts = [_affine_values(matrix, device, mx.float32)]
         else:
             parts = quantize(matrix, quantization, device)
         mx.eval(parts)
@@ -56,18 +59,24 @@ def convert(matrix: Matrix, quantization: Quantization, device: mx.Device) -> tu
 
 def quantize(matrix: Matrix, quantization: Quantization, device: mx.Device) -> list[mx.array]:
     """Weight, scales and biases, lazily; from a matrix's values if it was quantized, or FP8, before."""
-    q = matrix.quantization
     if matrix.fp8:
         values = _fp8_values(matrix, device)
-    elif matrix.scales is not None and matrix.biases is not None:
-        weight, scales, biases = _array(matrix.weight), _array(matrix.scales), _array(matrix.biases)
-        values = mx.dequantize(weight, scales, biases, q.group_size, q.bits, stream=device)
+    elif matrix.quantization.quantized:
+        values = _affine_values(matrix, device, _TYPES[matrix.dtype][1])
     else:
         values = _array(matrix.weight)
     weight, scales, biases = mx.quantize(values, quantization.group_size, quantization.bits, stream=device)
     # From float32 values of FP8 come float32 scales; what is kept has the type that other checkpoints' have.
     dtype = _TYPES[matrix.dtype][1]
     return [weight, scales.astype(dtype, stream=device), biases.astype(dtype, stream=device)]
+
+
+def _affine_values(matrix: Matrix, device: mx.Device, dtype: mx.Dtype) -> mx.array:
+    """The values of a matrix in MLX's affine quantization, computed in ``dtype``."""
+    assert matrix.scales is not None and matrix.biases is not None
+    q = matrix.quantization
+    scales, biases = (_array(t).astype(dtype, stream=device) for t in (matrix.scales, matrix.biases))
+    return mx.dequantize(_array(matrix.weight), scales, biases, q.group_size, q.bits, stream=device)
 
 
 def _fp8_values(matrix: Matrix, device: mx.Device) -> mx.array:
