@@ -81,6 +81,7 @@ def test_unquantized(tmp_path: Path, shape: str, layout: str) -> None:
         ("Qwen3-MoE", 4, 64),
         ("Qwen3-MoE, tied, bias, YaRN", 8, 32),
         ("GLM-4.5", 4, 64),
+        ("MiniMax-M2", 4, 64),
     ],
 )
 def test_quantized(tmp_path: Path, shape: str, bits: int, group: int) -> None:
@@ -97,7 +98,7 @@ def test_quantized(tmp_path: Path, shape: str, bits: int, group: int) -> None:
     assert greedy(model, prompt) == theirs[0, 20:].tolist()
 
 
-@pytest.mark.parametrize("shape", ["base", "Qwen3-Next", "Qwen3-MoE", "GLM-4.5"])
+@pytest.mark.parametrize("shape", ["base", "Qwen3-Next", "Qwen3-MoE", "GLM-4.5", "MiniMax-M2"])
 def test_released_in_bfloat16(tmp_path: Path, shape: str) -> None:
     """bfloat16 weights are those of the reference exactly; (1 + weight) norms lose nothing."""
     original = random_model(shape).to(torch.bfloat16)
@@ -117,6 +118,7 @@ def test_released_in_bfloat16(tmp_path: Path, shape: str) -> None:
         "base",
         "Qwen3-MoE, many heads, weights as they are",
         "GLM-4.5, groups, two shared experts, three layers without experts, tied",
+        "MiniMax-M2",
     ],
 )
 def test_fewer_active_experts(tmp_path: Path, shape: str) -> None:
