@@ -13,14 +13,15 @@ The first two are Hugging Face's: there, the RMS norms of some architectures hol
 [C, 1, K]. In the third, 1 is added already and a convolution is [C, K, 1].
 
 A matrix of the first two may be in FP8: weight float8 (e4m3), and one scale for each block of 128 x 128, named
-``weight_scale_inv`` (``gate_up_proj_scale_inv`` … where experts are fused): value = weight * scale.
+``weight_scale_inv`` (``gate_up_proj_scale_inv`` … where experts are fused), or, by compressed-tensors, one for each
+row, named ``weight_scale`` [out, 1]: value = weight * scale.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from reprlib import repr as short
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ from mlx_flashmoe.external.library import LIBRARIES, find
 from mlx_flashmoe.layout import GROUP_SIZES, PROJECTIONS, UNQUANTIZED, Quantization
 from mlx_flashmoe.models.decoder import CausalLM
 from mlx_flashmoe.models.norm import RMSNorm
+from mlx_flashmoe.models.router import Gate
 
 FLOATS = ("BF16", "F16", "F32")
 SOURCE_BITS = (2, 3, 4, 5, 6, 8)  # MLX's affine formats; 5 bits can be read, but not kept
@@ -43,9 +45,9 @@ FP8, FP8_BLOCK = "F8_E4M3", 128
 MANY_MISSING = 10_000  # a config.json may promise millions: no need to name them all
 NONE = Quantization(UNQUANTIZED, 0)
 
-# linear: quantized as asked; router: at 8 bits; norm: 1 is to be added, in float32; conv: to be [C, K, 1];
-# plain: as published.
-Kind = Literal["linear", "router", "norm", "conv", "plain"]
+# linear: quantized as asked; router: at 8 bits; gate: never, in float32 if it is published quantized; norm: 1 is to be
+# added, in float32; conv: to be [C, K, 1]; plain: as published.
+Kind = Literal["linear", "router", "gate", "norm", "conv", "plain"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,8 @@ class Matrix:
     """A matrix [out, in] (or a stack of them, [E, out, in]) as published: plain, affine quantized, or FP8.
 
     Attributes:
-        skipped: of an FP8 matrix, rows of its first block of 128 that are not part of it.
+        fp8_scale: of an FP8 matrix, one for each block of ``block`` rows and columns.
+        skipped: of an FP8 matrix, rows of its first block that are not part of it.
         bias: [out], added to its product; only of experts.
     """
 
@@ -61,7 +64,8 @@ class Matrix:
     scales: Tensor | None = None
     biases: Tensor | None = None
     quantization: Quantization = NONE
-    scale_inv: Tensor | None = None
+    fp8_scale: Tensor | None = None
+    block: tuple[int, int] = (FP8_BLOCK, FP8_BLOCK)
     skipped: int = 0
     bias: Tensor | None = None
 
@@ -71,7 +75,7 @@ class Matrix:
             "weight": self.weight,
             "scales": self.scales,
             "biases": self.biases,
-            "scale_inv": self.scale_inv,
+            "fp8_scale": self.fp8_scale,
             "bias": self.bias,
         }
         return {k: t for k, t in named.items() if t is not None}
@@ -83,7 +87,7 @@ class Matrix:
 
     @property
     def fp8(self) -> bool:
-        return self.scale_inv is not None
+        return self.fp8_scale is not None
 
     @property
     def dtype(self) -> str:
@@ -103,16 +107,16 @@ class Matrix:
             weight=cut(self.weight),
             scales=optional(self.scales),
             biases=optional(self.biases),
-            scale_inv=optional(self.scale_inv),
+            fp8_scale=optional(self.fp8_scale),
             bias=optional(self.bias),
         )
 
     def rows(self, start: int, stop: int) -> Matrix:
-        if self.scale_inv is None:
+        if self.fp8_scale is None:
             return self._each(lambda t: t.rows(start, stop))
-        first, last = self.skipped + start, self.skipped + stop
-        blocks = self.scale_inv.rows(first // FP8_BLOCK, -(-last // FP8_BLOCK))
-        return Matrix(self.weight.rows(start, stop), scale_inv=blocks, skipped=first % FP8_BLOCK)
+        first, last, rows = self.skipped + start, self.skipped + stop, self.block[0]
+        blocks = self.fp8_scale.rows(first // rows, -(-last // rows))
+        return replace(self, weight=self.weight.rows(start, stop), fp8_scale=blocks, skipped=first % rows)
 
     def at(self, index: int) -> Matrix:
         return self._each(lambda t: t.at(index))
@@ -221,6 +225,8 @@ def _module(model: CausalLM, name: str, shape: tuple[int, ...], module: nn.Modul
     path, _, part = name.rpartition(".")
     if part == "weight" and isinstance(module, (nn.Linear, nn.Embedding)):
         return DenseModule(path, shape, "router" if path.rpartition(".")[2] in model.routers else "linear")
+    if part == "weight" and isinstance(module, Gate):
+        return DenseModule(path, shape, "gate")
     if part == "weight" and isinstance(module, nn.Conv1d):
         return DenseModule(path, shape, "conv")
     if part == "weight" and isinstance(module, RMSNorm) and model.norms_less_one:
@@ -228,14 +234,21 @@ def _module(model: CausalLM, name: str, shape: tuple[int, ...], module: nn.Modul
     return DenseModule(name, shape, "plain")
 
 
-def canonical(name: str, renamed: dict[str, str]) -> str:
-    """A published name as the model has it, without what wraps the language model: ``model.…`` in every layout."""
+def canonical(name: str, renamed: dict[str, str], needed: set[str] | None = None) -> str:
+    """A published name as the model has it, without what wraps the language model: ``model.…`` in every layout.
+
+    Args:
+        needed: gets the parts of it that were renamed.
+    """
     for wrapped in ("model.language_model.", "language_model.model."):
         if name.startswith(wrapped):
             name = "model." + name[len(wrapped) :]
     name = name.removeprefix("language_model.")
     for published, ours in renamed.items():
-        name = name.replace(published, ours)
+        if published in name:
+            name = name.replace(published, ours)
+            if needed is not None:
+                needed.add(published)
     return name
 
 
@@ -282,27 +295,37 @@ def _bind_external(checkpoint: Checkpoint, where: str) -> Bound:
 
 @dataclass(frozen=True)
 class _Declared:
-    """What config.json's ``quantization`` says: a default, and exceptions by module path (ours)."""
+    """What config.json's ``quantization`` says.
+
+    Attributes:
+        default: of MLX's affine quantization.
+        exceptions: from it, by module path (ours).
+        fp8_by_row: matrices in FP8 have a scale for each row; else for each block.
+    """
 
     where: str
-    default: Quantization | None
-    exceptions: dict[str, Quantization | None]
+    default: Quantization | None = None
+    exceptions: dict[str, Quantization | None] = field(default_factory=dict)
+    fp8_by_row: bool = False
 
     @classmethod
     def read(cls, config: dict[str, Any], where: str, renamed: dict[str, str]) -> _Declared:
         key = "quantization" if config.get("quantization") else "quantization_config"
         data = config.get(key)
         if not data:
-            return cls(where, None, {})
+            return cls(where)
         if not isinstance(data, dict):
             raise SourceError(f"{where}: {key} is not an object")
-        if data.get("quant_method") == "fp8" and data.get("fmt", "e4m3") == "e4m3":
+        if data.get("quant_method") == "fp8" and data.get("fmt", "e4m3") in ("e4m3", "float8_e4m3fn"):
             if data.get("weight_block_size") != [FP8_BLOCK, FP8_BLOCK]:
                 raise SourceError(
                     f"{where}: {key}: FP8 in blocks of {short(data.get('weight_block_size'))}; "
                     f"blocks of [{FP8_BLOCK}, {FP8_BLOCK}] are read"
                 )
-            return cls(where, None, {})
+            return cls(where)
+        if data.get("quant_method") == "compressed-tensors":
+            cls._check_compressed(data, f"{where}: {key}")
+            return cls(where, fp8_by_row=True)
         if "quant_method" in data:
             raise SourceError(
                 f"{where}: {key} is {short(data['quant_method'])}; only unquantized checkpoints, FP8 (e4m3) and MLX "
@@ -315,6 +338,21 @@ class _Declared:
             if isinstance(value, (dict, bool))
         }
         return cls(where, default, exceptions)
+
+    @staticmethod
+    def _check_compressed(data: dict[str, Any], where: str) -> None:
+        """Raises SourceError unless what compressed-tensors says is FP8 with a scale for each row."""
+        groups = data.get("config_groups")
+        groups = list(groups.values()) if isinstance(groups, dict) else []
+        for group in groups or [None]:
+            weights = group.get("weights") if isinstance(group, dict) else None
+            found = {} if not isinstance(weights, dict) else weights
+            kind = tuple(found.get(name) for name in ("type", "num_bits", "strategy"))
+            if data.get("format") != "float-quantized" or kind != ("float", 8, "channel"):
+                raise SourceError(
+                    f"{where}: compressed-tensors of format {short(data.get('format'))} with weights of type, bits "
+                    f"and strategy {short(kind)}; float-quantized ('float', 8, 'channel') is read"
+                )
 
     @staticmethod
     def _one(value: Any, default: Quantization | None, where: str) -> Quantization | None:
@@ -348,11 +386,11 @@ class _Binder:
         self.config = checkpoint.folder / "config.json"
         self.folder = checkpoint.folder
         self.tensors: dict[str, Tensor] = {}
-        self.renamed: dict[str, str] = {}  # those that this checkpoint needs
+        renamed: set[str] = set()
         left_out: Counter[str] = Counter()
         self.root = "model."
         for published, tensor in checkpoint.tensors.items():
-            name = canonical(published, architecture.renamed)
+            name = canonical(published, architecture.renamed, renamed)
             unused = next((p for p in architecture.unused if name.startswith(p)), None)
             if unused is not None:
                 last = unused.split(".")[-2]
@@ -365,9 +403,10 @@ class _Binder:
                 raise SourceError(f"{tensor} and {self.tensors[name]} are the same tensor of the model")
             else:
                 self.tensors[name] = tensor
-                self.renamed |= {p: ours for p, ours in architecture.renamed.items() if p in published}
                 if name.startswith("model.layers."):
                     self.root = published[: published.index("layers.")]
+        # Of all names that published ones may have, those that this checkpoint's have.
+        self.renamed = {p: ours for p, ours in architecture.renamed.items() if p in renamed}
         self.left_out = dict(left_out)
         self.stacked = any(".switch_mlp." in name for name in self.tensors)
         self.fused = any(name.endswith(".experts.gate_up_proj") for name in self.tensors)
@@ -437,12 +476,14 @@ class _Binder:
             plain = self.take(name, shape)
             return None if plain is None else Matrix(plain)
         self.take(name, shape, (FP8,))
-        blocks = (*shape[:-2], *(-(-n // FP8_BLOCK) for n in shape[-2:]))
-        scales = self.take(f"{name}_scale_inv", blocks)
-        return None if scales is None else Matrix(weight, scale_inv=scales)
+        by_row = self.declared.fp8_by_row
+        block = (1, shape[-1]) if by_row else (FP8_BLOCK, FP8_BLOCK)
+        blocks = (*shape[:-2], *(-(-n // size) for n, size in zip(shape[-2:], block)))
+        scales = self.take(f"{name}_scale" if by_row else f"{name}_scale_inv", blocks)
+        return None if scales is None else Matrix(weight, fp8_scale=scales, block=block)
 
     def dense(self, module: DenseModule) -> Dense | None:
-        if module.kind in ("linear", "router"):
+        if module.kind in ("linear", "router", "gate"):
             name = f"{module.path}.weight"
             matrix = self.matrix(module.path, module.shape)
         else:

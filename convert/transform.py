@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_flashmoe.convert.binding import FP8_BLOCK, Matrix
+from mlx_flashmoe.convert.binding import Matrix
 from mlx_flashmoe.convert.safetensors import Tensor
 from mlx_flashmoe.errors import SourceError
 from mlx_flashmoe.layout import Quantization
@@ -44,10 +44,13 @@ def one_plus(weight: Tensor) -> Bytes:
 
 
 def convert(matrix: Matrix, quantization: Quantization, device: mx.Device) -> tuple[Bytes, ...]:
-    """The parts of a matrix that does not stay as published: quantized anew, or bfloat16 from FP8."""
+    """The parts of a matrix that does not stay as published: quantized anew, bfloat16 from FP8, or float32."""
     with _gpu if device.type == mx.DeviceType.gpu else contextlib.nullcontext():
         if not quantization.quantized:
-            parts = [_fp8_values(matrix, device).astype(mx.bfloat16, stream=device)]
+            if matrix.fp8:
+                parts = [_fp8_values(matrix, device).astype(mx.bfloat16, stream=device)]
+            else:
+                parts = [_affine_values(matrix, device, mx.float32)]
         else:
             parts = quantize(matrix, quantization, device)
         mx.eval(parts)
@@ -57,12 +60,10 @@ def convert(matrix: Matrix, quantization: Quantization, device: mx.Device) -> tu
 
 def quantize(matrix: Matrix, quantization: Quantization, device: mx.Device) -> list[mx.array]:
     """Weight, scales and biases, lazily; from a matrix's values if it was quantized, or FP8, before."""
-    q = matrix.quantization
     if matrix.fp8:
         values = _fp8_values(matrix, device)
-    elif matrix.scales is not None and matrix.biases is not None:
-        weight, scales, biases = _array(matrix.weight), _array(matrix.scales), _array(matrix.biases)
-        values = mx.dequantize(weight, scales, biases, q.group_size, q.bits, stream=device)
+    elif matrix.quantization.quantized:
+        values = _affine_values(matrix, device, _TYPES[matrix.dtype][1])
     else:
         values = _array(matrix.weight)
     weight, scales, biases = mx.quantize(values, quantization.group_size, quantization.bits, stream=device)
@@ -71,13 +72,21 @@ def quantize(matrix: Matrix, quantization: Quantization, device: mx.Device) -> l
     return [weight, scales.astype(dtype, stream=device), biases.astype(dtype, stream=device)]
 
 
+def _affine_values(matrix: Matrix, device: mx.Device, dtype: mx.Dtype) -> mx.array:
+    """The values of a matrix in MLX's affine quantization, computed in ``dtype``."""
+    assert matrix.scales is not None and matrix.biases is not None
+    q = matrix.quantization
+    scales, biases = (_array(t).astype(dtype, stream=device) for t in (matrix.scales, matrix.biases))
+    return mx.dequantize(_array(matrix.weight), scales, biases, q.group_size, q.bits, stream=device)
+
+
 def _fp8_values(matrix: Matrix, device: mx.Device) -> mx.array:
     """weight * scale of its block, in float32: exact where scales are bfloat16, as they are published.
 
     Raises:
         SourceError: some of it is not a number.
     """
-    assert matrix.scale_inv is not None
+    assert matrix.fp8_scale is not None
     rows, columns = matrix.weight.shape
     weight = matrix.weight.read()
     if (weight & 0x7F == FP8_NAN).any():
@@ -86,10 +95,11 @@ def _fp8_values(matrix: Matrix, device: mx.Device) -> mx.array:
         )
     with mx.stream(device):
         codes = mx.array(weight.reshape(rows, columns))
-        scales = _array(matrix.scale_inv).astype(mx.float32)
+        scales = _array(matrix.fp8_scale).astype(mx.float32)
         # A block's scale for each of its rows, then for each of its columns; the last block may be narrower.
-        scales = mx.repeat(scales, FP8_BLOCK, axis=0)[matrix.skipped : matrix.skipped + rows]
-        return mx.from_fp8(codes, mx.float32) * mx.repeat(scales, FP8_BLOCK, axis=1)[:, :columns]
+        high, wide = matrix.block
+        scales = mx.repeat(scales, high, axis=0)[matrix.skipped : matrix.skipped + rows]
+        return mx.from_fp8(codes, mx.float32) * mx.repeat(scales, wide, axis=1)[:, :columns]
 
 
 def _array(tensor: Tensor) -> mx.array:

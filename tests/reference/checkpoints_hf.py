@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,10 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    MiniMaxM2Config,
+    MiniMaxM2ForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen3_5MoeForCausalLM,
@@ -25,6 +29,7 @@ from transformers import (
 )
 
 from mlx_flashmoe.layout import PROJECTIONS, Manifest
+from mlx_flashmoe.models import architecture
 
 ROPE = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [4, 2, 2]}
 COMMON: dict[str, Any] = dict(
@@ -56,33 +61,82 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
 class Family:
     """An architecture in transformers, a small shape of it, and the layouts it comes in.
 
-    Layouts: "fused" and "released", as Qwen publishes it (experts stacked, or one tensor an expert); "per expert",
-    as transformers writes it.
+    Layouts: "wrapped" and "released", as it is published (experts stacked and names wrapped, or one tensor an expert);
+    "per expert", as transformers writes it; "fused", as transformers holds it.
+
+    Attributes:
+        named: settings that transformers writes, and what config.json calls them.
+        released: settings in a release's config.json that transformers does not write.
+        left_out: a tensor of a release that text generation does not use.
     """
 
     config: type[PreTrainedConfig]
     model: type[PreTrainedModel]
     base: dict[str, Any]
     layouts: tuple[str, ...]
+    named: dict[str, str] = field(default_factory=dict)
+    released: dict[str, Any] = field(default_factory=dict)
+    left_out: str | None = None
 
 
 QWEN3_5 = Family(
     Qwen3_5MoeTextConfig,
     Qwen3_5MoeForCausalLM,
     {**COMMON, **DELTA_NET, "rope_parameters": ROPE},
-    ("fused", "per expert"),
+    ("wrapped", "per expert"),
 )
 QWEN3_NEXT = Family(
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
     {**COMMON, **DELTA_NET, "rope_parameters": {**PLAIN_ROPE, "partial_rotary_factor": 0.25}},
     ("released", "per expert"),
+    named={"num_local_experts": "num_experts"},
+    left_out="mtp.fc.weight",
 )
 QWEN3_MOE = Family(
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     {**COMMON, "norm_topk_prob": True, "rope_parameters": PLAIN_ROPE},
     ("released", "per expert"),
+    named={"num_local_experts": "num_experts"},
+)
+GLM4_MOE = Family(
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    {
+        **{name: value for name, value in COMMON.items() if name != "num_experts"},
+        "n_routed_experts": 16,
+        "intermediate_size": 192,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "routed_scaling_factor": 2.5,
+        "rope_parameters": {**PLAIN_ROPE, "partial_rotary_factor": 0.5},
+    },
+    ("released", "per expert", "fused"),
+    left_out="model.layers.4.eh_proj.weight",
+)
+MINIMAX_M2 = Family(
+    MiniMaxM2Config,
+    MiniMaxM2ForCausalLM,
+    {
+        **{
+            name: value
+            for name, value in COMMON.items()
+            if name not in ("num_experts", "moe_intermediate_size")
+        },
+        "num_local_experts": 16,
+        "intermediate_size": 64,
+        "rope_parameters": {**PLAIN_ROPE, "partial_rotary_factor": 0.5},
+    },
+    ("released", "per expert", "fused"),
+    released={
+        "scoring_func": "sigmoid",
+        "use_routing_bias": True,
+        "use_qk_norm": True,
+        "qk_norm_type": "per_layer",
+        "shared_intermediate_size": 0,
+        "num_mtp_modules": 3,
+    },
 )
 
 # Heads, groups, layer patterns, expert counts, tied embeddings: what differs from the family's base.
@@ -168,6 +222,55 @@ SHAPES: dict[str, tuple[Family, dict[str, Any]]] = {
         QWEN3_MOE,
         dict(tie_word_embeddings=True, attention_bias=True, rope_parameters=YARN),
     ),
+    "GLM-4.5": (GLM4_MOE, {}),
+    "GLM-4.5-Air, no norms in attention, no bias, scores as they are": (
+        GLM4_MOE,
+        dict(use_qk_norm=False, attention_bias=False, norm_topk_prob=False, routed_scaling_factor=1.0),
+    ),
+    "GLM-4.5, groups, two shared experts, three layers without experts, tied": (
+        GLM4_MOE,
+        dict(
+            n_routed_experts=24,
+            n_group=4,
+            topk_group=2,
+            n_shared_experts=2,
+            first_k_dense_replace=3,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "GLM-4.5, experts in every layer, one group of many, YaRN, heads that share": (
+        GLM4_MOE,
+        dict(
+            first_k_dense_replace=0,
+            n_group=8,
+            topk_group=3,
+            num_attention_heads=6,
+            head_dim=32,
+            rope_parameters={**YARN, "partial_rotary_factor": 0.5},
+        ),
+    ),
+    "MiniMax-M2": (MINIMAX_M2, {}),
+    "MiniMax-M2, tied, one expert, whole heads rotated": (
+        MINIMAX_M2,
+        dict(
+            tie_word_embeddings=True,
+            num_experts_per_tok=1,
+            num_attention_heads=6,
+            num_key_value_heads=1,
+            head_dim=32,
+            rope_parameters=PLAIN_ROPE,
+        ),
+    ),
+    "MiniMax-M2, many experts, YaRN, no multiples of 128": (
+        MINIMAX_M2,
+        dict(
+            hidden_size=192,
+            intermediate_size=96,
+            num_local_experts=40,
+            num_experts_per_tok=8,
+            rope_parameters={**YARN, "partial_rotary_factor": 0.25},
+        ),
+    ),
 }
 
 
@@ -183,6 +286,9 @@ def random_model(shape: str, seed: int = 0) -> PreTrainedModel:
                 p.normal_(0, 0.08)
             elif "norm" in name or "dt_bias" in name or name.endswith(".bias"):
                 p.add_(torch.randn_like(p) * 0.1)
+        for name, p in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                p.normal_(0, 0.1)  # about as far as scores are apart
     return model
 
 
@@ -190,6 +296,12 @@ def save(model: PreTrainedModel, folder: Path, layout: str, dtype: torch.dtype =
     """Writes ``model`` as a checkpoint in a layout of its family."""
     folder.mkdir(parents=True)
     if layout == "fused":
+        state = model.to(dtype).state_dict()
+        if model.config.tie_word_embeddings:
+            del state["lm_head.weight"]
+        save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
+        model.config.save_pretrained(folder)
+    elif layout == "wrapped":
         config = {"model_type": "qwen3_5_moe", "text_config": model.config.to_dict()}
         config["tie_word_embeddings"] = model.config.tie_word_embeddings
         config["text_config"]["dtype"] = str(dtype).removeprefix("torch.")
@@ -207,10 +319,11 @@ def save(model: PreTrainedModel, folder: Path, layout: str, dtype: torch.dtype =
         model.to(dtype).save_pretrained(folder, max_shard_size="2MB")
         if layout == "released":
             (folder / "config.json").write_text(json.dumps(released_config(model)))
-            if isinstance(model, Qwen3NextForCausalLM):
-                save_file({"mtp.fc.weight": torch.zeros(4, 4)}, folder / "mtp.safetensors")
+            left_out = family_of(model).left_out
+            if left_out is not None:
+                save_file({left_out: torch.zeros(4, 4)}, folder / "left_out.safetensors")
                 index = json.loads((folder / "model.safetensors.index.json").read_text())
-                index["weight_map"]["mtp.fc.weight"] = "mtp.safetensors"
+                index["weight_map"][left_out] = "left_out.safetensors"
                 (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     words = {f"w{i}": i for i in range(model.config.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
@@ -219,17 +332,24 @@ def save(model: PreTrainedModel, folder: Path, layout: str, dtype: torch.dtype =
     return folder
 
 
+def family_of(model: PreTrainedModel) -> Family:
+    return next(family for family, _ in SHAPES.values() if family.model is type(model))
+
+
 def released_config(model: PreTrainedModel) -> dict[str, Any]:
-    """config.json as Qwen publishes it: names that transformers has changed since."""
-    config = model.config.to_dict()
+    """config.json as it is published: names that transformers has changed since."""
+    config = {**model.config.to_dict(), **family_of(model).released}
     rope = config.pop("rope_parameters")
     config["rope_theta"] = rope.pop("rope_theta")
     if "partial_rotary_factor" in rope:
         config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     config["rope_scaling"] = rope if rope["rope_type"] == "yarn" else None
     config["torch_dtype"] = config.pop("dtype")
-    config["num_experts"] = model.config.num_experts
-    config.pop("num_local_experts", None)
+    for theirs, published in family_of(model).named.items():
+        if theirs in config:
+            config[published] = config.pop(theirs)
+    if isinstance(model, MiniMaxM2ForCausalLM):
+        config["rotary_dim"] = int(config.pop("partial_rotary_factor", 1) * config["head_dim"])
     if config.pop("layer_types", None):
         config["full_attention_interval"] = 4
     return config
@@ -254,7 +374,9 @@ def dequantized_state(folder: Path) -> dict[str, torch.Tensor]:
             w = mx.dequantize(w, raw[f"{path}.scales"], raw[f"{path}.biases"], q.group_size, q.bits)
         if name.endswith("conv1d.weight"):
             w = w.moveaxis(1, 2)
-        zero_centred = manifest.model_type != "qwen3_moe" and "linear_attn" not in name
+        if manifest.model_type == "minimax_m2":
+            name = name.replace(".gate.e_score", ".e_score")
+        zero_centred = architecture(manifest.model_type).Model.norms_less_one and "linear_attn" not in name
         if name.endswith("norm.weight") and zero_centred:
             w = w.astype(mx.float32) - 1
         state[name] = to_torch(w)
