@@ -140,6 +140,8 @@ LIBRARIES = {
 
 def find(config: dict[str, Any]) -> Library | None:
     """The installed library that knows the architecture of a config.json; None if none does."""
+    if not isinstance(config.get("model_type"), str):
+        return None
     for library in LIBRARIES.values():
         if library.installed and library.knows(config) is not None:
             return library
