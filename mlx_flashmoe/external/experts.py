@@ -61,7 +61,7 @@ def find(model: nn.Module) -> list[ExpertModule]:
         if any(path.startswith(f"{outer.path}.") for outer in found):
             continue
         matrices = {name: child for name, child in module.children().items() if _is_stack(child)}
-        if matrices:
+        if len(matrices) > 1:  # a stack alone is a projection in groups: every token uses all of it
             found.append(_described(path, module, matrices))
     return found
 

@@ -1,0 +1,368 @@
+"""Small random models of the libraries' architectures, made, quantized and saved by the libraries themselves.
+
+The tables say which architectures run. docs/models.md is made of them (``python tests/reference/library_models.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_flashmoe.external import library as libraries
+
+VOCABULARY = 96
+UNSET = object()  # a name of COMMON that a model's settings must not have
+TOKENS = np.random.default_rng(1).integers(1, 90, (2, 12))
+
+
+# Settings by the names that most architectures have; a library leaves out those that its own has not.
+COMMON: dict[str, Any] = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=64,
+    intermediate_size=64,
+    moe_intermediate_size=32,
+    expert_ffn_hidden_size=32,
+    shared_expert_intermediate_size=32,
+    moe_shared_expert_intermediate_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    num_experts=6,
+    num_local_experts=6,
+    n_routed_experts=6,
+    moe_num_experts=6,
+    num_experts_per_tok=2,
+    num_experts_per_token=2,
+    moe_topk=2,
+    moe_top_k=2,
+    moe_k=2,
+    n_shared_experts=1,
+    num_shared_experts=1,
+    num_shared_expert=1,
+    first_k_dense_replace=1,
+    moe_layer_freq=1,
+    n_group=1,
+    topk_group=1,
+    norm_topk_prob=True,
+    routed_scaling_factor=1.5,
+    scoring_func="sigmoid",
+    topk_method="noaux_tc",
+    q_lora_rank=32,
+    kv_lora_rank=32,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=16,
+    v_head_dim=16,
+    rms_norm_eps=1e-5,
+    layer_norm_epsilon=1e-5,
+    layernorm_epsilon=1e-5,
+    norm_eps=1e-5,
+    rope_theta=10000.0,
+    rope_scaling=None,
+    partial_rotary_factor=0.5,
+    sliding_window=8,
+    max_position_embeddings=512,
+    attention_bias=False,
+    mlp_bias=False,
+    use_bias=False,
+    use_qkv_bias=False,
+    use_qk_norm=True,
+    tie_word_embeddings=False,
+)
+LATENT: dict[str, Any] = dict(num_key_value_heads=4)  # multi-head latent attention has as many as queries
+INDEXER: dict[str, Any] = dict(index_head_dim=16, index_n_heads=4, index_topk=4)  # fewer than the prompt's tokens
+GRANITE: dict[str, Any] = dict(
+    logits_scaling=1.0, attention_multiplier=0.25, embedding_multiplier=2.0, residual_multiplier=0.5
+)
+MAMBA: dict[str, Any] = dict(
+    mamba_n_heads=4,
+    mamba_d_head=16,
+    mamba_d_state=16,
+    mamba_d_conv=4,
+    mamba_n_groups=1,
+    mamba_proj_bias=False,
+    mamba_conv_bias=True,
+    mamba_expand=2,
+)
+YARN: dict[str, Any] = dict(type="yarn", factor=4.0, mscale_all_dim=1.0, original_max_position_embeddings=128)
+ROPE: dict[str, Any] = dict(rope_theta=10000.0, rope_type="default")
+LONGCAT: dict[str, Any] = dict(
+    attention_method="MLA",
+    zero_expert_type="identity",
+    zero_expert_num=2,
+    num_layers=2,
+    num_hidden_layers=2,
+    ffn_hidden_size=64,
+    mla_scale_q_lora=True,
+    mla_scale_kv_lora=True,
+)
+WINDOWS = ["full_attention", "sliding_attention", "sliding_attention"]
+KDA: dict[str, Any] = dict(num_heads=4, head_dim=16, short_conv_kernel_size=4)
+
+MLX_LM: dict[str, dict[str, Any]] = {
+    "Klear": dict(mlp_only_layers=[0], decoder_sparse_step=1, num_key_value_heads=4),
+    "afmoe": dict(layer_types=WINDOWS, num_dense_layers=1),
+    "bailing_hybrid": dict(layer_group_size=2, group_norm_size=1, **LATENT),
+    "bailing_moe": dict(moe_router_enable_expert_bias=True, score_function="sigmoid", topk_group=1),
+    "bailing_moe_linear": dict(layer_group_size=2, group_norm_size=1, topk_group=1),
+    "bailing_moe_v3": dict(layer_group_size=2, **LATENT),
+    "deepseek": dict(),
+    "deepseek_v2": dict(topk_method="group_limited_greedy", n_group=2, rope_scaling=YARN, **LATENT),
+    "deepseek_v3": dict(n_group=2, **LATENT),
+    "deepseek_v32": dict(**INDEXER, **LATENT),
+    "deepseek_v41": dict(
+        num_hidden_layers=4,
+        head_dim=32,
+        o_groups=2,
+        o_lora_rank=16,
+        compress_ratios=[0, 4, 4, 0],
+        kv_source_layer_ids=[0, 1, 2, 3],
+        index_source_layer_ids=[1, 1, 2, 2],
+        index_n_heads=2,
+        index_head_dim=16,
+        index_topk=4,
+        scoring_func="sqrtsoftplus",
+    ),
+    "dots1": dict(),
+    "ernie4_5_moe": dict(),
+    "exaone_moe": dict(layer_types=WINDOWS, is_moe_layer=[False, True, True]),
+    "gemma4": dict(
+        layer_types=WINDOWS,
+        num_kv_shared_layers=0,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=VOCABULARY,
+        global_head_dim=32,
+        enable_moe_block=True,
+        top_k_experts=2,
+    ),
+    "glm4_moe": dict(),
+    "glm4_moe_lite": dict(**LATENT),
+    "glm_moe_dsa": dict(rope_parameters=dict(rope_theta=10000.0), **INDEXER, **LATENT),
+    "gpt_oss": dict(layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    "granitemoe": dict(**GRANITE),
+    "granitemoehybrid": dict(
+        layer_types=["mamba", "attention", "mamba"], shared_intermediate_size=32, **GRANITE, **MAMBA
+    ),
+    "hunyuan": dict(num_hidden_layers=4, use_mixed_mlp_moe=True, use_cla=True, cla_share_factor=2,
+        rope_scaling=dict(alpha=1000.0, factor=1.0, type="dynamic")),
+    "jamba": dict(
+        attn_layer_offset=1, attn_layer_period=2, expert_layer_offset=1, expert_layer_period=2, **MAMBA
+    ),
+    "kimi_k25": dict(**LATENT),
+    "kimi_k3": dict(
+        linear_attn_config=dict(
+            kda_layers=[1, 3], full_attn_layers=[2], gate_lower_bound=-5.0, use_full_rank_gate=True, **KDA
+        ),
+        routed_expert_hidden_size=32,
+        latent_moe_use_norm=True,
+        num_expert_group=1,
+        mla_use_output_gate=True,
+        attn_res_block_size=2,
+        activation_situ_beta=2.0,
+        activation_situ_linear_beta=3.0,
+        num_key_value_heads=4,
+    ),
+    "kimi_linear": dict(
+        linear_attn_config=dict(kda_layers=[1, 3], **KDA), model_max_length=512, num_expert_group=1, **LATENT
+    ),
+    "kimi_vl": dict(**LATENT),
+    "laguna": dict(layer_types=WINDOWS, mlp_layer_types=["dense", "sparse", "sparse"]),
+    "lfm2_moe": dict(
+        layer_types=["conv", "full_attention", "conv"],
+        conv_bias=False,
+        conv_L_cache=3,
+        use_expert_bias=True,
+        num_dense_layers=1,
+    ),
+    "llama4": dict(
+        attention_chunk_size=8, interleave_moe_layer_step=2, num_hidden_layers=4, intermediate_size_mlp=64, num_experts_per_tok=1
+    ),
+    "longcat_flash": dict(**LONGCAT),
+    "longcat_flash_ngram": dict(ngram_vocab_size_ratio=3, **LONGCAT),
+    "mellum": dict(layer_types=WINDOWS, rope_parameters={kind: ROPE for kind in set(WINDOWS)}),
+    "mimo_v2_flash": dict(
+        hybrid_layer_pattern=[0, 1, 0],
+        moe_layer_freq=[0, 1, 1],
+        add_swa_attention_sink_bias=True,
+        add_full_attention_sink_bias=False,
+        sliding_window_size=8,
+        swa_rope_theta=10000.0,
+        swa_num_attention_heads=4,
+        swa_num_key_value_heads=2,
+        swa_head_dim=16,
+        swa_v_head_dim=16,
+    ),
+    "minimax": dict(shared_intermediate_size=32, rotary_dim=8),
+    "minimax_m3_vl": dict(
+        intermediate_size=32,
+        dense_intermediate_size=64,
+        shared_intermediate_size=32,
+        moe_layer_freq=[0, 1, 1],
+        sparse_attention_config=dict(
+            sparse_num_index_heads=2,
+            sparse_index_dim=16,
+            sparse_block_size=4,
+            sparse_topk_blocks=2,
+            sparse_local_block=1,
+            sparse_attention_freq=[0, 1, 1],
+        ),
+    ),
+    "mistral4": dict(rope_parameters=dict(llama_4_scaling_beta=0.1, original_max_position_embeddings=8, **ROPE), **LATENT),
+    "mixtral": dict(),
+    "muse_spark": dict(
+        post_norm_eps=1e-5,
+        rope_parameters=ROPE,
+        layer_rope_theta=[10000.0, 0.0, 10000.0],
+        layer_types=WINDOWS,
+        final_logit_softcapping=30.0,
+        output_multiplier=0.5,
+        moe_hidden_size=32,
+        num_shared_experts=0,
+    ),
+    "nemotron_h": dict(
+        num_hidden_layers=4,
+        hybrid_override_pattern=["M", "E", "*", "E"],
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        mamba_proj_bias=False,
+        ssm_state_size=16,
+        conv_kernel=4,
+        n_groups=2,
+        use_conv_bias=True,
+        moe_shared_expert_intermediate_size=32,
+    ),
+    "olmoe": dict(),
+    "phimoe": dict(),
+    "phixtral": dict(num_vocab=VOCABULARY, model_dim=64, num_heads=4, num_layers=2, rotary_dim=8),
+    "qwen2_moe": dict(),
+    "qwen3_vl_moe": dict(decoder_sparse_step=1, mlp_only_layers=[]),
+    "solar_open": dict(),
+    "step3p5": dict(
+        num_attention_groups=2,
+        share_expert_dim=32,
+        layer_types=WINDOWS,
+        moe_layers_enum="1,2",
+        swiglu_limits=[0, 0, 7.0],
+        swiglu_limits_shared=[0, 0, 16.0],
+        attention_other_setting=dict(num_attention_heads=4, num_attention_groups=2),
+    ),
+}
+NESTED: set[str] = set()
+TABLES: dict[str, dict[str, dict[str, Any]]] = {"mlx-lm": MLX_LM}
+
+
+def config(name: str, model_type: str) -> dict[str, Any]:
+    """The config.json of a row."""
+    own = TABLES[name][model_type]
+    text = {k: v for k, v in {**COMMON, **own}.items() if v is not UNSET}
+    return {**text, "text_config": {"model_type": model_type, **text}, "model_type": model_type}
+
+
+def make(name: str, config: dict[str, Any], folder: Path, bits: int | None, group: int = 32) -> Path:
+    """Writes a checkpoint of a library's whole model, as the library's own convert command would.
+
+    Args:
+        bits: of affine quantization; None for unquantized.
+    """
+    mx.random.seed(0)
+    model = whole(name, config)
+    model.update(tree_unflatten([(path, _random(a)) for path, a in tree_flatten(model.parameters())]))
+    config = json.loads(json.dumps(config))
+    with contextlib.redirect_stdout(io.StringIO()):  # they print
+        _save(name, model, config, folder, bits, group)
+    return folder
+
+
+def _random(array: mx.array) -> mx.array:
+    """The library's own first value, with something in the place of zeros and ones."""
+    if not mx.issubdtype(array.dtype, mx.floating):
+        return array
+    plain = array.ndim < 2 or mx.all(array == array.reshape(-1)[0]).item()
+    return (array + 0.05 * mx.random.normal(array.shape)).astype(array.dtype) if plain else array
+
+
+def whole(name: str, config: dict[str, Any]) -> nn.Module:
+    """A library's model of a config.json, with all parts that it has."""
+    if name == "mlx-lm":
+        return libraries.LIBRARIES[name].build(config)[0]
+    from mlx_vlm.utils import get_model_and_args, update_module_configs
+
+    config = json.loads(json.dumps(config))
+    module, _ = get_model_and_args(config)
+    for part in ("text", "vision", "audio"):
+        config.setdefault(f"{part}_config", {})
+    settings = module.ModelConfig.from_dict(config)
+    parts = ["text", "vision", "perceiver", "projector", "audio"]
+    model: nn.Module = module.Model(update_module_configs(settings, module, config, parts))
+    return model
+
+
+def _save(
+    name: str, model: nn.Module, config: dict[str, Any], folder: Path, bits: int | None, group: int
+) -> None:
+    if name == "mlx-lm":
+        from mlx_lm.utils import quantize_model, save_config, save_model
+
+        if bits is not None:
+            model, config = quantize_model(model, config, group, bits)
+        save_model(folder, model)
+    else:
+        from mlx_vlm.quant_utils import quantize_model
+        from mlx_vlm.utils import save_config, save_weights, skip_multimodal_module
+
+        own = getattr(model, "quant_predicate", None)
+
+        def predicate(path: str, module: nn.Module) -> Any:
+            return not skip_multimodal_module(path) and (own is None or own(path, module))
+
+        if bits is not None:
+            model, config = quantize_model(model, config, group, bits, quant_predicate=predicate)
+        save_weights(folder, model)
+    save_config(config, folder / "config.json")
+
+
+def resident(name: str, folder: Path) -> nn.Module:
+    """A checkpoint's whole model, as the library loads it: everything in memory."""
+    module = importlib.import_module(f"{name.replace('-', '_')}.utils")
+    loaded = module.load_model(folder)
+    return loaded[0] if isinstance(loaded, tuple) else loaded
+
+
+def logits(model: nn.Module, tokens: np.ndarray, cache: list[Any] | None = None) -> np.ndarray:
+    """[B, T] -> [B, T, V] in float32."""
+    output = model(mx.array(tokens), **_no_images(model), cache=cache)
+    return np.asarray(getattr(output, "logits", output).astype(mx.float32))
+
+
+def _no_images(model: nn.Module) -> dict[str, None]:
+    """mlx-vlm's models do not all give their argument for images a default."""
+    return {"pixel_values": None} if "pixel_values" in inspect.signature(model.__call__).parameters else {}
+
+
+def in_pieces(call: Callable[[np.ndarray, Any], np.ndarray], tokens: np.ndarray, cache: Any) -> np.ndarray:
+    """Logits of a prompt in two chunks, then token by token."""
+    cuts = [0, 5, 8, *range(9, tokens.shape[1] + 1)]
+    return np.concatenate([call(tokens[:, a:b], cache) for a, b in zip(cuts, cuts[1:])], 1)
+
+
+def their_caches(name: str, model: nn.Module) -> list[Any]:
+    """Empty caches, as the library's own generate makes them."""
+    if name == "mlx-lm":
+        from mlx_lm.models.cache import make_prompt_cache
+    else:
+        from mlx_vlm.models.cache import make_prompt_cache
+
+        model = model.language_model
+    made: list[Any] = make_prompt_cache(model)
+    return made
