@@ -135,17 +135,14 @@ LIBRARIES = {
     "mlx-lm": Library("mlx-lm", _lm_build, _lm_read, _lm_knows),
     "mlx-vlm": Library("mlx-vlm", _vlm_build, _vlm_read, _vlm_knows),
 }
-"""In the order in which they are asked for an architecture."""
+"""In the order in which they are asked for an architecture, and tried with a checkpoint of it."""
 
 
-def find(config: dict[str, Any]) -> Library | None:
-    """The installed library that knows the architecture of a config.json; None if none does."""
+def find(config: dict[str, Any]) -> list[Library]:
+    """The installed libraries that know the architecture of a config.json, in the order in which they are tried."""
     if not isinstance(config.get("model_type"), str):
-        return None
-    for library in LIBRARIES.values():
-        if library.installed and library.knows(config) is not None:
-            return library
-    return None
+        return []
+    return [one for one in LIBRARIES.values() if one.installed and one.knows(config) is not None]
 
 
 def named(name: str) -> Library:

@@ -22,7 +22,6 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_flashmoe.external import library as libraries
 
 VOCABULARY = 96
-UNSET = object()  # a name of COMMON that a model's settings must not have
 TOKENS = np.random.default_rng(1).integers(1, 90, (2, 12))
 
 
@@ -258,15 +257,147 @@ MLX_LM: dict[str, dict[str, Any]] = {
         attention_other_setting=dict(num_attention_heads=4, num_attention_groups=2),
     ),
 }
-NESTED: set[str] = set()
-TABLES: dict[str, dict[str, dict[str, Any]]] = {"mlx-lm": MLX_LM}
+
+# A vision tower that is never run: as small as it can be.
+VISION: dict[str, Any] = dict(
+    depth=1,
+    num_hidden_layers=1,
+    vt_num_hidden_layers=1,
+    layers=1,
+    n_layers=1,
+    hidden_size=32,
+    embed_dim=32,
+    width=32,
+    vt_hidden_size=32,
+    mm_hidden_size=32,
+    qkv_hidden_size=32,
+    text_hidden_size=64,
+    intermediate_size=32,
+    vt_intermediate_size=32,
+    out_hidden_size=64,
+    projection_dim=64,
+    projection_intermediate_size=32,
+    num_heads=2,
+    heads=2,
+    vt_num_attention_heads=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=16,
+    global_head_dim=16,
+    patch_size=4,
+    spatial_patch_size=4,
+    image_size=8,
+    num_position_embeddings=4,
+    position_embedding_size=8,
+    init_pos_emb_height=2,
+    init_pos_emb_width=2,
+    num_patches=4,
+    window_size=4,
+    fullatt_block_indexes=[0],
+    vocab_size=8,
+    mlp_ratio=1.0,
+    merge_kernel_size=[2, 2],
+)
+MROPE: dict[str, Any] = dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 1, 1])
+DELTA_NET: dict[str, Any] = dict(
+    linear_num_value_heads=4,
+    linear_num_key_heads=2,
+    linear_key_head_dim=16,
+    linear_value_head_dim=16,
+    linear_conv_kernel_dim=4,
+)
+DELTA_LAYERS = ["linear_attention", "full_attention", "linear_attention"]
+
+# Those that mlx-lm has too are asked of mlx-vlm: its checkpoints name their tensors in another way.
+MLX_VLM: dict[str, dict[str, Any]] = {
+    **{
+        kind: MLX_LM[kind]
+        for kind in (
+            "afmoe bailing_moe bailing_moe_linear deepseek deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v41 dots1 "
+            "ernie4_5_moe exaone_moe gemma4 glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss granitemoe granitemoehybrid "
+            "hunyuan jamba kimi_k25 kimi_k3 kimi_linear kimi_vl laguna lfm2_moe llama4 longcat_flash "
+            "longcat_flash_ngram mellum mimo_v2_flash minimax minimax_m3_vl mistral4 mixtral muse_spark nemotron_h "
+            "olmoe phimoe phixtral qwen2_moe qwen3_vl_moe solar_open step3p5"
+        ).split()
+    },
+    "cohere2_moe": dict(layer_types=WINDOWS),
+    "deepseek_v4": dict(
+        num_hidden_layers=4,
+        num_key_value_heads=1,
+        head_dim=32,
+        compress_ratios=[0, 4, 8, 4],
+        num_hash_layers=1,
+        o_groups=2,
+        o_lora_rank=16,
+        index_n_heads=4,
+        index_head_dim=16,
+        index_topk=2,
+        scoring_func="sqrtsoftplus",
+        vision_n_layers=0,
+    ),
+    "deepseek_vl_v2": dict(),
+    "ernie4_5_moe_vl": dict(moe_layer_start_index=1, moe_layer_end_index=2, mrope_section=[3, 3, 2]),
+    "flint": dict(layer_types=WINDOWS, rope_parameters={kind: ROPE for kind in set(WINDOWS)}),
+    "gemma4_text": MLX_LM["gemma4"],
+    "glm4v_moe": dict(rope_parameters=dict(partial_rotary_factor=0.5, **MROPE)),
+    "glm5_next": dict(
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        mlp_layer_types=["dense", "sparse", "sparse"],
+        linear_attn_config=KDA,
+        linear_head_dim=16,
+        linear_num_heads=4,
+        index_kpool=2,
+        qk_head_dim=16,
+        qk_rope_head_dim=0,
+        **INDEXER,
+        **LATENT,
+    ),
+    "hy_v4": dict(indexer_types=["full", "full", "shared"], **INDEXER, **LATENT),
+    "inkling": dict(),
+    "klear": MLX_LM["Klear"],
+    "kolibri1": dict(layer_types=WINDOWS),
+    "llada2_moe": dict(),
+    "longcat_flash_sparse": LONGCAT,
+    "mimo_v2": dict(),
+    "minimax_m3": MLX_LM["minimax_m3_vl"],
+    "mistral3": dict(rope_parameters=MLX_LM["mistral4"]["rope_parameters"], layer_types=["full_attention"] * 3, **LATENT),
+    "mistral_large3": dict(**LATENT),
+    "moondream3": dict(),
+    "qwen3_5_moe": dict(layer_types=DELTA_LAYERS, full_attention_interval=2, rope_parameters=MROPE, **DELTA_NET),
+    "qwen3_moe": dict(decoder_sparse_step=1, mlp_only_layers=[]),
+    "qwen3_next": dict(decoder_sparse_step=1, mlp_only_layers=[], full_attention_interval=2, **DELTA_NET),
+    "qwen3_omni_moe": dict(),
+    "qwen4_exp": dict(
+        layer_types=DELTA_LAYERS,
+        full_attention_interval=2,
+        hc_lowrank=16,
+        ple_layer_ids=[0, 2],
+        ple_embed_dim=32,
+        heads_per_ngram=2,
+        ngram_vocab_size_base=64,
+        make_ngram_vocab_size_divisible_by=8,
+        split_ngram_parts=2,
+        indexer_n_heads=4,
+        indexer_head_dim=16,
+        indexer_budget=8,
+        indexer_compress_ratio=2,
+        rope_parameters=dict(partial_rotary_factor=0.5, **MROPE),
+        **DELTA_NET,
+    ),
+    "step3p7": dict(),
+    "xing4_0": dict(**LATENT),
+    "youtu_vl": dict(**LATENT),
+    "zaya1_vl": dict(),
+}
+
+TABLES = {"mlx-lm": MLX_LM, "mlx-vlm": MLX_VLM}
 
 
 def config(name: str, model_type: str) -> dict[str, Any]:
-    """The config.json of a row."""
-    own = TABLES[name][model_type]
-    text = {k: v for k, v in {**COMMON, **own}.items() if v is not UNSET}
-    return {**text, "text_config": {"model_type": model_type, **text}, "model_type": model_type}
+    """The config.json of a row: the settings stand where either kind of model looks for them."""
+    text = {**COMMON, **TABLES[name][model_type]}
+    whole = {**text, "text_config": {"model_type": model_type, **text}, "model_type": model_type}
+    return whole if name == "mlx-lm" else {**whole, "vision_config": {"model_type": model_type, **VISION}}
 
 
 def make(name: str, config: dict[str, Any], folder: Path, bits: int | None, group: int = 32) -> Path:
