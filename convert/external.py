@@ -194,8 +194,26 @@ class _Finder:
             )
         return arrays, Quantization(int(module.bits), int(module.group_size))
 
+    def all_ones(self, name: str, array: mx.array) -> None:
+        """Raises SourceError unless all values of an array are 1."""
+        tensor = self.tensor(name, array)
+        if not tensor.file.path.is_file():
+            raise SourceError(
+                f"{self.checkpoint.folder}: the values of {name} have to be known before the conversion begins: "
+                "download the checkpoint and give its folder as --hf-path"
+            )
+        dtype = next((d for d, known in DTYPES.items() if known == tensor.dtype), None)
+        values = None if dtype is None else mx.array(tensor.read()).view(dtype)
+        if values is None or not mx.all(values == 1).item():
+            raise SourceError(
+                f"{tensor}: factors of experts other than 1 are not supported; convert a checkpoint that is "
+                "quantized in MLX's affine mode, or not quantized"
+            )
+
     def experts(self, layer: int, experts: ExpertModule) -> Experts:
         """A layer's experts; those of a fused gate and up are cut."""
+        for name in experts.factors:
+            self.all_ones(f"{experts.path}.{name}", experts.module[name])
         parts: dict[str, dict[str, Callable[[int], Tensor]]] = {}
         quantization: dict[str, Quantization] = {}
         for child, role in experts.matrices.items():

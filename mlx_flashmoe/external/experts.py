@@ -1,7 +1,8 @@
 """Modules that hold all experts of a layer, found in a library's tree by their parts and by their results.
 
-``SwitchGLU`` and ``SwitchMLP`` have many relatives. A module counts as one of them if it has their matrices and no
-other parameters, and if it computes on random weights what ``formula`` says. Its name does not matter.
+``SwitchGLU`` and ``SwitchMLP`` have many relatives. A module counts as one of them if it has their matrices, and if it
+computes on random weights what ``formula`` says. Its name does not matter. It may also have factors, one number for
+each expert, if it computes the same as without them where all are 1: where a checkpoint has no use for them, they are.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class ExpertModule:
         path: of the module in the tree.
         matrices: child's name -> the projection it is: "gate", "up", "down", or "gate_up" (gate's rows first).
         activation: None for SwiGLU; else (up, gate) -> h, or (h) -> h where there is no gate.
+        factors: names of parameters [E] that have to be 1.
         hidden_size, intermediate_size, count: D, I and E.
     """
 
@@ -41,6 +43,7 @@ class ExpertModule:
     module: nn.Module
     matrices: dict[str, str]
     activation: Activation | None
+    factors: list[str]
     hidden_size: int
     intermediate_size: int
     count: int
@@ -84,22 +87,23 @@ def _described(path: str, module: nn.Module, matrices: dict[str, nn.Module]) -> 
             f"{what}: its experts have the matrices {', '.join(sorted(matrices))}; experts of "
             f"{', '.join(GATED)} or of {', '.join(FUSED)} or of {', '.join(PLAIN)} can be streamed"
         )
-    own = [n for n, _ in tree_flatten(module.parameters()) if n.partition(".")[0] not in matrices]
-    if own:
-        raise FormatError(f"{what}: its experts have parameters that cannot be streamed: {', '.join(own)}")
     activation = getattr(module, "activation", None)
     if not callable(activation):
         raise FormatError(f"{what}: its experts have no activation of their own, and cannot be streamed")
     up = matrices[next(name for name, role in roles.items() if role in ("up", "gate_up"))]
-    rows = up.output_dims
+    rows, count = up.output_dims, up.num_experts
+    own = {n: a for n, a in tree_flatten(module.parameters()) if n.partition(".")[0] not in matrices}
+    if any(array.shape != (count,) for array in own.values()):
+        raise FormatError(f"{what}: its experts have parameters that cannot be streamed: {', '.join(own)}")
     described = ExpertModule(
         path,
         module,
         roles,
         activation,
+        list(own),
         hidden_size=up.input_dims,
         intermediate_size=rows // 2 if roles == FUSED else rows,
-        count=up.num_experts,
+        count=count,
     )
     _check(what, described)
     swiglu = described.gated and _is_swiglu(activation)
@@ -130,6 +134,8 @@ def _check(what: str, experts: ExpertModule) -> None:
         bias = mx.array(rng.standard_normal((2, rows)).astype(np.float32)) if biased[name] else None
         weights[role] = weight, bias
         small[name] = _Stack(weight, bias)
+    for name in experts.factors:
+        small[name] = mx.ones(2)
     x = mx.array(rng.standard_normal((3, 1, hidden)).astype(np.float32))
     ids = mx.array([[[0, 1]], [[1, 0]], [[1, 1]]])
     try:

@@ -125,10 +125,12 @@ def _vlm_read(folder: Path) -> tuple[nn.Module, str]:
 
 
 def _language_model(model: nn.Module) -> tuple[nn.Module, str]:
-    inner = getattr(model, "language_model", None)
-    if not isinstance(inner, nn.Module):
-        raise FormatError(f"mlx-vlm's {type(model).__module__} has no language model that could be run alone")
-    return inner, "language_model."
+    """The part that makes text of tokens; in a model of several, the first part that has one."""
+    for at, part in (("", model), *((f"{name}.", child) for name, child in model.children().items())):
+        inner = getattr(part, "language_model", None)
+        if isinstance(inner, nn.Module):
+            return inner, f"{at}language_model."
+    raise FormatError(f"mlx-vlm's {type(model).__module__} has no language model that could be run alone")
 
 
 LIBRARIES = {

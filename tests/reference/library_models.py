@@ -298,7 +298,7 @@ VISION: dict[str, Any] = dict(
     mlp_ratio=1.0,
     merge_kernel_size=[2, 2],
 )
-MROPE: dict[str, Any] = dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 1, 1])
+MROPE: dict[str, Any] = dict(rope_type="default", type="default", rope_theta=10000.0, mrope_section=[2, 1, 1])
 DELTA_NET: dict[str, Any] = dict(
     linear_num_value_heads=4,
     linear_num_key_heads=2,
@@ -325,7 +325,7 @@ MLX_VLM: dict[str, dict[str, Any]] = {
         num_hidden_layers=4,
         num_key_value_heads=1,
         head_dim=32,
-        compress_ratios=[0, 4, 8, 4],
+        compress_ratios=[0, 4, 128, 4],
         num_hash_layers=1,
         o_groups=2,
         o_lora_rank=16,
@@ -335,7 +335,7 @@ MLX_VLM: dict[str, dict[str, Any]] = {
         scoring_func="sqrtsoftplus",
         vision_n_layers=0,
     ),
-    "deepseek_vl_v2": dict(),
+    "deepseek_vl_v2": dict(topk_method="greedy", scoring_func="softmax", projector_config=dict(input_dim=32, n_embed=64), **LATENT),
     "ernie4_5_moe_vl": dict(moe_layer_start_index=1, moe_layer_end_index=2, mrope_section=[3, 3, 2]),
     "flint": dict(layer_types=WINDOWS, rope_parameters={kind: ROPE for kind in set(WINDOWS)}),
     "gemma4_text": MLX_LM["gemma4"],
@@ -353,25 +353,42 @@ MLX_VLM: dict[str, dict[str, Any]] = {
         **LATENT,
     ),
     "hy_v4": dict(indexer_types=["full", "full", "shared"], **INDEXER, **LATENT),
-    "inkling": dict(),
+    "inkling": dict(
+        dense_mlp_idx=1,
+        dense_intermediate_size=64,
+        intermediate_size=32,
+        local_layer_ids=[0, 2],
+        swa_num_attention_heads=4,
+        swa_num_key_value_heads=2,
+        swa_head_dim=16,
+        sliding_window_size=8,
+        d_rel=4,
+        rel_extent=16,
+        n_shared_experts=2,
+    ),
     "klear": MLX_LM["Klear"],
     "kolibri1": dict(layer_types=WINDOWS),
     "llada2_moe": dict(),
     "longcat_flash_sparse": LONGCAT,
-    "mimo_v2": dict(),
+    "mimo_v2": MLX_LM["mimo_v2_flash"],
     "minimax_m3": MLX_LM["minimax_m3_vl"],
     "mistral3": dict(rope_parameters=MLX_LM["mistral4"]["rope_parameters"], layer_types=["full_attention"] * 3, **LATENT),
     "mistral_large3": dict(**LATENT),
-    "moondream3": dict(),
-    "qwen3_5_moe": dict(layer_types=DELTA_LAYERS, full_attention_interval=2, rope_parameters=MROPE, **DELTA_NET),
+    "moondream3": dict(moe_start_layer=1, rope_dim=8, num_key_value_heads=4),
+    "qwen3_5_moe": dict(
+        layer_types=DELTA_LAYERS,
+        full_attention_interval=2,
+        rope_parameters=dict(partial_rotary_factor=0.5, **MROPE),
+        **DELTA_NET,
+    ),
     "qwen3_moe": dict(decoder_sparse_step=1, mlp_only_layers=[]),
     "qwen3_next": dict(decoder_sparse_step=1, mlp_only_layers=[], full_attention_interval=2, **DELTA_NET),
-    "qwen3_omni_moe": dict(),
+    "qwen3_omni_moe": dict(decoder_sparse_step=1, mlp_only_layers=[], rope_scaling=MROPE),
     "qwen4_exp": dict(
         layer_types=DELTA_LAYERS,
         full_attention_interval=2,
         hc_lowrank=16,
-        ple_layer_ids=[0, 2],
+        ple_layer_ids=[1, 3],
         ple_embed_dim=32,
         heads_per_ngram=2,
         ngram_vocab_size_base=64,
@@ -381,23 +398,32 @@ MLX_VLM: dict[str, dict[str, Any]] = {
         indexer_head_dim=16,
         indexer_budget=8,
         indexer_compress_ratio=2,
+        eos_token_id=VOCABULARY - 1,
         rope_parameters=dict(partial_rotary_factor=0.5, **MROPE),
         **DELTA_NET,
     ),
-    "step3p7": dict(),
+    "step3p7": MLX_LM["step3p5"],
     "xing4_0": dict(**LATENT),
     "youtu_vl": dict(**LATENT),
-    "zaya1_vl": dict(),
+    "zaya1_vl": dict(moe_router_topk=2, ffn_hidden_size=64, zaya_mlp_expansion=16, tie_word_embeddings=True),
 }
 
+# Where the language model is of another type than the whole.
+TEXT_TYPES = {"kimi_k25": "deepseek_v3", "kimi_vl": "deepseek_v3", "kimi_k3": "kimi_linear"}
+VISION_TYPES = {"glm4v_moe": {"model_type": "glm4v_moe"}, "deepseek_vl_v2": {"model_type": "vision"}}
+ONES = ("gate_scale", "out_scale")  # factors of experts, for which only NVFP4 has a use
 TABLES = {"mlx-lm": MLX_LM, "mlx-vlm": MLX_VLM}
 
 
 def config(name: str, model_type: str) -> dict[str, Any]:
     """The config.json of a row: the settings stand where either kind of model looks for them."""
     text = {**COMMON, **TABLES[name][model_type]}
-    whole = {**text, "text_config": {"model_type": model_type, **text}, "model_type": model_type}
-    return whole if name == "mlx-lm" else {**whole, "vision_config": {"model_type": model_type, **VISION}}
+    inner = {"model_type": TEXT_TYPES.get(model_type, model_type), **text}
+    whole = {**text, "text_config": inner, "model_type": model_type}
+    if name == "mlx-lm":
+        return whole
+    towers = {"vision_config": {**VISION, **VISION_TYPES.get(model_type, {})}}
+    return {**whole, **towers}
 
 
 def make(name: str, config: dict[str, Any], folder: Path, bits: int | None, group: int = 32) -> Path:
@@ -408,16 +434,16 @@ def make(name: str, config: dict[str, Any], folder: Path, bits: int | None, grou
     """
     mx.random.seed(0)
     model = whole(name, config)
-    model.update(tree_unflatten([(path, _random(a)) for path, a in tree_flatten(model.parameters())]))
+    model.update(tree_unflatten([(path, _random(path, a)) for path, a in tree_flatten(model.parameters())]))
     config = json.loads(json.dumps(config))
     with contextlib.redirect_stdout(io.StringIO()):  # they print
         _save(name, model, config, folder, bits, group)
     return folder
 
 
-def _random(array: mx.array) -> mx.array:
+def _random(path: str, array: mx.array) -> mx.array:
     """The library's own first value, with something in the place of zeros and ones."""
-    if not mx.issubdtype(array.dtype, mx.floating):
+    if path.endswith(ONES) or not mx.issubdtype(array.dtype, mx.floating):
         return array
     plain = array.ndim < 2 or mx.all(array == array.reshape(-1)[0]).item()
     return (array + 0.05 * mx.random.normal(array.shape)).astype(array.dtype) if plain else array
@@ -487,13 +513,12 @@ def in_pieces(call: Callable[[np.ndarray, Any], np.ndarray], tokens: np.ndarray,
     return np.concatenate([call(tokens[:, a:b], cache) for a, b in zip(cuts, cuts[1:])], 1)
 
 
-def their_caches(name: str, model: nn.Module) -> list[Any]:
-    """Empty caches, as the library's own generate makes them."""
+def resident_in_pieces(name: str, model: nn.Module, tokens: np.ndarray) -> np.ndarray:
+    """As ``in_pieces``, the way that the library's own generate calls a model."""
     if name == "mlx-lm":
         from mlx_lm.models.cache import make_prompt_cache
     else:
         from mlx_vlm.models.cache import make_prompt_cache
 
-        model = model.language_model
-    made: list[Any] = make_prompt_cache(model)
-    return made
+        model = model.language_model  # the whole model would see a new prompt in every chunk
+    return in_pieces(lambda t, cache: logits(model, t, cache), tokens, make_prompt_cache(model))
