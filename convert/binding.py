@@ -282,7 +282,7 @@ def _bind_external(checkpoint: Checkpoint, where: str) -> Bound:
     """Accounts for the tensors of a model whose architecture is a library's."""
     from mlx_flashmoe.convert import external  # which knows this module
 
-    libraries = find(checkpoint.config)
+    libraries = find(checkpoint.config, checkpoint.tensors)
     if not libraries:
         missing = [name for name, one in LIBRARIES.items() if not one.installed]
         more = "".join(f"; pip install 'mlx-flashmoe[{name}]' adds those of {name}" for name in missing)

@@ -45,9 +45,11 @@ class Probed:
     vocabulary: int
 
 
-def replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts a module in the place of another in a tree."""
-    *way, last = path.split(".")
+def replace(model: nn.Module, experts: ExpertModule, module: nn.Module) -> None:
+    """Puts a module in the place of a layer's experts. Code that looks at their matrices finds some without weights."""
+    for name in experts.matrices:
+        module[name] = nn.Module()
+    *way, last = experts.path.split(".")
     parent: Any = model
     for part in way:
         parent = parent[int(part)] if isinstance(parent, list) else getattr(parent, part)
@@ -70,7 +72,7 @@ def probe(
     """
     calls: list[tuple[str, int]] = []
     for one in experts:
-        replace(model, one.path, Absent(one.path, calls))
+        replace(model, one, Absent(one.path, calls))
     expected = [one.path for one in experts]
     vocabulary = 0
     for tokens in (1, 3):

@@ -258,7 +258,7 @@ MLX_LM: dict[str, dict[str, Any]] = {
     ),
 }
 
-# A vision tower that is never run: as small as it can be.
+# Towers that are never run: as small as they can be.
 VISION: dict[str, Any] = dict(
     depth=1,
     num_hidden_layers=1,
@@ -296,7 +296,36 @@ VISION: dict[str, Any] = dict(
     fullatt_block_indexes=[0],
     vocab_size=8,
     mlp_ratio=1.0,
+    num_channels=3,
+    norm_eps=1e-5,
+    initializer_range=0.02,
+    rope_theta=10000.0,
+    vision_feature_layer=-1,
+    vision_feature_select_strategy="full",
+    vision_output_dim=32,
+    pixel_shuffle_ratio=0.5,
+    projector_dropout=0.0,
+    projector_input_dim=32,
+    projector_output_dim=32,
     merge_kernel_size=[2, 2],
+)
+AUDIO: dict[str, Any] = dict(
+    out_hidden_size=64,
+    audio_channels=2,
+    input_local_attn_heads=2,
+    input_local_dim=32,
+    input_local_head_dim=16,
+    input_local_intermediate_size=32,
+    input_local_layers=1,
+    projection_layers=1,
+    speech_vocab_size=8,
+    speech_zeroemb_idx=7,
+    d_model=32,
+    encoder_layers=1,
+    encoder_attention_heads=2,
+    encoder_ffn_dim=32,
+    output_dim=64,
+    downsample_hidden_size=8,
 )
 MROPE: dict[str, Any] = dict(rope_type="default", type="default", rope_theta=10000.0, mrope_section=[2, 1, 1])
 DELTA_NET: dict[str, Any] = dict(
@@ -313,10 +342,10 @@ MLX_VLM: dict[str, dict[str, Any]] = {
     **{
         kind: MLX_LM[kind]
         for kind in (
-            "afmoe bailing_moe bailing_moe_linear deepseek deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v41 dots1 "
+            "afmoe bailing_moe bailing_moe_linear deepseek deepseek_v2 deepseek_v3 deepseek_v32 dots1 "
             "ernie4_5_moe exaone_moe gemma4 glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss granitemoe granitemoehybrid "
             "hunyuan jamba kimi_k25 kimi_k3 kimi_linear kimi_vl laguna lfm2_moe llama4 longcat_flash "
-            "longcat_flash_ngram mellum mimo_v2_flash minimax minimax_m3_vl mistral4 mixtral muse_spark nemotron_h "
+            "longcat_flash_ngram mellum mimo_v2_flash minimax minimax_m3_vl mixtral muse_spark nemotron_h "
             "olmoe phimoe phixtral qwen2_moe qwen3_vl_moe solar_open step3p5"
         ).split()
     },
@@ -335,6 +364,7 @@ MLX_VLM: dict[str, dict[str, Any]] = {
         scoring_func="sqrtsoftplus",
         vision_n_layers=0,
     ),
+    "deepseek_v41": {**MLX_LM["deepseek_v41"], "kv_source_layer_ids": [1, 2]},
     "deepseek_vl_v2": dict(topk_method="greedy", scoring_func="softmax", projector_config=dict(input_dim=32, n_embed=64), **LATENT),
     "ernie4_5_moe_vl": dict(moe_layer_start_index=1, moe_layer_end_index=2, mrope_section=[3, 3, 2]),
     "flint": dict(layer_types=WINDOWS, rope_parameters={kind: ROPE for kind in set(WINDOWS)}),
@@ -372,7 +402,7 @@ MLX_VLM: dict[str, dict[str, Any]] = {
     "longcat_flash_sparse": LONGCAT,
     "mimo_v2": MLX_LM["mimo_v2_flash"],
     "minimax_m3": MLX_LM["minimax_m3_vl"],
-    "mistral3": dict(rope_parameters=MLX_LM["mistral4"]["rope_parameters"], layer_types=["full_attention"] * 3, **LATENT),
+    "mistral3": MLX_LM["mistral4"],
     "mistral_large3": dict(**LATENT),
     "moondream3": dict(moe_start_layer=1, rope_dim=8, num_key_value_heads=4),
     "qwen3_5_moe": dict(
@@ -409,8 +439,8 @@ MLX_VLM: dict[str, dict[str, Any]] = {
 }
 
 # Where the language model is of another type than the whole.
-TEXT_TYPES = {"kimi_k25": "deepseek_v3", "kimi_vl": "deepseek_v3", "kimi_k3": "kimi_linear"}
-VISION_TYPES = {"glm4v_moe": {"model_type": "glm4v_moe"}, "deepseek_vl_v2": {"model_type": "vision"}}
+TEXT_TYPES = {"kimi_k25": "deepseek_v3", "kimi_vl": "deepseek_v3", "kimi_k3": "kimi_linear", "mistral3": "mistral4"}
+VISION_TYPES = {"glm4v_moe": {"model_type": "glm4v_moe"}, "llama4": {"model_type": "llama4"}, "deepseek_vl_v2": {"model_type": "vision"}}
 ONES = ("gate_scale", "out_scale")  # factors of experts, for which only NVFP4 has a use
 TABLES = {"mlx-lm": MLX_LM, "mlx-vlm": MLX_VLM}
 
@@ -422,8 +452,17 @@ def config(name: str, model_type: str) -> dict[str, Any]:
     whole = {**text, "text_config": inner, "model_type": model_type}
     if name == "mlx-lm":
         return whole
-    towers = {"vision_config": {**VISION, **VISION_TYPES.get(model_type, {})}}
-    return {**whole, **towers}
+    if model_type == "qwen3_omni_moe":  # a model of models
+        thinker = {**whole, "vision_config": VISION, "audio_config": AUDIO, "model_type": "qwen3_omni_moe_thinker"}
+        talker = {"text_config": inner, "code_predictor_config": {}}
+        return {
+            "model_type": model_type,
+            "thinker_config": thinker,
+            "talker_config": talker,
+            "code2wav_config": {},
+            "enable_audio_output": False,
+        }
+    return {**whole, "vision_config": {**VISION, **VISION_TYPES.get(model_type, {})}, "audio_config": AUDIO}
 
 
 def make(name: str, config: dict[str, Any], folder: Path, bits: int | None, group: int = 32) -> Path:
@@ -433,7 +472,7 @@ def make(name: str, config: dict[str, Any], folder: Path, bits: int | None, grou
         bits: of affine quantization; None for unquantized.
     """
     mx.random.seed(0)
-    model = whole(name, config)
+    model = libraries.LIBRARIES[name].whole(config)
     model.update(tree_unflatten([(path, _random(path, a)) for path, a in tree_flatten(model.parameters())]))
     config = json.loads(json.dumps(config))
     with contextlib.redirect_stdout(io.StringIO()):  # they print
@@ -447,22 +486,6 @@ def _random(path: str, array: mx.array) -> mx.array:
         return array
     plain = array.ndim < 2 or mx.all(array == array.reshape(-1)[0]).item()
     return (array + 0.05 * mx.random.normal(array.shape)).astype(array.dtype) if plain else array
-
-
-def whole(name: str, config: dict[str, Any]) -> nn.Module:
-    """A library's model of a config.json, with all parts that it has."""
-    if name == "mlx-lm":
-        return libraries.LIBRARIES[name].build(config)[0]
-    from mlx_vlm.utils import get_model_and_args, update_module_configs
-
-    config = json.loads(json.dumps(config))
-    module, _ = get_model_and_args(config)
-    for part in ("text", "vision", "audio"):
-        config.setdefault(f"{part}_config", {})
-    settings = module.ModelConfig.from_dict(config)
-    parts = ["text", "vision", "perceiver", "projector", "audio"]
-    model: nn.Module = module.Model(update_module_configs(settings, module, config, parts))
-    return model
 
 
 def _save(
@@ -498,13 +521,14 @@ def resident(name: str, folder: Path) -> nn.Module:
 
 def logits(model: nn.Module, tokens: np.ndarray, cache: list[Any] | None = None) -> np.ndarray:
     """[B, T] -> [B, T, V] in float32."""
-    output = model(mx.array(tokens), **_no_images(model), cache=cache)
+    output = model(mx.array(tokens), **_nothing_else(model), cache=cache)
     return np.asarray(getattr(output, "logits", output).astype(mx.float32))
 
 
-def _no_images(model: nn.Module) -> dict[str, None]:
-    """mlx-vlm's models do not all give their argument for images a default."""
-    return {"pixel_values": None} if "pixel_values" in inspect.signature(model.__call__).parameters else {}
+def _nothing_else(model: nn.Module) -> dict[str, None]:
+    """mlx-vlm's models do not all give their arguments for images a default."""
+    asked = list(inspect.signature(model.__call__).parameters.values())[1:]
+    return {one.name: None for one in asked if one.default is one.empty and one.kind == one.POSITIONAL_OR_KEYWORD}
 
 
 def in_pieces(call: Callable[[np.ndarray, Any], np.ndarray], tokens: np.ndarray, cache: Any) -> np.ndarray:
@@ -520,5 +544,5 @@ def resident_in_pieces(name: str, model: nn.Module, tokens: np.ndarray) -> np.nd
     else:
         from mlx_vlm.models.cache import make_prompt_cache
 
-        model = model.language_model  # the whole model would see a new prompt in every chunk
+        model, _ = libraries.LIBRARIES[name].language(model)  # the whole model would see a new prompt in every chunk
     return in_pieces(lambda t, cache: logits(model, t, cache), tokens, make_prompt_cache(model))
