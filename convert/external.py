@@ -290,9 +290,12 @@ class _Finder:
         return "linear" if asked else "plain"
 
     def published(self, layers: list[Experts]) -> Quantization | None:
-        """How the checkpoint as a whole is quantized: as its experts are."""
-        quantization = layers[0].expert(0)["up"].quantization
-        return quantization if quantization.quantized else None
+        """How the checkpoint as a whole is quantized: as config.json says, else as the first quantized experts are."""
+        declared = self.checkpoint.config.get("quantization")
+        if isinstance(declared, dict) and {"bits", "group_size"} <= declared.keys():
+            return Quantization(int(declared["bits"]), int(declared["group_size"]))
+        found = (matrix.quantization for layer in layers for matrix in layer.expert(0).values())
+        return next((one for one in found if one.quantized), None)
 
     def left_out(self, prefix: str) -> dict[str, int]:
         """Tensors that the model does not use as they are, by the beginnings of their names."""

@@ -1,8 +1,9 @@
 """Modules that hold all experts of a layer, found in a library's tree by their parts and by their results.
 
 ``SwitchGLU`` and ``SwitchMLP`` have many relatives. A module counts as one of them if it has their matrices, and if it
-computes on random weights what ``formula`` says. Its name does not matter. It may also have factors, one number for
-each expert, if it computes the same as without them where all are 1: where a checkpoint has no use for them, they are.
+computes on random weights what ``formula`` says. Its name does not matter. It may also have modules that it does not
+use itself (a norm, for those who call it), and factors, one number for each expert, of which it makes nothing where
+all are 1: a checkpoint that has no use for them says so.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class ExpertModule:
         path: of the module in the tree.
         matrices: child's name -> the projection it is: "gate", "up", "down", or "gate_up" (gate's rows first).
         activation: None for SwiGLU; else (up, gate) -> h, or (h) -> h where there is no gate.
+        kept: names of modules that are not used by the experts, and stay.
         factors: names of parameters [E] that have to be 1.
         hidden_size, intermediate_size, count: D, I and E.
     """
@@ -43,6 +45,7 @@ class ExpertModule:
     module: nn.Module
     matrices: dict[str, str]
     activation: Activation | None
+    kept: list[str]
     factors: list[str]
     hidden_size: int
     intermediate_size: int
@@ -69,6 +72,10 @@ def find(model: nn.Module) -> list[ExpertModule]:
     return found
 
 
+def _has_parameters(child: Any) -> bool:
+    return bool(tree_flatten(child.parameters())) if isinstance(child, nn.Module) else bool(tree_flatten(child))
+
+
 def _place(path: str) -> tuple[Any, ...]:
     """Sorts layers by number."""
     return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.split("."))
@@ -92,15 +99,17 @@ def _described(path: str, module: nn.Module, matrices: dict[str, nn.Module]) -> 
         raise FormatError(f"{what}: its experts have no activation of their own, and cannot be streamed")
     up = matrices[next(name for name, role in roles.items() if role in ("up", "gate_up"))]
     rows, count = up.output_dims, up.num_experts
-    own = {n: a for n, a in tree_flatten(module.parameters()) if n.partition(".")[0] not in matrices}
-    if any(array.shape != (count,) for array in own.values()):
-        raise FormatError(f"{what}: its experts have parameters that cannot be streamed: {', '.join(own)}")
+    kept = [name for name, child in module.children().items() if name not in matrices and _has_parameters(child)]
+    factors = [name for name, value in module.items() if isinstance(value, mx.array)]
+    if any(module[name].shape != (count,) for name in factors):
+        raise FormatError(f"{what}: its experts have parameters that cannot be streamed: {', '.join(factors)}")
     described = ExpertModule(
         path,
         module,
         roles,
         activation,
-        list(own),
+        kept,
+        factors,
         hidden_size=up.input_dims,
         intermediate_size=rows // 2 if roles == FUSED else rows,
         count=count,
@@ -120,7 +129,7 @@ def _check(what: str, experts: ExpertModule) -> None:
     """
     module = experts.module
     biased = {name: "bias" in module[name] for name in experts.matrices}
-    key = (type(module), type(experts.activation), tuple(biased.items()))
+    key = (type(module), type(experts.activation), tuple(biased.items()), *experts.kept, *experts.factors)
     if key in _checked:
         return
     rng = np.random.default_rng(0)
@@ -134,6 +143,8 @@ def _check(what: str, experts: ExpertModule) -> None:
         bias = mx.array(rng.standard_normal((2, rows)).astype(np.float32)) if biased[name] else None
         weights[role] = weight, bias
         small[name] = _Stack(weight, bias)
+    for name in experts.kept:
+        small[name] = nn.Module()  # so that its use fails
     for name in experts.factors:
         small[name] = mx.ones(2)
     x = mx.array(rng.standard_normal((3, 1, hidden)).astype(np.float32))
@@ -204,8 +215,15 @@ def _is_swiglu(activation: Activation) -> bool:
 
 
 def modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The tree's modules with parameters of their own, without those that hold experts."""
-    inside = [experts.path for experts in find(model)]
+    """The tree's modules with parameters of their own, without those that experts are made of."""
+    found = find(model)
     for path, module in model.named_modules():
-        if not any(path == p or path.startswith(f"{p}.") for p in inside):
+        if not any(_is_part(path, experts) for experts in found):
             yield path, module
+
+
+def _is_part(path: str, experts: ExpertModule) -> bool:
+    if path == experts.path:
+        return True
+    inside = path.startswith(f"{experts.path}.")
+    return inside and path[len(experts.path) + 1 :].partition(".")[0] not in experts.kept

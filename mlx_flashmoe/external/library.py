@@ -145,8 +145,15 @@ def _vlm_loaded(folder: Path) -> nn.Module:
     return load_model(folder, lazy=True)
 
 
+# Language models of mlx-vlm that compute something else of tokens than the whole model: what they do.
+WRONG_ALONE = {"granitemoe": "does not apply embedding_multiplier to the tokens of an answer"}
+
+
 def _language_model(model: nn.Module) -> tuple[nn.Module, str]:
     """The part that makes text of tokens; in a model of several, the first part that has one."""
+    kind = type(model).__module__.split(".")[2]
+    if kind in WRONG_ALONE:
+        raise FormatError(f"mlx-vlm's {kind} {WRONG_ALONE[kind]}; mlx-lm's does: convert a checkpoint that it reads")
     for at, part in (("", model), *((f"{name}.", child) for name, child in model.children().items())):
         inner = getattr(part, "language_model", None)
         if isinstance(inner, nn.Module):

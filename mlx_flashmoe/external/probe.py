@@ -47,16 +47,16 @@ class Probed:
 
 def replace(model: nn.Module, experts: ExpertModule, module: nn.Module) -> None:
     """Puts a module in the place of a layer's experts. Code that looks at their matrices finds some without weights."""
-    for name in experts.matrices:
-        module[name] = nn.Module()
     *way, last = experts.path.split(".")
     parent: Any = model
     for part in way:
         parent = parent[int(part)] if isinstance(parent, list) else getattr(parent, part)
-    if isinstance(parent, list):
-        parent[int(last)] = module
-    else:
-        setattr(parent, last, module)
+    at: Any = int(last) if isinstance(parent, list) else last
+    for name in experts.matrices:
+        module[name] = nn.Module()
+    for name in experts.kept:
+        module[name] = parent[at][name]
+    parent[at] = module
 
 
 def probe(
@@ -81,8 +81,7 @@ def probe(
             logits = run(mx.zeros((1, tokens), mx.int32), caches(model))
         except Exception as e:  # whatever the library's code does with its experts, it is not this
             raise FormatError(
-                f"{type(model).__module__}: its experts are used in a way that cannot be streamed: "
-                f"{type(e).__name__}: {e}"
+                f"{type(model).__module__} cannot be run with experts that are streamed: {type(e).__name__}: {e}"
             ) from None
         if [path for path, _ in calls] != expected:
             raise FormatError(
