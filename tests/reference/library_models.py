@@ -109,6 +109,16 @@ LONGCAT: dict[str, Any] = dict(
 WINDOWS = ["full_attention", "sliding_attention", "sliding_attention"]
 KDA: dict[str, Any] = dict(num_heads=4, head_dim=16, short_conv_kernel_size=4)
 
+MROPE: dict[str, Any] = dict(rope_type="default", type="default", rope_theta=10000.0, mrope_section=[2, 1, 1])
+DELTA_NET: dict[str, Any] = dict(
+    linear_num_value_heads=4,
+    linear_num_key_heads=2,
+    linear_key_head_dim=16,
+    linear_value_head_dim=16,
+    linear_conv_kernel_dim=4,
+)
+DELTA_LAYERS = ["linear_attention", "full_attention", "linear_attention"]
+
 MLX_LM: dict[str, dict[str, Any]] = {
     "Klear": dict(mlp_only_layers=[0], decoder_sparse_step=1, num_key_value_heads=4),
     "afmoe": dict(layer_types=WINDOWS, num_dense_layers=1),
@@ -245,6 +255,14 @@ MLX_LM: dict[str, dict[str, Any]] = {
     "phimoe": dict(),
     "phixtral": dict(num_vocab=VOCABULARY, model_dim=64, num_heads=4, num_layers=2, rotary_dim=8),
     "qwen2_moe": dict(),
+    "qwen3_5_moe": dict(
+        layer_types=DELTA_LAYERS,
+        full_attention_interval=2,
+        rope_parameters=dict(partial_rotary_factor=0.5, **MROPE),
+        **DELTA_NET,
+    ),
+    "qwen3_moe": dict(decoder_sparse_step=1, mlp_only_layers=[], partial_rotary_factor=1.0),
+    "qwen3_next": dict(decoder_sparse_step=1, mlp_only_layers=[], full_attention_interval=2, **DELTA_NET),
     "qwen3_vl_moe": dict(decoder_sparse_step=1, mlp_only_layers=[]),
     "solar_open": dict(),
     "step3p5": dict(
@@ -327,15 +345,6 @@ AUDIO: dict[str, Any] = dict(
     output_dim=64,
     downsample_hidden_size=8,
 )
-MROPE: dict[str, Any] = dict(rope_type="default", type="default", rope_theta=10000.0, mrope_section=[2, 1, 1])
-DELTA_NET: dict[str, Any] = dict(
-    linear_num_value_heads=4,
-    linear_num_key_heads=2,
-    linear_key_head_dim=16,
-    linear_value_head_dim=16,
-    linear_conv_kernel_dim=4,
-)
-DELTA_LAYERS = ["linear_attention", "full_attention", "linear_attention"]
 
 # Those that mlx-lm has too are asked of mlx-vlm: its checkpoints name their tensors in another way.
 MLX_VLM: dict[str, dict[str, Any]] = {
@@ -346,7 +355,7 @@ MLX_VLM: dict[str, dict[str, Any]] = {
             "ernie4_5_moe exaone_moe gemma4 glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss granitemoe granitemoehybrid "
             "hunyuan jamba kimi_k25 kimi_k3 kimi_linear kimi_vl laguna lfm2_moe llama4 longcat_flash "
             "longcat_flash_ngram mellum mimo_v2_flash minimax minimax_m3_vl mixtral muse_spark nemotron_h "
-            "olmoe phimoe phixtral qwen2_moe qwen3_vl_moe solar_open step3p5"
+            "olmoe phimoe phixtral qwen2_moe qwen3_5_moe qwen3_moe qwen3_next qwen3_vl_moe solar_open step3p5"
         ).split()
     },
     "cohere2_moe": dict(layer_types=WINDOWS),
@@ -414,14 +423,6 @@ MLX_VLM: dict[str, dict[str, Any]] = {
     "mistral3": MLX_LM["mistral4"],
     "mistral_large3": dict(**LATENT),
     "moondream3": dict(moe_start_layer=1, rope_dim=8, num_key_value_heads=4),
-    "qwen3_5_moe": dict(
-        layer_types=DELTA_LAYERS,
-        full_attention_interval=2,
-        rope_parameters=dict(partial_rotary_factor=0.5, **MROPE),
-        **DELTA_NET,
-    ),
-    "qwen3_moe": dict(decoder_sparse_step=1, mlp_only_layers=[]),
-    "qwen3_next": dict(decoder_sparse_step=1, mlp_only_layers=[], full_attention_interval=2, **DELTA_NET),
     "qwen3_omni_moe": dict(decoder_sparse_step=1, mlp_only_layers=[], rope_scaling=MROPE),
     "qwen4_exp": dict(
         layer_types=DELTA_LAYERS,
@@ -450,6 +451,17 @@ MLX_VLM: dict[str, dict[str, Any]] = {
 # Where the language model is of another type than the whole.
 TEXT_TYPES = {"kimi_k25": "deepseek_v3", "kimi_vl": "deepseek_v3", "kimi_k3": "kimi_linear", "mistral3": "mistral4"}
 VISION_TYPES = {"glm4v_moe": {"model_type": "glm4v_moe"}, "llama4": {"model_type": "llama4"}, "deepseek_vl_v2": {"model_type": "vision"}}
+# What of the tables cannot run, with what is said of it.
+REFUSED = {
+    ("mlx-vlm", "deepseek_v41"): "weights",  # of the experts' outputs, that it multiplies with before it rounds them
+    ("mlx-vlm", "granitemoe"): "embedding_multiplier",
+    ("mlx-vlm", "moondream3"): "no activation of their own",
+    ("mlx-vlm", "zaya1_vl"): "linear_fc1, linear_fc2",
+}
+# Architectures that the libraries themselves run on Metal alone.
+METAL = ("muse_spark",)
+# mlx-vlm 0.7.10 does not run what it quantizes of these.
+UNQUANTIZED = (("mlx-vlm", "kimi_k3"),)
 ONES = ("gate_scale", "out_scale")  # factors of experts, for which only NVFP4 has a use
 TABLES = {"mlx-lm": MLX_LM, "mlx-vlm": MLX_VLM}
 
@@ -555,3 +567,17 @@ def resident_in_pieces(name: str, model: nn.Module, tokens: np.ndarray) -> np.nd
 
         model, _ = libraries.LIBRARIES[name].language(model)  # the whole model would see a new prompt in every chunk
     return in_pieces(lambda t, cache: logits(model, t, cache), tokens, make_prompt_cache(model))
+
+
+def rows() -> list[tuple[str, str, int | None]]:
+    """(library, model_type, bits) of all that runs here; those that mlx-vlm has from mlx-lm, quantized alone."""
+    found: list[tuple[str, str, int | None]] = []
+    for name, table in TABLES.items():
+        for kind in table:
+            if (name, kind) in REFUSED or (kind in METAL and not mx.metal.is_available()):
+                continue
+            if name == "mlx-lm" or kind not in MLX_LM or (name, kind) in UNQUANTIZED:
+                found.append((name, kind, None))
+            if (name, kind) not in UNQUANTIZED:
+                found.append((name, kind, 4))
+    return found
