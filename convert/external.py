@@ -277,12 +277,16 @@ class _Finder:
                 continue
             weight = self.tensor(at + name, array)
             if quantized and name == "weight":
-                named = {n: self.tensor(at + n, parameters[n]) for n in ("scales", "biases") if n in parameters}
-                matrix = self.matrix(module, {"weight": weight, **named})
+                named = {"weight": weight}
+                for part in parameters.keys() & {"scales", "biases"}:
+                    named[part] = self.tensor(at + part, parameters[part])
+                matrix = self.matrix(module, named)
                 yield Dense(at + name, "linear", matrix, (*array.shape[:-1], matrix.in_dims))
             else:
                 fits = name == "weight" and array.ndim == 2 and hasattr(module, "to_quantized")
-                yield Dense(at + name, self.kind(path, module) if fits else "plain", Matrix(weight), array.shape)
+                yield Dense(
+                    at + name, self.kind(path, module) if fits else "plain", Matrix(weight), array.shape
+                )
 
     def kind(self, path: str, module: nn.Module) -> Any:
         """How a matrix is quantized that is not yet: as the library itself would."""

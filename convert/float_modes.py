@@ -22,7 +22,9 @@ from mlx_flashmoe.layout import Quantization
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 AFFINE = Quantization(6, 32)  # what mxfp4 becomes
 MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # bits, values to a scale
-LARGEST_SCALE = 250  # of mxfp4, as published: with larger ones, values are near what bfloat16 has no number for
+LARGEST_SCALE = (
+    250  # of mxfp4, as published: with larger ones, values are near what bfloat16 has no number for
+)
 
 # A code's steps above the least, by its bits: sign, two of exponent, one of fraction.
 _MAGNITUDES = np.array([0, 1, 2, 3, 4, 6, 8, 12])
@@ -81,20 +83,26 @@ def _rows(tensor: Tensor, a: int, b: int) -> Bytes:
 
 
 def _codes(packed: Bytes) -> Bytes:
-    return np.ascontiguousarray(_FOUR[packed.view(np.uint16)].view(np.uint8).reshape(-1, 4)[:, :3]).reshape(-1)
+    return np.ascontiguousarray(_FOUR[packed.view(np.uint16)].view(np.uint8).reshape(-1, 4)[:, :3]).reshape(
+        -1
+    )
 
 
 def _steps(scales: Tensor, a: int, b: int, factor: float) -> Bytes:
     """factor * 2**(scale - 127) in bfloat16, by its bits: a power of two, or six."""
     exponents = _rows(scales, a, b)
     if exponents.max(initial=0) > LARGEST_SCALE:
-        raise SourceError(f"{scales} has a scale of 2**{int(exponents.max()) - 127}; download the checkpoint again")
+        raise SourceError(
+            f"{scales} has a scale of 2**{int(exponents.max()) - 127}; download the checkpoint again"
+        )
     values = np.float32(factor) * np.exp2(exponents.astype(np.float32) - 127)
     return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
 
 
 def _made(source: Tensor, dtype: str, shape: Sequence[int], rows: Callable[[int, int], Bytes]) -> Tensor:
-    return Tensor(_Rows(source, shape[-1] * DTYPE_BITS[dtype] // 8, rows), source.name, dtype, tuple(shape), 0)
+    return Tensor(
+        _Rows(source, shape[-1] * DTYPE_BITS[dtype] // 8, rows), source.name, dtype, tuple(shape), 0
+    )
 
 
 class _Rows(SafetensorsFile):

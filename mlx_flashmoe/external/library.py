@@ -45,7 +45,7 @@ class Library:
 
     def wrote(self, config: dict[str, Any], names: Iterable[str]) -> bool:
         """Tells whether a checkpoint's tensors have the names of this library's own tree, and no others."""
-        own = {name for name, _ in tree_flatten(self.whole(config).parameters())}
+        own = {str(item[0]) for item in tree_flatten(self.whole(config).parameters())}
         of_quantization = (".scales", ".biases")
         return all(name in own or name.endswith(of_quantization) for name in names)
 
@@ -153,7 +153,9 @@ def _language_model(model: nn.Module) -> tuple[nn.Module, str]:
     """The part that makes text of tokens; in a model of several, the first part that has one."""
     kind = type(model).__module__.split(".")[2]
     if kind in WRONG_ALONE:
-        raise FormatError(f"mlx-vlm's {kind} {WRONG_ALONE[kind]}; mlx-lm's does: convert a checkpoint that it reads")
+        raise FormatError(
+            f"mlx-vlm's {kind} {WRONG_ALONE[kind]}; mlx-lm's does: convert a checkpoint that it reads"
+        )
     for at, part in (("", model), *((f"{name}.", child) for name, child in model.children().items())):
         inner = getattr(part, "language_model", None)
         if isinstance(inner, nn.Module):

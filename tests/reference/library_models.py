@@ -11,6 +11,7 @@ import inspect
 import io
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,9 @@ COMMON: dict[str, Any] = dict(
     tie_word_embeddings=False,
 )
 LATENT: dict[str, Any] = dict(num_key_value_heads=4)  # multi-head latent attention has as many as queries
-INDEXER: dict[str, Any] = dict(index_head_dim=16, index_n_heads=4, index_topk=4)  # fewer than the prompt's tokens
+INDEXER: dict[str, Any] = dict(
+    index_head_dim=16, index_n_heads=4, index_topk=4
+)  # fewer than the prompt's tokens
 GRANITE: dict[str, Any] = dict(
     logits_scaling=1.0, attention_multiplier=0.25, embedding_multiplier=2.0, residual_multiplier=0.5
 )
@@ -163,8 +166,13 @@ MLX_LM: dict[str, dict[str, Any]] = {
     "granitemoehybrid": dict(
         layer_types=["mamba", "attention", "mamba"], shared_intermediate_size=32, **GRANITE, **MAMBA
     ),
-    "hunyuan": dict(num_hidden_layers=4, use_mixed_mlp_moe=True, use_cla=True, cla_share_factor=2,
-        rope_scaling=dict(alpha=1000.0, factor=1.0, type="dynamic")),
+    "hunyuan": dict(
+        num_hidden_layers=4,
+        use_mixed_mlp_moe=True,
+        use_cla=True,
+        cla_share_factor=2,
+        rope_scaling=dict(alpha=1000.0, factor=1.0, type="dynamic"),
+    ),
     "jamba": dict(
         attn_layer_offset=1, attn_layer_period=2, expert_layer_offset=1, expert_layer_period=2, **MAMBA
     ),
@@ -195,7 +203,11 @@ MLX_LM: dict[str, dict[str, Any]] = {
         num_dense_layers=1,
     ),
     "llama4": dict(
-        attention_chunk_size=8, interleave_moe_layer_step=2, num_hidden_layers=4, intermediate_size_mlp=64, num_experts_per_tok=1
+        attention_chunk_size=8,
+        interleave_moe_layer_step=2,
+        num_hidden_layers=4,
+        intermediate_size_mlp=64,
+        num_experts_per_tok=1,
     ),
     "longcat_flash": dict(**LONGCAT),
     "longcat_flash_ngram": dict(ngram_vocab_size_ratio=3, **LONGCAT),
@@ -227,7 +239,9 @@ MLX_LM: dict[str, dict[str, Any]] = {
             sparse_attention_freq=[0, 1, 1],
         ),
     ),
-    "mistral4": dict(rope_parameters=dict(llama_4_scaling_beta=0.1, original_max_position_embeddings=8, **ROPE), **LATENT),
+    "mistral4": dict(
+        rope_parameters=dict(llama_4_scaling_beta=0.1, original_max_position_embeddings=8, **ROPE), **LATENT
+    ),
     "mixtral": dict(),
     "muse_spark": dict(
         post_norm_eps=1e-5,
@@ -346,18 +360,11 @@ AUDIO: dict[str, Any] = dict(
     downsample_hidden_size=8,
 )
 
+# klear is Klear there, mistral4 a part of mistral3.
+ONLY_MLX_LM = ("Klear", "bailing_hybrid", "bailing_moe_v3", "mistral4")
 # Those that mlx-lm has too are asked of mlx-vlm: its checkpoints name their tensors in another way.
 MLX_VLM: dict[str, dict[str, Any]] = {
-    **{
-        kind: MLX_LM[kind]
-        for kind in (
-            "afmoe bailing_moe bailing_moe_linear deepseek deepseek_v2 deepseek_v3 deepseek_v32 dots1 "
-            "ernie4_5_moe exaone_moe gemma4 glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss granitemoe granitemoehybrid "
-            "hunyuan jamba kimi_k25 kimi_k3 kimi_linear kimi_vl laguna lfm2_moe llama4 longcat_flash "
-            "longcat_flash_ngram mellum mimo_v2_flash minimax minimax_m3_vl mixtral muse_spark nemotron_h "
-            "olmoe phimoe phixtral qwen2_moe qwen3_5_moe qwen3_moe qwen3_next qwen3_vl_moe solar_open step3p5"
-        ).split()
-    },
+    **{kind: own for kind, own in MLX_LM.items() if kind not in ONLY_MLX_LM},
     "cohere2_moe": dict(layer_types=WINDOWS),
     "deepseek_v4": dict(
         num_hidden_layers=4,
@@ -383,8 +390,15 @@ MLX_VLM: dict[str, dict[str, Any]] = {
         "vision_num_heads": 2,
         "vision_intermediate_size": 32,
     },
-    "deepseek_vl_v2": dict(topk_method="greedy", scoring_func="softmax", projector_config=dict(input_dim=32, n_embed=64), **LATENT),
-    "ernie4_5_moe_vl": dict(moe_layer_start_index=1, moe_layer_end_index=2, mrope_section=[3, 3, 2]),
+    "deepseek_vl_v2": dict(
+        topk_method="greedy",
+        scoring_func="softmax",
+        projector_config=dict(input_dim=32, n_embed=64),
+        **LATENT,
+    ),
+    "ernie4_5_moe_vl": dict(
+        pixel_hidden_size=32, moe_layer_start_index=1, moe_layer_end_index=2, mrope_section=[3, 3, 2]
+    ),
     "flint": dict(layer_types=WINDOWS, rope_parameters={kind: ROPE for kind in set(WINDOWS)}),
     "gemma4_text": MLX_LM["gemma4"],
     "glm4v_moe": dict(rope_parameters=dict(partial_rotary_factor=0.5, **MROPE)),
@@ -449,11 +463,23 @@ MLX_VLM: dict[str, dict[str, Any]] = {
 }
 
 # Where the language model is of another type than the whole.
-TEXT_TYPES = {"kimi_k25": "deepseek_v3", "kimi_vl": "deepseek_v3", "kimi_k3": "kimi_linear", "mistral3": "mistral4"}
-VISION_TYPES = {"glm4v_moe": {"model_type": "glm4v_moe"}, "llama4": {"model_type": "llama4"}, "deepseek_vl_v2": {"model_type": "vision"}}
+TEXT_TYPES = {
+    "kimi_k25": "deepseek_v3",
+    "kimi_vl": "deepseek_v3",
+    "kimi_k3": "kimi_linear",
+    "mistral3": "mistral4",
+}
+VISION_TYPES = {
+    "glm4v_moe": {"model_type": "glm4v_moe"},
+    "llama4": {"model_type": "llama4"},
+    "deepseek_vl_v2": {"model_type": "vision"},
+}
 # What of the tables cannot run, with what is said of it.
 REFUSED = {
-    ("mlx-vlm", "deepseek_v41"): "weights",  # of the experts' outputs, that it multiplies with before it rounds them
+    (
+        "mlx-vlm",
+        "deepseek_v41",
+    ): "weights",  # of the experts' outputs, that it multiplies with before it rounds them
     ("mlx-vlm", "granitemoe"): "embedding_multiplier",
     ("mlx-vlm", "moondream3"): "no activation of their own",
     ("mlx-vlm", "zaya1_vl"): "linear_fc1, linear_fc2",
@@ -474,7 +500,12 @@ def config(name: str, model_type: str) -> dict[str, Any]:
     if name == "mlx-lm":
         return whole
     if model_type == "qwen3_omni_moe":  # a model of models
-        thinker = {**whole, "vision_config": VISION, "audio_config": AUDIO, "model_type": "qwen3_omni_moe_thinker"}
+        thinker = {
+            **whole,
+            "vision_config": VISION,
+            "audio_config": AUDIO,
+            "model_type": "qwen3_omni_moe_thinker",
+        }
         talker = {"text_config": inner, "code_predictor_config": {}}
         return {
             "model_type": model_type,
@@ -483,7 +514,8 @@ def config(name: str, model_type: str) -> dict[str, Any]:
             "code2wav_config": {},
             "enable_audio_output": False,
         }
-    return {**whole, "vision_config": {**VISION, **VISION_TYPES.get(model_type, {})}, "audio_config": AUDIO}
+    vision = {**VISION, **VISION_TYPES.get(model_type, {})}
+    return {**whole, "vision_config": vision, "audio_config": None if model_type == "gemma4" else AUDIO}
 
 
 def make(name: str, config: dict[str, Any], folder: Path, bits: int | None, group: int = 32) -> Path:
@@ -549,13 +581,15 @@ def logits(model: nn.Module, tokens: np.ndarray, cache: list[Any] | None = None)
 def _nothing_else(model: nn.Module) -> dict[str, None]:
     """mlx-vlm's models do not all give their arguments for images a default."""
     asked = list(inspect.signature(model.__call__).parameters.values())[1:]
-    return {one.name: None for one in asked if one.default is one.empty and one.kind == one.POSITIONAL_OR_KEYWORD}
+    return {
+        one.name: None for one in asked if one.default is one.empty and one.kind == one.POSITIONAL_OR_KEYWORD
+    }
 
 
 def in_pieces(call: Callable[[np.ndarray, Any], np.ndarray], tokens: np.ndarray, cache: Any) -> np.ndarray:
     """Logits of a prompt in two chunks, then token by token."""
     cuts = [0, 5, 8, *range(9, tokens.shape[1] + 1)]
-    return np.concatenate([call(tokens[:, a:b], cache) for a, b in zip(cuts, cuts[1:])], 1)
+    return np.concatenate([call(tokens[:, a:b], cache) for a, b in pairwise(cuts)], 1)
 
 
 def resident_in_pieces(name: str, model: nn.Module, tokens: np.ndarray) -> np.ndarray:
@@ -565,7 +599,9 @@ def resident_in_pieces(name: str, model: nn.Module, tokens: np.ndarray) -> np.nd
     else:
         from mlx_vlm.models.cache import make_prompt_cache
 
-        model, _ = libraries.LIBRARIES[name].language(model)  # the whole model would see a new prompt in every chunk
+        model, _ = libraries.LIBRARIES[name].language(
+            model
+        )  # the whole model would see a new prompt in every chunk
     return in_pieces(lambda t, cache: logits(model, t, cache), tokens, make_prompt_cache(model))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ pytest.importorskip("mlx_vlm", reason="mlx-vlm is a reference; pip install .[ref
 
 import library_models as lib
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+
 from mlx_flashmoe import convert, load, models
 from mlx_flashmoe.errors import FlashMoEError
 
@@ -39,7 +42,11 @@ def test_computes_what_the_library_computes(
     source = lib.make(library, lib.config(library, model_type), tmp_path / "src", bits)
     model = lib.resident(library, source)
     prompt, other = lib.TOKENS[:1], lib.TOKENS[1:]
-    want = [lib.logits(model, prompt), lib.resident_in_pieces(library, model, prompt), lib.logits(model, other)]
+    want = [
+        lib.logits(model, prompt),
+        lib.resident_in_pieces(library, model, prompt),
+        lib.logits(model, other),
+    ]
     assert 0.1 < np.abs(want).max() < 20  # ordinary logits: no comparison of zeros, and no chaos
 
     convert(source, tmp_path / "dst", q_bits=None if bits else 16)
@@ -51,8 +58,23 @@ def test_computes_what_the_library_computes(
             return np.asarray(ours(mx.array(tokens), cache).astype(mx.float32))
 
         computed.append([call(prompt), lib.in_pieces(call, prompt, ours.make_cache()), call(other)])
+        assert_goes_on(ours, call, prompt)
     np.testing.assert_array_equal(*computed)
     assert np.abs(np.array(computed[0]) - want).max() <= TOLERANCE
+
+
+def assert_goes_on(model: nn.Module, call: Callable[..., np.ndarray], tokens: np.ndarray) -> None:
+    """A kept cache goes on as the one that it was kept of, bit for bit, each time that it is restored."""
+    (cache,) = model.make_cache()
+    call(tokens[:, :7], [cache])
+    kept = cache.snapshot()
+    mx.eval(kept)
+    want = [call(tokens[:, a:b], [cache]) for a, b in ((7, 10), (10, 11))]
+    for _ in range(2):
+        (fresh,) = model.make_cache()
+        fresh.restore(kept, 7)
+        got = [call(tokens[:, a:b], [fresh]) for a, b in ((7, 10), (10, 11))]
+        assert all(map(np.array_equal, got, want))
 
 
 @pytest.mark.parametrize(("library", "model_type"), lib.REFUSED)

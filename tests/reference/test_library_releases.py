@@ -40,9 +40,13 @@ def mxfp4_gpt_oss(folder: Path) -> None:
     config = lib.config("mlx-lm", "gpt_oss")
     lib.make("mlx-lm", config, folder, None)
     tensors = mx.load(str(folder / "model.safetensors"))
-    layers = [name.removesuffix("gate_proj.weight") for name in tensors if name.endswith("experts.gate_proj.weight")]
+    layers = [
+        name.removesuffix("gate_proj.weight") for name in tensors if name.endswith("experts.gate_proj.weight")
+    ]
     for at in layers:
-        part = {n: [tensors.pop(f"{at}{p}_proj.{n}") for p in ("gate", "up", "down")] for n in ("weight", "bias")}
+        part = {
+            n: [tensors.pop(f"{at}{p}_proj.{n}") for p in ("gate", "up", "down")] for n in ("weight", "bias")
+        }
         for n, (gate, up, down) in part.items():
             both = mx.stack([gate, up], axis=2).reshape(gate.shape[0], -1, *gate.shape[2:])
             for name, value in (("gate_up_proj", both), ("down_proj", down)):
@@ -54,7 +58,10 @@ def mxfp4_gpt_oss(folder: Path) -> None:
                 tensors[f"{at}{name}_scales"] = scales
     mx.save_safetensors(str(folder / "model.safetensors"), tensors)
     (folder / "model.safetensors.index.json").unlink()
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    config["quantization_config"] = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.layers.*.self_attn"],
+    }
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -63,7 +70,10 @@ RELEASED: dict[str, tuple[Callable[[Path], None], bool]] = {
     "mixtral": (lambda folder: by_transformers("mixtral", folder), True),  # w1, w2 and w3 of each expert
     "olmoe": (lambda folder: by_transformers("olmoe", folder), True),
     "dots1": (lambda folder: by_transformers("dots1", folder), True),
-    "granitemoe": (lambda folder: by_transformers("granitemoe", folder, **lib.GRANITE), False),  # gate and up in one
+    "granitemoe": (
+        lambda folder: by_transformers("granitemoe", folder, **lib.GRANITE),
+        False,
+    ),  # gate and up in one
     "gpt_oss": (mxfp4_gpt_oss, False),
 }
 
@@ -79,7 +89,9 @@ def test_a_release_computes_what_the_library_computes(
 
     computed: list[str] = []
     tensor = external._Computed.tensor
-    monkeypatch.setattr(external._Computed, "tensor", lambda self, n, a: computed.append(n) or tensor(self, n, a))
+    monkeypatch.setattr(
+        external._Computed, "tensor", lambda self, n, a: computed.append(n) or tensor(self, n, a)
+    )
     convert(tmp_path / "src", tmp_path / "dst", q_bits=16)
     assert copied == (not computed)
 
