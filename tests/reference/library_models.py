@@ -518,18 +518,27 @@ def config(name: str, model_type: str) -> dict[str, Any]:
     return {**whole, "vision_config": vision, "audio_config": None if model_type == "gemma4" else AUDIO}
 
 
-def make(name: str, config: dict[str, Any], folder: Path, bits: int | None, group: int = 32) -> Path:
+def make(
+    name: str,
+    config: dict[str, Any],
+    folder: Path,
+    bits: int | None,
+    group: int = 32,
+    mode: str = "affine",
+    predicate: Callable[[str, nn.Module], Any] | None = None,
+) -> Path:
     """Writes a checkpoint of a library's whole model, as the library's own convert command would.
 
     Args:
-        bits: of affine quantization; None for unquantized.
+        bits: of quantization; None for unquantized.
+        predicate: how each module is quantized; None as the model itself says.
     """
     mx.random.seed(0)
     model = libraries.LIBRARIES[name].whole(config)
     model.update(tree_unflatten([(path, _random(path, a)) for path, a in tree_flatten(model.parameters())]))
     config = json.loads(json.dumps(config))
     with contextlib.redirect_stdout(io.StringIO()):  # they print
-        _save(name, model, config, folder, bits, group)
+        _save(name, model, config, folder, bits and (group, bits, mode, predicate))
     return folder
 
 
@@ -542,25 +551,27 @@ def _random(path: str, array: mx.array) -> mx.array:
 
 
 def _save(
-    name: str, model: nn.Module, config: dict[str, Any], folder: Path, bits: int | None, group: int
+    name: str, model: nn.Module, config: dict[str, Any], folder: Path, quantization: tuple[Any, ...] | None
 ) -> None:
     if name == "mlx-lm":
         from mlx_lm.utils import quantize_model, save_config, save_model
 
-        if bits is not None:
-            model, config = quantize_model(model, config, group, bits)
+        if quantization is not None:
+            group, bits, mode, predicate = quantization
+            model, config = quantize_model(model, config, group, bits, mode=mode, quant_predicate=predicate)
         save_model(folder, model)
     else:
         from mlx_vlm.quant_utils import quantize_model
         from mlx_vlm.utils import save_config, save_weights, skip_multimodal_module
 
-        own = getattr(model, "quant_predicate", None)
+        if quantization is not None:
+            group, bits, mode, predicate = quantization
+            own = predicate or getattr(model, "quant_predicate", None)
 
-        def predicate(path: str, module: nn.Module) -> Any:
-            return not skip_multimodal_module(path) and (own is None or own(path, module))
+            def text_alone(path: str, module: nn.Module) -> Any:
+                return not skip_multimodal_module(path) and (own is None or own(path, module))
 
-        if bits is not None:
-            model, config = quantize_model(model, config, group, bits, quant_predicate=predicate)
+            model, config = quantize_model(model, config, group, bits, mode=mode, quant_predicate=text_alone)
         save_weights(folder, model)
     save_config(config, folder / "config.json")
 

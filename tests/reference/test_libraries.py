@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,7 +40,42 @@ def _uncompiled() -> None:
 def test_computes_what_the_library_computes(
     tmp_path: Path, library: str, model_type: str, bits: int | None
 ) -> None:
-    source = lib.make(library, lib.config(library, model_type), tmp_path / "src", bits)
+    assert_computes_the_same(tmp_path, library, model_type, bits)
+
+
+def some_layers(path: str, module: nn.Module) -> bool:
+    return "layers.1." not in path
+
+
+def every_projection_its_own(path: str, module: nn.Module) -> dict[str, Any]:
+    bits = next(
+        (bits for name, bits in {"gate_proj": 3, "down_proj": 6, "layers.1.": 8}.items() if name in path), 4
+    )
+    return {"bits": bits, "group_size": 32, "mode": "affine"}
+
+
+@pytest.mark.parametrize("library", lib.TABLES)
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        dict(bits=4, group=32, mode="mxfp4"),
+        dict(bits=8, group=32, mode="mxfp8"),
+        dict(bits=4, group=16, mode="nvfp4"),
+        dict(bits=5, group=32),
+        dict(bits=4, group=64),
+        dict(bits=4, predicate=some_layers),
+        dict(bits=4, predicate=every_projection_its_own),
+    ],
+    ids=["mxfp4", "mxfp8", "nvfp4", "5 bits", "groups of 64", "some layers", "every projection its own"],
+)
+def test_however_it_is_quantized(tmp_path: Path, library: str, quantization: dict[str, Any]) -> None:
+    assert_computes_the_same(tmp_path, library, "gpt_oss", **quantization)
+
+
+def assert_computes_the_same(
+    tmp_path: Path, library: str, model_type: str, bits: int | None, **how: Any
+) -> None:
+    source = lib.make(library, lib.config(library, model_type), tmp_path / "src", bits, **how)
     model = lib.resident(library, source)
     prompt, other = lib.TOKENS[:1], lib.TOKENS[1:]
     want = [
@@ -54,7 +90,7 @@ def test_computes_what_the_library_computes(
     for memory in ("auto", "os"):
         ours, _ = load(tmp_path / "dst", expert_memory=memory)
 
-        def call(tokens: np.ndarray, cache: object = None, ours: object = ours) -> np.ndarray:
+        def call(tokens: np.ndarray, cache: object = None, ours: nn.Module = ours) -> np.ndarray:
             return np.asarray(ours(mx.array(tokens), cache).astype(mx.float32))
 
         computed.append([call(prompt), lib.in_pieces(call, prompt, ours.make_cache()), call(other)])
