@@ -10,6 +10,7 @@ import importlib
 import inspect
 import io
 import json
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -474,15 +475,12 @@ VISION_TYPES = {
     "llama4": {"model_type": "llama4"},
     "deepseek_vl_v2": {"model_type": "vision"},
 }
-# What of the tables cannot run, with what is said of it.
+# What of the tables cannot run: a part of what is said of it, and why, for readers.
 REFUSED = {
-    (
-        "mlx-vlm",
-        "deepseek_v41",
-    ): "weights",  # of the experts' outputs, that it multiplies with before it rounds them
-    ("mlx-vlm", "granitemoe"): "embedding_multiplier",
-    ("mlx-vlm", "moondream3"): "no activation of their own",
-    ("mlx-vlm", "zaya1_vl"): "linear_fc1, linear_fc2",
+    ("mlx-vlm", "deepseek_v41"): ("weights", "weights outputs before it rounds them; what mlx-lm wrote runs"),
+    ("mlx-vlm", "granitemoe"): ("embedding_multiplier", "its language model alone computes something else"),
+    ("mlx-vlm", "moondream3"): ("no activation of their own", "experts and router are one module"),
+    ("mlx-vlm", "zaya1_vl"): ("linear_fc1, linear_fc2", "experts and their weights are one module"),
 }
 # Architectures that the libraries themselves run on Metal alone.
 METAL = ("muse_spark",)
@@ -628,3 +626,36 @@ def rows() -> list[tuple[str, str, int | None]]:
             if (name, kind) not in UNQUANTIZED:
                 found.append((name, kind, 4))
     return found
+
+
+def result(name: str, model_type: str) -> str:
+    """What becomes of a row, for readers."""
+    if (name, model_type) in REFUSED:
+        return f"refused: {REFUSED[name, model_type][1]}"
+    if model_type in METAL:
+        return f"converts; {name} computes it on Metal alone: not checked"
+    if (name, model_type) in UNQUANTIZED:
+        return f"the same logits, unquantized; {name} itself does not run what it quantizes"
+    return (
+        "the same logits, unquantized and at 4 bits"
+        if name == "mlx-lm" or model_type not in MLX_LM
+        else ("the same logits at 4 bits")
+    )
+
+
+def table() -> str:
+    """docs/models.md's table."""
+    lines = ["| `model_type` | through | result |", "| --- | --- | --- |"]
+    lines += [
+        f"| `{kind}` | {name} | {result(name, kind)} |"
+        for kind, name in sorted(((kind, name) for name, own in TABLES.items() for kind in own), key=_by_name)
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _by_name(row: tuple[str, str]) -> tuple[str, str]:
+    return row[0].lower(), row[1]
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table())

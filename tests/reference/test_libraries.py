@@ -119,7 +119,7 @@ def test_refuses_what_cannot_be_streamed_by_name(tmp_path: Path, library: str, m
     with pytest.raises(FlashMoEError) as refused:
         convert(source, tmp_path / "dst", q_bits=16)
         load(tmp_path / "dst")
-    assert lib.REFUSED[library, model_type] in str(refused.value)
+    assert lib.REFUSED[library, model_type][0] in str(refused.value)
     assert model_type in str(refused.value)
 
 
@@ -133,3 +133,8 @@ def test_what_only_metal_can_run_is_converted_and_refused_by_name(
     convert(source, tmp_path / "dst")
     with pytest.raises(FlashMoEError, match=rf"{model_type}.*Metal"):
         load(tmp_path / "dst")
+
+
+def test_the_documented_table_is_this_one() -> None:
+    documented = Path(__file__, "../../../docs/models.md").resolve().read_text()
+    assert lib.table() in documented, "python tests/reference/library_models.py writes docs/models.md's table"
