@@ -33,7 +33,7 @@ from mlx_flashmoe.errors import FormatError, SourceError
 from mlx_flashmoe.external import experts as expert_modules
 from mlx_flashmoe.external.experts import ExpertModule
 from mlx_flashmoe.external.library import Library
-from mlx_flashmoe.external.model import layer_numbers
+from mlx_flashmoe.external.model import ExternalConfig, layer_numbers
 from mlx_flashmoe.layout import GROUP_SIZES, Quantization
 
 DTYPES = {
@@ -63,6 +63,8 @@ def bind(checkpoint: Checkpoint, library: Library, where: str) -> Bound:
         try:
             model, prefix = library.read(Path(folder))
             found = expert_modules.find(model)
+            if found:
+                ExternalConfig(library, checkpoint.config)  # which refuses what could not be run
         except FormatError as e:
             raise SourceError(f"{where}: {e}") from None
         except Exception as e:  # whatever a library's code does with a checkpoint that it cannot load
@@ -283,7 +285,7 @@ class _Finder:
                 matrix = self.matrix(module, named)
                 yield Dense(at + name, "linear", matrix, (*array.shape[:-1], matrix.in_dims))
             else:
-                fits = name == "weight" and array.ndim == 2 and hasattr(module, "to_quantized")
+                fits = name == "weight" and array.ndim >= 2 and hasattr(module, "to_quantized")
                 yield Dense(
                     at + name, self.kind(path, module) if fits else "plain", Matrix(weight), array.shape
                 )

@@ -633,7 +633,9 @@ def result(name: str, model_type: str) -> str:
     if (name, model_type) in REFUSED:
         return f"refused: {REFUSED[name, model_type][1]}"
     if model_type in METAL:
-        return f"converts; {name} computes it on Metal alone: not checked"
+        return (
+            f"refused where there is no Metal, without which {name} itself does not run it; not checked with"
+        )
     if (name, model_type) in UNQUANTIZED:
         return f"the same logits, unquantized; {name} itself does not run what it quantizes"
     return (
