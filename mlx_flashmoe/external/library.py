@@ -26,12 +26,14 @@ class Library:
             are random and lazy, nothing is computed.
         read: a checkpoint folder -> the language model with the checkpoint's weights, lazily; and that prefix.
         knows: a config.json -> the name of the module that describes its architecture; None if there is none.
+        aliases: model types that are other names of an architecture, and its own.
     """
 
     name: str
     build: Callable[[dict[str, Any]], tuple[nn.Module, str]]
     read: Callable[[Path], tuple[nn.Module, str]]
     knows: Callable[[dict[str, Any]], str | None]
+    aliases: Callable[[], dict[str, str]]
 
     @property
     def module(self) -> str:
@@ -80,6 +82,12 @@ def _describes(name: str, settings: str) -> bool:
     return hasattr(module, "Model") and hasattr(module, settings)
 
 
+def _lm_aliases() -> dict[str, str]:
+    from mlx_lm.utils import MODEL_REMAPPING
+
+    return dict(MODEL_REMAPPING)
+
+
 def _lm_build(config: dict[str, Any]) -> tuple[nn.Module, str]:
     name = _lm_knows(config)
     assert name is not None
@@ -101,6 +109,12 @@ def _vlm_knows(config: dict[str, Any]) -> str | None:
     name = f"mlx_vlm.models.{kind}"
     known = kind is not None and str(kind).isidentifier() and _found(name)
     return name if known and _describes(name, "ModelConfig") else None
+
+
+def _vlm_aliases() -> dict[str, str]:
+    from mlx_vlm.utils import MODEL_REMAPPING
+
+    return dict(MODEL_REMAPPING)
 
 
 def _vlm_build(config: dict[str, Any]) -> tuple[nn.Module, str]:
@@ -132,8 +146,8 @@ def _language_model(model: nn.Module) -> tuple[nn.Module, str]:
 
 
 LIBRARIES = {
-    "mlx-lm": Library("mlx-lm", _lm_build, _lm_read, _lm_knows),
-    "mlx-vlm": Library("mlx-vlm", _vlm_build, _vlm_read, _vlm_knows),
+    "mlx-lm": Library("mlx-lm", _lm_build, _lm_read, _lm_knows, _lm_aliases),
+    "mlx-vlm": Library("mlx-vlm", _vlm_build, _vlm_read, _vlm_knows, _vlm_aliases),
 }
 """In the order in which they are asked for an architecture."""
 
