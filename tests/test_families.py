@@ -278,6 +278,19 @@ RELEASED: dict[str, tuple[float, dict[str, Any]]] = {
             moe_intermediate_size=2560,
         ),
     ),
+    "Qwen2-57B-A14B": (
+        57e9,
+        dict(
+            model_type="qwen2_moe",
+            hidden_size=3584,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_experts=64,
+            moe_intermediate_size=2560,
+            shared_expert_intermediate_size=20480,
+            norm_topk_prob=False,
+        ),
+    ),
     "GLM-4.5-Air": (
         106e9,
         dict(
