@@ -370,11 +370,8 @@ def test_released_configurations_describe_models_of_their_size(name: str) -> Non
     parameters, its_own = RELEASED[name]
     config = {**ALIKE, **its_own}
     settings = architecture(config["model_type"]).Config.from_dict(config)
-    assert (
-        getattr(settings, "norm_topk_prob", True)
-        and settings.dtype == "bfloat16"
-        and settings.rope.yarn is None
-    )
+    assert getattr(settings, "norm_topk_prob", True) == config["norm_topk_prob"]
+    assert settings.dtype == "bfloat16" and settings.rope.yarn is None
     described = describe(config["model_type"], config, name)
     dense = sum(math.prod(module.shape) for module in described.modules)
     experts = len(described.moe_layers) * described.num_experts
