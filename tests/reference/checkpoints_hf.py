@@ -20,6 +20,8 @@ from transformers import (
     MiniMaxM2ForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3_5MoeForCausalLM,
     Qwen3_5MoeTextConfig,
     Qwen3MoeConfig,
@@ -99,6 +101,12 @@ QWEN3_MOE = Family(
     {**COMMON, "norm_topk_prob": True, "rope_parameters": PLAIN_ROPE},
     ("released", "per expert"),
     named={"num_local_experts": "num_experts"},
+)
+QWEN2_MOE = Family(
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    {**COMMON, "head_dim": 32, "shared_expert_intermediate_size": 96, "rope_parameters": PLAIN_ROPE},
+    ("released", "per expert", "fused"),
 )
 GLM4_MOE = Family(
     Glm4MoeConfig,
@@ -221,6 +229,21 @@ SHAPES: dict[str, tuple[Family, dict[str, Any]]] = {
     "Qwen3-MoE, tied, bias, YaRN": (
         QWEN3_MOE,
         dict(tie_word_embeddings=True, attention_bias=True, rope_parameters=YARN),
+    ),
+    "Qwen2-MoE": (QWEN2_MOE, {}),
+    "Qwen2-MoE, every second layer without experts, weights sum to 1, tied, no bias": (
+        QWEN2_MOE,
+        dict(
+            decoder_sparse_step=2,
+            intermediate_size=192,
+            norm_topk_prob=True,
+            tie_word_embeddings=True,
+            qkv_bias=False,
+        ),
+    ),
+    "Qwen2-MoE, heads without groups, YaRN": (
+        QWEN2_MOE,
+        dict(num_key_value_heads=4, head_dim=64, rope_parameters=YARN),
     ),
     "GLM-4.5": (GLM4_MOE, {}),
     "GLM-4.5-Air, no norms in attention, no bias, scores as they are": (
@@ -350,7 +373,7 @@ def released_config(model: PreTrainedModel) -> dict[str, Any]:
             config[published] = config.pop(theirs)
     if isinstance(model, MiniMaxM2ForCausalLM):
         config["rotary_dim"] = int(config.pop("partial_rotary_factor", 1) * config["head_dim"])
-    if config.pop("layer_types", None):
+    if config.pop("layer_types", None) and "linear_conv_kernel_dim" in config:
         config["full_attention_interval"] = 4
     return config
 

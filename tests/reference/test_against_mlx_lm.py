@@ -30,6 +30,7 @@ from mlx_flashmoe import convert, load
         ("Qwen3-MoE, many heads, weights as they are", None, None),
         ("GLM-4.5", 4, 64),
         ("GLM-4.5-Air, no norms in attention, no bias, scores as they are", None, None),
+        ("Qwen2-MoE", 4, 64),
         ("MiniMax-M2", 4, 64),
         ("MiniMax-M2", None, None),
     ],

@@ -82,6 +82,7 @@ def test_unquantized(tmp_path: Path, shape: str, layout: str) -> None:
         ("Qwen3-MoE, tied, bias, YaRN", 8, 32),
         ("GLM-4.5", 4, 64),
         ("MiniMax-M2", 4, 64),
+        ("Qwen2-MoE", 4, 64),
     ],
 )
 def test_quantized(tmp_path: Path, shape: str, bits: int, group: int) -> None:
