@@ -51,3 +51,30 @@ def dequantized_matmul(
         piece = mx.dequantize(w, s, b, group_size=group_size, bits=bits).astype(x.dtype)
         pieces.append(x @ piece.T)
     return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=-1)
+
+
+def head_products(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    group_size: int,
+    bits: int,
+    transpose: bool,
+) -> mx.array:
+    """Each head's x times a matrix of its own: x @ dequantized(weight).T if ``transpose``, else without ``.T``.
+
+    Args:
+        x: [B, heads, T, in] activations.
+        weight: uint32 [heads, rows, columns * bits / 32], MLX's affine format.
+        scales, biases: [heads, rows, columns / group_size].
+    """
+    device = mx.default_device()
+    # Of several rows MLX's CPU product unpacks every weight anew for each, and CUDA's wants no parts of matrices.
+    one = x.shape[-2] == 1 if device.type == mx.DeviceType.cpu else mx.metal.is_available()
+    if one:
+        return mx.quantized_matmul(
+            x, weight, scales=scales, biases=biases, transpose=transpose, group_size=group_size, bits=bits
+        )
+    w = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits).astype(x.dtype)
+    return x @ (w.swapaxes(-1, -2) if transpose else w)

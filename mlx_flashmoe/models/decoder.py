@@ -8,8 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_flashmoe.models.attention import Attention
-from mlx_flashmoe.models.cache import Cache, KVCache
+from mlx_flashmoe.models.cache import Cache
 from mlx_flashmoe.models.config import BaseConfig
+from mlx_flashmoe.models.latent_attention import LatentAttention
 from mlx_flashmoe.models.moe import MLP, MoE
 from mlx_flashmoe.models.norm import RMSNorm
 
@@ -64,15 +65,15 @@ class DecoderLayer(nn.Module):
 
 
 class AttentionLayer(DecoderLayer):
-    def __init__(self, config: BaseConfig, attention: Attention, mlp: MoE | MLP):
+    def __init__(self, config: BaseConfig, attention: Attention | LatentAttention, mlp: MoE | MLP):
         super().__init__(config, mlp)
         self.self_attn = attention
 
-    def mix(self, x: mx.array, cache: KVCache | None) -> mx.array:
+    def mix(self, x: mx.array, cache: Any) -> mx.array:
         return self.self_attn(x, cache)
 
     def make_cache(self) -> Cache:
-        return KVCache()
+        return self.self_attn.make_cache()
 
 
 class Decoder(nn.Module):
