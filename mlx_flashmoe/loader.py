@@ -229,10 +229,11 @@ def load(
     arch = architecture(manifest.model_type)
     settings = arch.Config.from_dict(config)
     _check_experts(manifest, settings, folder)
-    if active_experts is not None and not 1 <= active_experts <= settings.num_experts:
+    if active_experts is not None and not 1 <= active_experts <= settings.selectable_experts:
+        most = settings.selectable_experts
+        has = "has" if most == settings.num_experts else "lets a token choose from"
         raise MemoryPlanError(
-            f"--active-experts {active_experts}: a layer of this model has {settings.num_experts} experts; "
-            f"give 1 to {settings.num_experts}"
+            f"--active-experts {active_experts}: a layer of this model {has} {most} experts; give 1 to {most}"
         )
     active = active_experts or settings.num_experts_per_tok
     if dtype is None:

@@ -208,6 +208,8 @@ def _layers(
         "num_hidden_layers": min(LAYERS, settings.num_hidden_layers),
         "layer_types": getattr(settings, "layer_types", ())[:LAYERS],
         "num_experts": count,
+        "dense_layers": (),
+        **dict.fromkeys(("n_group", "topk_group"), 1),  # few experts may not make as many groups
     }
     settings = replace(settings, **{name: v for name, v in few.items() if hasattr(settings, name)})
     layers = settings.num_hidden_layers

@@ -99,7 +99,9 @@ class BaseConfig:
         """
         if text.get("hidden_act", "silu") != "silu":
             raise FormatError(f"hidden_act {text['hidden_act']!r} is not supported, only silu")
-        dense = _dense_layers(text)
+        dense = cls.find_dense_layers(text)
+        if len(dense) == text["num_hidden_layers"]:
+            raise FormatError("no layer has experts")
         if dense and text.get("intermediate_size") is None:
             raise FormatError("intermediate_size is missing")
         rope = Rope.from_config(text)
@@ -110,6 +112,20 @@ class BaseConfig:
             "context_length": rope.context_length(text),
             "dtype": str(text.get("dtype") or text.get("torch_dtype") or "bfloat16"),
         }
+
+    @classmethod
+    def find_dense_layers(cls, text: dict[str, Any]) -> tuple[int, ...]:
+        """Returns the layers without experts; architectures that may have some say which.
+
+        Raises:
+            FormatError: as of ``derive``.
+        """
+        return ()
+
+    @property
+    def selectable_experts(self) -> int:
+        """Experts of a layer that one token can use, at most."""
+        return self.num_experts
 
     @property
     def moe_layers(self) -> list[int]:
@@ -140,18 +156,25 @@ class BaseConfig:
         return (3 * width + self.num_attention_heads * self.head_dim) * dtype.size
 
 
-def _dense_layers(text: dict[str, Any]) -> tuple[int, ...]:
+def layers_between_sparse(text: dict[str, Any]) -> tuple[int, ...]:
     """The layers without experts, as transformers reads mlp_only_layers and decoder_sparse_step."""
     only, step = text.get("mlp_only_layers") or [], text.get("decoder_sparse_step", 1)
     if not isinstance(only, list) or not all(type(i) is int for i in only):
         raise FormatError(f"mlp_only_layers must be a list of layers, not {short(only)}")
     if type(step) is not int or step < 1:
         raise FormatError(f"decoder_sparse_step must be a whole number from 1, not {short(step)}")
-    layers = range(text["num_hidden_layers"])
-    dense = tuple(i for i in layers if i in set(only) or (i + 1) % step)
-    if len(dense) == len(layers):
-        raise FormatError("no layer has experts (mlp_only_layers, decoder_sparse_step)")
-    return dense
+    return tuple(i for i in range(text["num_hidden_layers"]) if i in set(only) or (i + 1) % step)
+
+
+def first_layers(text: dict[str, Any]) -> tuple[int, ...]:
+    """The layers without experts: the first of first_k_dense_replace."""
+    count = text["first_k_dense_replace"]
+    if type(count) is not int or not 0 <= count < text["num_hidden_layers"]:
+        most = text["num_hidden_layers"] - 1
+        raise FormatError(
+            f"first_k_dense_replace must be a whole number from 0 to {most}, not {short(count)}"
+        )
+    return tuple(range(count))
 
 
 def _check(field: Field[Any], value: Any) -> None:

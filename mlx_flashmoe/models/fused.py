@@ -75,6 +75,12 @@ def gated(x: mx.array, gate: mx.array) -> mx.array:
 
 
 @fused
+def plus(residual: mx.array, y: mx.array, x: mx.array) -> mx.array:
+    """residual + (y + x)."""
+    return residual + (y + x)
+
+
+@fused
 def plus_gated(residual: mx.array, y: mx.array, x: mx.array, gate: mx.array) -> mx.array:
     """residual + (y + x * sigmoid(gate))."""
     return residual + (y + x * mx.sigmoid(gate))

@@ -16,9 +16,11 @@ import mlx.core as mx
 from mlx_flashmoe.errors import FormatError
 from mlx_flashmoe.models.attention import GatedAttention
 from mlx_flashmoe.models.cache import Cache, RecurrentCache
+from mlx_flashmoe.models.config import layers_between_sparse
 from mlx_flashmoe.models.decoder import AttentionLayer, CausalLM, DecoderLayer
 from mlx_flashmoe.models.delta_net import DeltaNetConfig, GatedDeltaNet
-from mlx_flashmoe.models.moe import MLP, Experts, MoE, SharedExpertMoE
+from mlx_flashmoe.models.moe import MLP, Experts, MoE, SharedExpertMoE, feed_forward
+from mlx_flashmoe.models.router import Router
 
 ROTARY_SHARE = 0.25  # of each head's dims, where config.json does not say; as in transformers
 
@@ -28,6 +30,10 @@ class HybridConfig(DeltaNetConfig):
     shared_expert_intermediate_size: int
     layer_types: tuple[str, ...]
     norm_topk_prob: bool
+
+    @classmethod
+    def find_dense_layers(cls, text: dict[str, Any]) -> tuple[int, ...]:
+        return layers_between_sparse(text)
 
     @classmethod
     def derive(cls, text: dict[str, Any]) -> dict[str, Any]:
@@ -75,23 +81,19 @@ class HybridModel(CausalLM):
         active_experts: int | None,
         delta_net: Callable[[HybridConfig], GatedDeltaNet],
     ):
-        def mlp(i: int) -> MoE | MLP:
-            if i in config.dense_layers:
-                assert config.intermediate_size is not None  # where there are such layers
-                return MLP(config.hidden_size, config.intermediate_size)
-            return SharedExpertMoE(
-                config.hidden_size,
-                config.num_experts,
-                experts(i),
-                active_experts or config.num_experts_per_tok,
-                config.norm_topk_prob,
-                config.shared_expert_intermediate_size,
-            )
+        active = active_experts or config.num_experts_per_tok
+        router = Router(config.num_experts, active, config.norm_topk_prob)
 
         def layer(i: int, kind: str) -> DecoderLayer:
+            shared = config.shared_expert_intermediate_size
+            mlp = feed_forward(
+                config,
+                i,
+                lambda: SharedExpertMoE(config.hidden_size, router, experts(i), shared, gated=True),
+            )
             if kind == "linear_attention":
-                return DeltaNetLayer(config, delta_net(config), mlp(i))
-            return AttentionLayer(config, GatedAttention(config), mlp(i))
+                return DeltaNetLayer(config, delta_net(config), mlp)
+            return AttentionLayer(config, GatedAttention(config), mlp)
 
         super().__init__(config, [layer(i, kind) for i, kind in enumerate(config.layer_types)])
 

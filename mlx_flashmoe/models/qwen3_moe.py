@@ -11,14 +11,19 @@ from typing import Any
 
 from mlx_flashmoe.errors import FormatError
 from mlx_flashmoe.models.attention import Attention
-from mlx_flashmoe.models.config import BaseConfig
+from mlx_flashmoe.models.config import BaseConfig, layers_between_sparse
 from mlx_flashmoe.models.decoder import AttentionLayer, CausalLM
-from mlx_flashmoe.models.moe import MLP, Experts, MoE
+from mlx_flashmoe.models.moe import Experts, MoE, feed_forward
+from mlx_flashmoe.models.router import Router
 
 
 @dataclass(frozen=True)
 class Config(BaseConfig):
     norm_topk_prob: bool
+
+    @classmethod
+    def find_dense_layers(cls, text: dict[str, Any]) -> tuple[int, ...]:
+        return layers_between_sparse(text)
 
     @classmethod
     def derive(cls, text: dict[str, Any]) -> dict[str, Any]:
@@ -40,12 +45,10 @@ class Config(BaseConfig):
 class Model(CausalLM):
     def __init__(self, config: Config, experts: Callable[[int], Experts], active_experts: int | None = None):
         active = active_experts or config.num_experts_per_tok
+        router = Router(config.num_experts, active, config.norm_topk_prob)
 
-        def mlp(layer: int) -> MoE | MLP:
-            if layer in config.dense_layers:
-                assert config.intermediate_size is not None  # where there are such layers
-                return MLP(config.hidden_size, config.intermediate_size)
-            return MoE(config.hidden_size, config.num_experts, experts(layer), active, config.norm_topk_prob)
+        def layer(i: int) -> AttentionLayer:
+            mlp = feed_forward(config, i, lambda: MoE(config.hidden_size, router, experts(i)))
+            return AttentionLayer(config, Attention(config), mlp)
 
-        layers = range(config.num_hidden_layers)
-        super().__init__(config, [AttentionLayer(config, Attention(config), mlp(i)) for i in layers])
+        super().__init__(config, [layer(i) for i in range(config.num_hidden_layers)])
