@@ -131,6 +131,7 @@ class Architecture:
     hidden_size: int
     intermediate_size: int
     tied: bool
+    unused: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,7 @@ def describe(model_type: str, config: dict[str, Any], where: str) -> Architectur
         hidden_size=settings.hidden_size,
         intermediate_size=settings.moe_intermediate_size,
         tied=settings.tie_word_embeddings,
+        unused=model.unused,
     )
 
 
@@ -230,8 +232,7 @@ def bind(checkpoint: Checkpoint) -> Bound:
         supported = ", ".join(sorted(models.ARCHITECTURES))
         raise SourceError(f"{where}: model_type {short(model_type)} is not supported; supported: {supported}")
     architecture = describe(model_type, checkpoint.config, where)
-    unused = models.architecture(model_type).Model.unused
-    binder = _Binder(checkpoint, unused, architecture, _Declared.read(checkpoint.config, where))
+    binder = _Binder(checkpoint, architecture, _Declared.read(checkpoint.config, where))
     dense = [d for m in architecture.modules if (d := binder.dense(m)) is not None]
     layers = [e for layer in architecture.moe_layers if (e := binder.experts(layer)) is not None]
     binder.finish()
@@ -310,7 +311,6 @@ class _Binder:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        unused_names: tuple[str, ...],
         architecture: Architecture,
         declared: _Declared,
     ) -> None:
@@ -323,7 +323,7 @@ class _Binder:
         self.root = "model."
         for published, tensor in checkpoint.tensors.items():
             name = canonical(published)
-            unused = next((p for p in unused_names if name.startswith(p)), None)
+            unused = next((p for p in architecture.unused if name.startswith(p)), None)
             if unused is not None:
                 left_out[
                     published[: published.index(unused.split(".")[-2])] + unused.split(".")[-2] + ".*"

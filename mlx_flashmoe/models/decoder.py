@@ -99,13 +99,10 @@ class CausalLM(nn.Module):
     active_experts: routed experts a token uses; the checkpoint's own number if None.
 
     Attributes:
-        unused: beginnings of the names, without what wraps the language model, of tensors in published checkpoints
-            that text generation does not use.
         routers: last parts of the paths of Linear modules that choose experts: they are quantized to 8 bits.
         norms_less_one: published checkpoints hold weight - 1 of every RMSNorm.
     """
 
-    unused: ClassVar[tuple[str, ...]] = ()
     routers: ClassVar[tuple[str, ...]] = ("gate", "shared_expert_gate")
     norms_less_one: ClassVar[bool] = False
 
@@ -123,6 +120,12 @@ class CausalLM(nn.Module):
     def head(self, x: mx.array) -> mx.array:
         """Outputs of ``model`` [B, T, hidden] -> logits [B, T, vocab]."""
         return self.model.embed_tokens.as_linear(x) if self.config.tie_word_embeddings else self.lm_head(x)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Beginnings of the names, without what wraps the language model, of tensors in published checkpoints that
+        text generation does not use."""
+        return ()
 
     def make_cache(self) -> list[Cache]:
         """An empty cache, one entry a layer."""

@@ -71,7 +71,6 @@ class DeltaNetLayer(DecoderLayer):
 class HybridModel(CausalLM):
     """``delta_net`` makes a layer's, as the architecture has it."""
 
-    unused: ClassVar[tuple[str, ...]] = ("mtp.", "model.mtp.")
     norms_less_one: ClassVar[bool] = True
 
     def __init__(
@@ -96,6 +95,10 @@ class HybridModel(CausalLM):
             return AttentionLayer(config, GatedAttention(config), mlp)
 
         super().__init__(config, [layer(i, kind) for i, kind in enumerate(config.layer_types)])
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        return "mtp.", "model.mtp."
 
     @staticmethod
     def keep_float32(path: str) -> bool:

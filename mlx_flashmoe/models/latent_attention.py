@@ -185,7 +185,14 @@ class LatentAttention(nn.Module):
         )
 
     def _made(self, latent: mx.array, heads: slice) -> mx.array:
-        """Keys (without what is rotated) and values of some heads: latent [B, S, rank] -> [B, S, heads * (key + value)]."""
+        """Keys, without what is rotated, and values of some heads.
+
+        Args:
+            latent: [B, S, kv_lora_rank].
+
+        Returns:
+            [B, S, heads * (key + value)], each head's key before its value.
+        """
         m = self.kv_b_proj
         each = self.key_dim + self._config.v_head_dim
         rows = slice(heads.start * each, heads.stop * each)

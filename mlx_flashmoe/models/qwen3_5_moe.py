@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -44,10 +44,9 @@ class DeltaNet(GatedDeltaNet):
 
 
 class Model(HybridModel):
-    unused: ClassVar[tuple[str, ...]] = (
-        *HybridModel.unused,
-        *("visual.", "model.visual.", "vision_tower.", "model.vision_tower."),
-    )
-
     def __init__(self, config: Config, experts: Callable[[int], Experts], active_experts: int | None = None):
         super().__init__(config, experts, active_experts, DeltaNet)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        return *super().unused, "visual.", "model.visual.", "vision_tower.", "model.vision_tower."

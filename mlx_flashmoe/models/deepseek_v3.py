@@ -1,0 +1,49 @@
+"""DeepSeek-V3, V3.1 and R1 (arXiv:2412.19437), and Kimi K2, K2.5: latent attention, experts in groups.
+
+Checked against ``DeepseekV3ForCausalLM`` of Hugging Face transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from reprlib import repr as short
+from typing import Any
+
+from mlx_flashmoe.errors import FormatError
+from mlx_flashmoe.models.decoder import AttentionLayer, CausalLM
+from mlx_flashmoe.models.grouped import GroupedConfig, grouped_moe
+from mlx_flashmoe.models.latent_attention import LatentAttention, LatentConfig
+from mlx_flashmoe.models.moe import Experts
+
+# What every published model has, and transformers computes without asking.
+ONLY = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
+
+
+@dataclass(frozen=True)
+class Config(LatentConfig, GroupedConfig):
+    @classmethod
+    def derive(cls, text: dict[str, Any]) -> dict[str, Any]:
+        for name, value in ONLY.items():
+            if text.get(name, value) != value:
+                raise FormatError(f"{name} {short(text[name])} is not supported, only {value}")
+        return super().derive(text)
+
+
+class Model(CausalLM):
+    def __init__(self, config: Config, experts: Callable[[int], Experts], active_experts: int | None = None):
+        def layer(i: int) -> AttentionLayer:
+            return AttentionLayer(
+                config, LatentAttention(config), grouped_moe(config, i, experts, active_experts)
+            )
+
+        super().__init__(config, [layer(i) for i in range(config.num_hidden_layers)])
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        predicting = f"model.layers.{self.config.num_hidden_layers}."  # more tokens than the next
+        return predicting, "vision_tower.", "model.vision_tower.", "mm_projector.", "model.mm_projector."
+
+    @staticmethod
+    def keep_float32(path: str) -> bool:
+        return path.endswith((".gate.weight", ".e_score_correction_bias"))
