@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen3_5MoeForCausalLM,
@@ -56,8 +58,8 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
 class Family:
     """An architecture in transformers, a small shape of it, and the layouts it comes in.
 
-    Layouts: "fused" and "released", as Qwen publishes it (experts stacked, or one tensor an expert); "per expert",
-    as transformers writes it.
+    Layouts: "fused" (experts stacked), "released" (one tensor an expert) and "wrapped" (beside a vision model), as it is
+    published; "per expert", as transformers writes it.
     """
 
     config: type[PreTrainedConfig]
@@ -83,6 +85,36 @@ QWEN3_MOE = Family(
     Qwen3MoeForCausalLM,
     {**COMMON, "norm_topk_prob": True, "rope_parameters": PLAIN_ROPE},
     ("released", "per expert"),
+)
+DEEPSEEK_V3 = Family(
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    dict(
+        vocab_size=320,
+        hidden_size=128,
+        num_hidden_layers=4,
+        first_k_dense_replace=1,
+        intermediate_size=192,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=96,
+        kv_lora_rank=64,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=24,
+        moe_intermediate_size=64,
+        n_routed_experts=16,
+        n_shared_experts=1,
+        num_experts_per_tok=4,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=2.5,
+        max_position_embeddings=128,
+        eos_token_id=None,
+        attn_implementation="eager",
+        rope_parameters=PLAIN_ROPE,
+    ),
+    ("released", "per expert", "fused"),
 )
 
 # Heads, groups, layer patterns, expert counts, tied embeddings: what differs from the family's base.
@@ -168,6 +200,52 @@ SHAPES: dict[str, tuple[Family, dict[str, Any]]] = {
         QWEN3_MOE,
         dict(tie_word_embeddings=True, attention_bias=True, rope_parameters=YARN),
     ),
+    "DeepSeek-V3": (DEEPSEEK_V3, {}),
+    "DeepSeek-V3, no query latent, one group, tied, two shared, weights as they are, half rotation": (
+        DEEPSEEK_V3,
+        dict(
+            q_lora_rank=None,
+            n_group=1,
+            topk_group=1,
+            n_shared_experts=2,
+            tie_word_embeddings=True,
+            norm_topk_prob=False,
+            first_k_dense_replace=0,
+            rope_interleave=False,
+        ),
+    ),
+    "DeepSeek-V3, YaRN with mscale, bias, wide values": (
+        DEEPSEEK_V3,
+        dict(
+            attention_bias=True,
+            v_head_dim=48,
+            qk_nope_head_dim=16,
+            rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        ),
+    ),
+    "DeepSeek-V3, YaRN with two mscales, one of them for all scores": (
+        DEEPSEEK_V3,
+        dict(rope_parameters={**YARN, "mscale": 0.707, "mscale_all_dim": 1.3}),
+    ),
+    "Kimi K2": (
+        replace(DEEPSEEK_V3, layouts=("released", "wrapped")),
+        dict(
+            n_group=1,
+            topk_group=1,
+            n_routed_experts=40,
+            num_experts_per_tok=8,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            rope_parameters={
+                **YARN,
+                "rope_theta": 5e4,
+                "beta_fast": 1.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
+        ),
+    ),
 }
 
 
@@ -183,13 +261,16 @@ def random_model(shape: str, seed: int = 0) -> PreTrainedModel:
                 p.normal_(0, 0.08)
             elif "norm" in name or "dt_bias" in name or name.endswith(".bias"):
                 p.add_(torch.randn_like(p) * 0.1)
+        for name, b in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                b.normal_(0, 0.1)
     return model
 
 
 def save(model: PreTrainedModel, folder: Path, layout: str, dtype: torch.dtype = torch.float32) -> Path:
     """Writes ``model`` as a checkpoint in a layout of its family."""
     folder.mkdir(parents=True)
-    if layout == "fused":
+    if layout == "fused" and isinstance(model, Qwen3_5MoeForCausalLM):
         config = {"model_type": "qwen3_5_moe", "text_config": model.config.to_dict()}
         config["tie_word_embeddings"] = model.config.tie_word_embeddings
         config["text_config"]["dtype"] = str(dtype).removeprefix("torch.")
@@ -203,15 +284,33 @@ def save(model: PreTrainedModel, folder: Path, layout: str, dtype: torch.dtype =
         tensors["model.visual.patch_embed.proj.weight"] = torch.zeros(4, 4)
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config))
+    elif layout in ("fused", "wrapped"):
+        model.to(dtype).save_pretrained(folder, save_original_format=layout == "wrapped")
+        tied = model.config.tie_word_embeddings
+        config = {**model.config.to_dict(), "dtype": str(dtype).removeprefix("torch.")}
+        tensors = load_file(folder / "model.safetensors")
+        if layout == "wrapped":
+            # As Kimi K2.5 is published.
+            config = {
+                "model_type": "kimi_k25",
+                "tie_word_embeddings": tied,
+                "text_config": {**config, "model_type": "kimi_k2"},
+            }
+            tensors = {f"language_model.{name}": t for name, t in tensors.items()}
+            tensors["vision_tower.patch_embed.proj.weight"] = torch.zeros(4, 4)
+            tensors["mm_projector.proj.0.weight"] = torch.zeros(4, 4)
+        save_file(tensors, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config))
     else:
         model.to(dtype).save_pretrained(folder, max_shard_size="2MB")
         if layout == "released":
             (folder / "config.json").write_text(json.dumps(released_config(model)))
-            if isinstance(model, Qwen3NextForCausalLM):
-                save_file({"mtp.fc.weight": torch.zeros(4, 4)}, folder / "mtp.safetensors")
-                index = json.loads((folder / "model.safetensors.index.json").read_text())
-                index["weight_map"]["mtp.fc.weight"] = "mtp.safetensors"
-                (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+            for kind, name in PREDICTING.items():
+                if isinstance(model, kind):
+                    save_file({name: torch.zeros(4, 4)}, folder / "mtp.safetensors")
+                    index = json.loads((folder / "model.safetensors.index.json").read_text())
+                    index["weight_map"][name] = "mtp.safetensors"
+                    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     words = {f"w{i}": i for i in range(model.config.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -219,8 +318,23 @@ def save(model: PreTrainedModel, folder: Path, layout: str, dtype: torch.dtype =
     return folder
 
 
+# What DeepSeek's releases say, and transformers' configuration does not.
+DEEPSEEK_RELEASED = {
+    "model_type": "deepseek_v3",
+    "ep_size": 1,
+    "moe_layer_freq": 1,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+}
+# What a release carries to predict more tokens than the next.
+PREDICTING: dict[type[PreTrainedModel], str] = {
+    Qwen3NextForCausalLM: "mtp.fc.weight",
+    DeepseekV3ForCausalLM: "model.layers.4.eh_proj.weight",
+}
+
+
 def released_config(model: PreTrainedModel) -> dict[str, Any]:
-    """config.json as Qwen publishes it: names that transformers has changed since."""
+    """config.json as it is published: names that transformers has changed since."""
     config = model.config.to_dict()
     rope = config.pop("rope_parameters")
     config["rope_theta"] = rope.pop("rope_theta")
@@ -228,6 +342,10 @@ def released_config(model: PreTrainedModel) -> dict[str, Any]:
         config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     config["rope_scaling"] = rope if rope["rope_type"] == "yarn" else None
     config["torch_dtype"] = config.pop("dtype")
+    if isinstance(model, DeepseekV3ForCausalLM):
+        for name in ("head_dim", "qk_head_dim", *["rope_interleave"] * config["rope_interleave"]):
+            del config[name]
+        return {**config, **DEEPSEEK_RELEASED}
     config["num_experts"] = model.config.num_experts
     config.pop("num_local_experts", None)
     if config.pop("layer_types", None):
@@ -254,7 +372,7 @@ def dequantized_state(folder: Path) -> dict[str, torch.Tensor]:
             w = mx.dequantize(w, raw[f"{path}.scales"], raw[f"{path}.biases"], q.group_size, q.bits)
         if name.endswith("conv1d.weight"):
             w = w.moveaxis(1, 2)
-        zero_centred = manifest.model_type != "qwen3_moe" and "linear_attn" not in name
+        zero_centred = manifest.model_type.startswith(("qwen3_5", "qwen3_next")) and "linear_attn" not in name
         if name.endswith("norm.weight") and zero_centred:
             w = w.astype(mx.float32) - 1
         state[name] = to_torch(w)
