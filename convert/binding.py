@@ -132,6 +132,7 @@ class Architecture:
     intermediate_size: int
     tied: bool
     unused: tuple[str, ...]
+    renamed: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,8 @@ def describe(model_type: str, config: dict[str, Any], where: str) -> Architectur
         hidden_size=settings.hidden_size,
         intermediate_size=settings.moe_intermediate_size,
         tied=settings.tie_word_embeddings,
-        unused=model.unused,
+        unused=model.unused(settings),
+        renamed=model.renamed,
     )
 
 
@@ -211,12 +213,15 @@ def _module(model: CausalLM, name: str, shape: tuple[int, ...], module: nn.Modul
     return DenseModule(name, shape, "plain")
 
 
-def canonical(name: str) -> str:
-    """A published name without what wraps the language model: every layout's names become ``model.…``."""
+def canonical(name: str, renamed: dict[str, str]) -> str:
+    """A published name as the model has it, without what wraps the language model: ``model.…`` in every layout."""
     for wrapped in ("model.language_model.", "language_model.model."):
         if name.startswith(wrapped):
-            return "model." + name[len(wrapped) :]
-    return name.removeprefix("language_model.")
+            name = "model." + name[len(wrapped) :]
+    name = name.removeprefix("language_model.")
+    for published, ours in renamed.items():
+        name = name.replace(published, ours)
+    return name
 
 
 def bind(checkpoint: Checkpoint) -> Bound:
@@ -232,7 +237,8 @@ def bind(checkpoint: Checkpoint) -> Bound:
         supported = ", ".join(sorted(models.ARCHITECTURES))
         raise SourceError(f"{where}: model_type {short(model_type)} is not supported; supported: {supported}")
     architecture = describe(model_type, checkpoint.config, where)
-    binder = _Binder(checkpoint, architecture, _Declared.read(checkpoint.config, where))
+    declared = _Declared.read(checkpoint.config, where, architecture.renamed)
+    binder = _Binder(checkpoint, architecture, declared)
     dense = [d for m in architecture.modules if (d := binder.dense(m)) is not None]
     layers = [e for layer in architecture.moe_layers if (e := binder.experts(layer)) is not None]
     binder.finish()
@@ -255,7 +261,7 @@ class _Declared:
     exceptions: dict[str, Quantization | None]
 
     @classmethod
-    def read(cls, config: dict[str, Any], where: str) -> _Declared:
+    def read(cls, config: dict[str, Any], where: str, renamed: dict[str, str]) -> _Declared:
         key = "quantization" if config.get("quantization") else "quantization_config"
         data = config.get(key)
         if not data:
@@ -276,7 +282,7 @@ class _Declared:
             )
         default = cls._one(data, None, f"{where}: {key}")
         exceptions = {
-            canonical(path): cls._one(value, default, f"{where}: {key}: {path}")
+            canonical(path, renamed): cls._one(value, default, f"{where}: {key}: {path}")
             for path, value in data.items()
             if isinstance(value, (dict, bool))
         }
@@ -308,26 +314,21 @@ class _Declared:
 class _Binder:
     """Finds modules among a checkpoint's tensors, and remembers what was missing and what was used."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        architecture: Architecture,
-        declared: _Declared,
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, architecture: Architecture, declared: _Declared) -> None:
         self.architecture = architecture
         self.declared = declared
         self.config = checkpoint.folder / "config.json"
         self.folder = checkpoint.folder
         self.tensors: dict[str, Tensor] = {}
+        self.renamed: dict[str, str] = {}  # those that this checkpoint needs
         left_out: Counter[str] = Counter()
         self.root = "model."
         for published, tensor in checkpoint.tensors.items():
-            name = canonical(published)
+            name = canonical(published, architecture.renamed)
             unused = next((p for p in architecture.unused if name.startswith(p)), None)
             if unused is not None:
-                left_out[
-                    published[: published.index(unused.split(".")[-2])] + unused.split(".")[-2] + ".*"
-                ] += 1
+                last = unused.split(".")[-2]
+                left_out[published[: published.index(f"{last}.")] + f"{last}.*"] += 1
             elif name.endswith("rotary_emb.inv_freq"):
                 left_out["*.rotary_emb.inv_freq"] += 1
             elif architecture.tied and name.startswith("lm_head."):
@@ -336,6 +337,7 @@ class _Binder:
                 raise SourceError(f"{tensor} and {self.tensors[name]} are the same tensor of the model")
             else:
                 self.tensors[name] = tensor
+                self.renamed |= {p: ours for p, ours in architecture.renamed.items() if p in published}
                 if name.startswith("model.layers."):
                     self.root = published[: published.index("layers.")]
         self.left_out = dict(left_out)
@@ -345,6 +347,8 @@ class _Binder:
         self.missing: list[str] = []
 
     def published_name(self, name: str) -> str:
+        for published, ours in reversed(self.renamed.items()):
+            name = name.replace(ours, published)
         if name.startswith("model."):
             return self.root + name.removeprefix("model.")
         return "language_model." + name if self.root.startswith("language_model.") else name

@@ -99,10 +99,12 @@ class CausalLM(nn.Module):
     active_experts: routed experts a token uses; the checkpoint's own number if None.
 
     Attributes:
+        renamed: parts of published names -> what they are here; each is looked for in turn.
         routers: last parts of the paths of Linear modules that choose experts: they are quantized to 8 bits.
         norms_less_one: published checkpoints hold weight - 1 of every RMSNorm.
     """
 
+    renamed: ClassVar[dict[str, str]] = {}
     routers: ClassVar[tuple[str, ...]] = ("gate", "shared_expert_gate")
     norms_less_one: ClassVar[bool] = False
 
@@ -121,15 +123,17 @@ class CausalLM(nn.Module):
         """Outputs of ``model`` [B, T, hidden] -> logits [B, T, vocab]."""
         return self.model.embed_tokens.as_linear(x) if self.config.tie_word_embeddings else self.lm_head(x)
 
-    @property
-    def unused(self) -> tuple[str, ...]:
-        """Beginnings of the names, without what wraps the language model, of tensors in published checkpoints that
-        text generation does not use."""
-        return ()
-
     def make_cache(self) -> list[Cache]:
         """An empty cache, one entry a layer."""
         return [layer.make_cache() for layer in self.model.layers]
+
+    @classmethod
+    def unused(cls, config: Any) -> tuple[str, ...]:
+        """Beginnings of the names of tensors in published checkpoints that text generation does not use.
+
+        The names are without what wraps the language model, and renamed.
+        """
+        return ()
 
     @staticmethod
     def keep_float32(path: str) -> bool:

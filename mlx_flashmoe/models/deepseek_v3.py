@@ -39,9 +39,9 @@ class Model(CausalLM):
 
         super().__init__(config, [layer(i) for i in range(config.num_hidden_layers)])
 
-    @property
-    def unused(self) -> tuple[str, ...]:
-        predicting = f"model.layers.{self.config.num_hidden_layers}."  # more tokens than the next
+    @classmethod
+    def unused(cls, config: Config) -> tuple[str, ...]:
+        predicting = f"model.layers.{config.num_hidden_layers}."  # more tokens than the next
         return predicting, "vision_tower.", "model.vision_tower.", "mm_projector.", "model.mm_projector."
 
     @staticmethod

@@ -96,8 +96,8 @@ class HybridModel(CausalLM):
 
         super().__init__(config, [layer(i, kind) for i, kind in enumerate(config.layer_types)])
 
-    @property
-    def unused(self) -> tuple[str, ...]:
+    @classmethod
+    def unused(cls, config: HybridConfig) -> tuple[str, ...]:
         return "mtp.", "model.mtp."
 
     @staticmethod

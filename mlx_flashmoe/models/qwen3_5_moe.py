@@ -47,6 +47,7 @@ class Model(HybridModel):
     def __init__(self, config: Config, experts: Callable[[int], Experts], active_experts: int | None = None):
         super().__init__(config, experts, active_experts, DeltaNet)
 
-    @property
-    def unused(self) -> tuple[str, ...]:
-        return *super().unused, "visual.", "model.visual.", "vision_tower.", "model.vision_tower."
+    @classmethod
+    def unused(cls, config: HybridConfig) -> tuple[str, ...]:
+        vision = "visual.", "model.visual.", "vision_tower.", "model.vision_tower."
+        return *super().unused(config), *vision
