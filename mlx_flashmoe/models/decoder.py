@@ -100,11 +100,13 @@ class CausalLM(nn.Module):
 
     Attributes:
         renamed: parts of published names -> what they are here; each is looked for in turn.
+        refused: parts of published names -> why such a checkpoint cannot be converted, and what can.
         routers: last parts of the paths of Linear modules that choose experts: they are quantized to 8 bits.
         norms_less_one: published checkpoints hold weight - 1 of every RMSNorm.
     """
 
     renamed: ClassVar[dict[str, str]] = {}
+    refused: ClassVar[dict[str, str]] = {}
     routers: ClassVar[tuple[str, ...]] = ("gate", "shared_expert_gate")
     norms_less_one: ClassVar[bool] = False
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from reprlib import repr as short
-from typing import Any
+from typing import Any, ClassVar
 
 from mlx_flashmoe.errors import FormatError
 from mlx_flashmoe.models.decoder import AttentionLayer, CausalLM
@@ -31,6 +31,12 @@ class Config(LatentConfig, GroupedConfig):
 
 
 class Model(CausalLM):
+    refused: ClassVar[dict[str, str]] = {
+        f".self_attn.{half}.": "is a half of kv_b_proj that mlx-lm has taken apart, one of them along other groups, so "
+        "that they cannot be put together again exactly; convert the original, in bfloat16 or FP8, instead"
+        for half in ("embed_q", "unembed_out")
+    }
+
     def __init__(self, config: Config, experts: Callable[[int], Experts], active_experts: int | None = None):
         def layer(i: int) -> AttentionLayer:
             return AttentionLayer(

@@ -58,8 +58,8 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
 class Family:
     """An architecture in transformers, a small shape of it, and the layouts it comes in.
 
-    Layouts: "fused" (experts stacked), "released" (one tensor an expert) and "wrapped" (beside a vision model), as it is
-    published; "per expert", as transformers writes it.
+    Layouts: "fused" (experts stacked), "released" (one tensor an expert) and "wrapped" (beside a vision model), as
+    it is published; "per expert", as transformers writes it.
     """
 
     config: type[PreTrainedConfig]
