@@ -9,19 +9,10 @@ import mlx.nn as nn
 
 from mlx_flashmoe.models.attention import Attention
 from mlx_flashmoe.models.cache import Cache
-from mlx_flashmoe.models.config import BaseConfig
+from mlx_flashmoe.models.config import BaseConfig, mixed_at_once
 from mlx_flashmoe.models.latent_attention import LatentAttention
 from mlx_flashmoe.models.moe import MLP, MoE
 from mlx_flashmoe.models.norm import RMSNorm
-
-# Tokens of a prompt that mix at once: what a layer holds for them is several times wider than all else, and where
-# memory is shared with much else a chunk is to be long all the same, because its experts are read once.
-MIXED = {mx.DeviceType.cpu: 64, mx.DeviceType.gpu: 256}
-
-
-def mixed_at_once() -> int:
-    """Tokens that mix at once on the current device."""
-    return MIXED[mx.default_device().type]
 
 
 class DecoderLayer(nn.Module):

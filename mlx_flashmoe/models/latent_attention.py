@@ -18,14 +18,13 @@ import mlx.nn as nn
 
 from mlx_flashmoe.kernels import head_products, quantized_matmul
 from mlx_flashmoe.models.cache import LatentCache
-from mlx_flashmoe.models.config import BaseConfig
+from mlx_flashmoe.models.config import BaseConfig, mixed_at_once
 from mlx_flashmoe.models.norm import RMSNorm
 from mlx_flashmoe.models.rope import RotaryEmbedding
 from mlx_flashmoe.models.together import Together
 
 LATENT_EPS = 1e-6  # of the norms within attention, whatever rms_norm_eps says; as in transformers
-HELD = 1 << 25  # values that the heads computed at once hold: keys, values and scores
-SLICE = 256  # tokens that attend at once, at most
+HELD = 1 << 25  # bytes of the heads computed at once: their keys, values, scores and what goes with them
 
 
 @dataclass(frozen=True)
@@ -66,22 +65,27 @@ class LatentConfig(BaseConfig):
 
     def kv_bytes(self, tokens: int, dtype: mx.Dtype) -> int:
         # In a long context a single head's keys, values and scores are more than HELD.
-        return super().kv_bytes(tokens, dtype) + self.held_for_key(SLICE) * tokens * dtype.size
+        head = self.held(mixed_at_once(), tokens, absorbed=False)
+        return super().kv_bytes(tokens, dtype) + max(0, head * dtype.size - HELD)
 
     def _layer_kv_bytes(self, tokens: int, dtype: mx.Dtype) -> int:
         held = -(-tokens // LatentCache.step) * LatentCache.step
         return self.cached * dtype.size * held
 
     def mixing_bytes(self, dtype: mx.Dtype) -> int:
-        # Queries as projected, rotated and in the latent space; outputs there, and as they leave.
-        query = 3 * (self.qk_nope_head_dim + self.qk_rope_head_dim) + self.cached
-        output = self.kv_lora_rank + 2 * self.v_head_dim
-        return (self.num_attention_heads * (query + output) + HELD // SLICE) * dtype.size
+        # Queries as projected and rotated; outputs by head, and as they leave.
+        width = self.qk_nope_head_dim + 2 * self.qk_rope_head_dim + 2 * self.v_head_dim
+        return self.num_attention_heads * width * dtype.size + HELD // mixed_at_once()
 
-    def held_for_key(self, tokens: int) -> int:
-        """Values that a head holds for each key, where so many tokens attend expanded."""
+    def held(self, tokens: int, keys: int, absorbed: bool) -> int:
+        """Values that a head holds while ``tokens`` attend to ``keys``."""
+        scores = 3 * tokens * keys  # masked, and their softmax
+        if absorbed:  # queries and outputs in the latent space, one by one and together
+            return scores + tokens * 2 * (self.cached + self.kv_lora_rank)
         made = self.qk_nope_head_dim + self.v_head_dim
-        return 2 * made + self.qk_rope_head_dim + 2 * tokens
+        return (
+            scores + keys * (2 * made + self.qk_rope_head_dim) + tokens * 2 * (made + self.qk_rope_head_dim)
+        )
 
     def absorbs(self, tokens: int, keys: int) -> bool:
         """Whether it takes fewer multiplications to absorb, where ``tokens`` attend to ``keys``.
@@ -153,7 +157,7 @@ class LatentAttention(nn.Module):
         keys = latents.shape[2]
         absorbs = self._config.absorbs(T, keys)
         attend: Callable[..., mx.array] = self._absorbed if absorbs else self._expanded
-        step = max(1, HELD // (B * keys * (2 * T if absorbs else self._config.held_for_key(T))))
+        step = max(1, HELD // (B * self._config.held(T, keys, absorbs) * q.dtype.size))
         ys = []
         for first in range(0, heads, step):
             some = slice(first, first + step)
@@ -164,13 +168,15 @@ class LatentAttention(nn.Module):
 
     def _absorbed(self, q: mx.array, rotated: mx.array, latents: mx.array, heads: slice) -> mx.array:
         B, count, T, _ = q.shape
-        q = mx.concatenate([self._per_head(q, heads, keys=True), rotated], axis=-1)
-        if T == 1:  # all heads are rows of one product: latents are read once
-            q = q.reshape(B, 1, count, -1)
-        values = latents[..., : self._config.kv_lora_rank]
-        y = mx.fast.scaled_dot_product_attention(
-            q, latents, values, scale=self._scale, mask="causal" if T > 1 else None
-        )
+        q = self._scale * mx.concatenate([self._per_head(q, heads, keys=True), rotated], axis=-1)
+        # All heads are rows of one product, so that latents are read once. MLX has no kernel for heads so wide.
+        scores = q.reshape(B, 1, count * T, -1) @ latents.swapaxes(-1, -2)
+        if T > 1:
+            keys = latents.shape[2]
+            seen = mx.arange(keys) <= mx.arange(keys - T, keys)[:, None]
+            scores = mx.where(seen, scores.reshape(B, count, T, -1), mx.array(-mx.inf, scores.dtype))
+        weights = mx.softmax(scores, axis=-1, precise=True).reshape(B, 1, count * T, -1)
+        y = weights @ latents[..., : self._config.kv_lora_rank]
         return self._per_head(y.reshape(B, count, T, -1), heads, keys=False)
 
     def _expanded(self, q: mx.array, rotated: mx.array, latents: mx.array, heads: slice) -> mx.array:
