@@ -13,14 +13,15 @@ The first two are Hugging Face's: there, the RMS norms of some architectures hol
 [C, 1, K]. In the third, 1 is added already and a convolution is [C, K, 1].
 
 A matrix of the first two may be in FP8: weight float8 (e4m3), and one scale for each block of 128 x 128, named
-``weight_scale_inv`` (``gate_up_proj_scale_inv`` … where experts are fused): value = weight * scale.
+``weight_scale_inv`` (``gate_up_proj_scale_inv`` … where experts are fused), or, by compressed-tensors, one for each
+row, named ``weight_scale`` [out, 1]: value = weight * scale.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from reprlib import repr as short
 from typing import Any, Literal
 
@@ -51,14 +52,17 @@ Kind = Literal["linear", "router", "norm", "conv", "plain"]
 class Matrix:
     """A matrix [out, in] (or a stack of them, [E, out, in]) as published: plain, affine quantized, or FP8.
 
-    ``skipped``: of an FP8 matrix, rows of its first block of 128 that are not part of it.
+    Attributes:
+        fp8_scale: of an FP8 matrix, one for each block of ``block`` rows and columns.
+        skipped: of an FP8 matrix, rows of its first block that are not part of it.
     """
 
     weight: Tensor
     scales: Tensor | None = None
     biases: Tensor | None = None
     quantization: Quantization = NONE
-    scale_inv: Tensor | None = None
+    fp8_scale: Tensor | None = None
+    block: tuple[int, int] = (FP8_BLOCK, FP8_BLOCK)
     skipped: int = 0
 
     @property
@@ -67,7 +71,7 @@ class Matrix:
             "weight": self.weight,
             "scales": self.scales,
             "biases": self.biases,
-            "scale_inv": self.scale_inv,
+            "fp8_scale": self.fp8_scale,
         }
         return {k: t for k, t in named.items() if t is not None}
 
@@ -78,7 +82,7 @@ class Matrix:
 
     @property
     def fp8(self) -> bool:
-        return self.scale_inv is not None
+        return self.fp8_scale is not None
 
     @property
     def dtype(self) -> str:
@@ -98,15 +102,15 @@ class Matrix:
             weight=cut(self.weight),
             scales=optional(self.scales),
             biases=optional(self.biases),
-            scale_inv=optional(self.scale_inv),
+            fp8_scale=optional(self.fp8_scale),
         )
 
     def rows(self, start: int, stop: int) -> Matrix:
-        if self.scale_inv is None:
+        if self.fp8_scale is None:
             return self._each(lambda t: t.rows(start, stop))
-        first, last = self.skipped + start, self.skipped + stop
-        blocks = self.scale_inv.rows(first // FP8_BLOCK, -(-last // FP8_BLOCK))
-        return Matrix(self.weight.rows(start, stop), scale_inv=blocks, skipped=first % FP8_BLOCK)
+        first, last, rows = self.skipped + start, self.skipped + stop, self.block[0]
+        blocks = self.fp8_scale.rows(first // rows, -(-last // rows))
+        return replace(self, weight=self.weight.rows(start, stop), fp8_scale=blocks, skipped=first % rows)
 
     def at(self, index: int) -> Matrix:
         return self._each(lambda t: t.at(index))
@@ -256,18 +260,25 @@ def bind(checkpoint: Checkpoint) -> Bound:
 
 @dataclass(frozen=True)
 class _Declared:
-    """What config.json's ``quantization`` says: a default, and exceptions by module path (ours)."""
+    """What config.json's ``quantization`` says.
+
+    Attributes:
+        default: of MLX's affine quantization.
+        exceptions: from it, by module path (ours).
+        fp8_by_row: matrices in FP8 have a scale for each row; else for each block.
+    """
 
     where: str
-    default: Quantization | None
-    exceptions: dict[str, Quantization | None]
+    default: Quantization | None = None
+    exceptions: dict[str, Quantization | None] = field(default_factory=dict)
+    fp8_by_row: bool = False
 
     @classmethod
     def read(cls, config: dict[str, Any], where: str, renamed: dict[str, str]) -> _Declared:
         key = "quantization" if config.get("quantization") else "quantization_config"
         data = config.get(key)
         if not data:
-            return cls(where, None, {})
+            return cls(where)
         if not isinstance(data, dict):
             raise SourceError(f"{where}: {key} is not an object")
         if data.get("quant_method") == "fp8" and data.get("fmt", "e4m3") == "e4m3":
@@ -276,7 +287,10 @@ class _Declared:
                     f"{where}: {key}: FP8 in blocks of {short(data.get('weight_block_size'))}; "
                     f"blocks of [{FP8_BLOCK}, {FP8_BLOCK}] are read"
                 )
-            return cls(where, None, {})
+            return cls(where)
+        if data.get("quant_method") == "compressed-tensors":
+            cls._check_compressed(data, f"{where}: {key}")
+            return cls(where, fp8_by_row=True)
         if "quant_method" in data:
             raise SourceError(
                 f"{where}: {key} is {short(data['quant_method'])}; only unquantized checkpoints, FP8 (e4m3) and MLX "
@@ -289,6 +303,21 @@ class _Declared:
             if isinstance(value, (dict, bool))
         }
         return cls(where, default, exceptions)
+
+    @staticmethod
+    def _check_compressed(data: dict[str, Any], where: str) -> None:
+        """Raises SourceError unless what compressed-tensors says is FP8 with a scale for each row."""
+        groups = data.get("config_groups")
+        groups = list(groups.values()) if isinstance(groups, dict) else []
+        for group in groups or [None]:
+            weights = group.get("weights") if isinstance(group, dict) else None
+            found = {} if not isinstance(weights, dict) else weights
+            kind = tuple(found.get(name) for name in ("type", "num_bits", "strategy"))
+            if data.get("format") != "float-quantized" or kind != ("float", 8, "channel"):
+                raise SourceError(
+                    f"{where}: compressed-tensors of format {short(data.get('format'))} with weights of type, bits "
+                    f"and strategy {short(kind)}; float-quantized ('float', 8, 'channel') is read"
+                )
 
     @staticmethod
     def _one(value: Any, default: Quantization | None, where: str) -> Quantization | None:
@@ -413,9 +442,11 @@ class _Binder:
             plain = self.take(name, shape)
             return None if plain is None else Matrix(plain)
         self.take(name, shape, (FP8,))
-        blocks = (*shape[:-2], *(-(-n // FP8_BLOCK) for n in shape[-2:]))
-        scales = self.take(f"{name}_scale_inv", blocks)
-        return None if scales is None else Matrix(weight, scale_inv=scales)
+        by_row = self.declared.fp8_by_row
+        block = (1, shape[-1]) if by_row else (FP8_BLOCK, FP8_BLOCK)
+        blocks = (*shape[:-2], *(-(-n // size) for n, size in zip(shape[-2:], block)))
+        scales = self.take(f"{name}_scale" if by_row else f"{name}_scale_inv", blocks)
+        return None if scales is None else Matrix(weight, fp8_scale=scales, block=block)
 
     def dense(self, module: DenseModule) -> Dense | None:
         if module.kind in ("linear", "router"):

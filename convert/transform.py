@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_flashmoe.convert.binding import FP8_BLOCK, Matrix
+from mlx_flashmoe.convert.binding import Matrix
 from mlx_flashmoe.convert.safetensors import Tensor
 from mlx_flashmoe.errors import SourceError
 from mlx_flashmoe.layout import Quantization
@@ -76,7 +76,7 @@ def _fp8_values(matrix: Matrix, device: mx.Device) -> mx.array:
     Raises:
         SourceError: some of it is not a number.
     """
-    assert matrix.scale_inv is not None
+    assert matrix.fp8_scale is not None
     rows, columns = matrix.weight.shape
     weight = matrix.weight.read()
     if (weight & 0x7F == FP8_NAN).any():
@@ -85,10 +85,11 @@ def _fp8_values(matrix: Matrix, device: mx.Device) -> mx.array:
         )
     with mx.stream(device):
         codes = mx.array(weight.reshape(rows, columns))
-        scales = _array(matrix.scale_inv).astype(mx.float32)
+        scales = _array(matrix.fp8_scale).astype(mx.float32)
         # A block's scale for each of its rows, then for each of its columns; the last block may be narrower.
-        scales = mx.repeat(scales, FP8_BLOCK, axis=0)[matrix.skipped : matrix.skipped + rows]
-        return mx.from_fp8(codes, mx.float32) * mx.repeat(scales, FP8_BLOCK, axis=1)[:, :columns]
+        high, wide = matrix.block
+        scales = mx.repeat(scales, high, axis=0)[matrix.skipped : matrix.skipped + rows]
+        return mx.from_fp8(codes, mx.float32) * mx.repeat(scales, wide, axis=1)[:, :columns]
 
 
 def _array(tensor: Tensor) -> mx.array:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_flashmoe.kernels import chosen, gpu, on_cpu
-from mlx_flashmoe.kernels.dense import head_products, quantized_matmul
+from mlx_flashmoe.kernels.dense import head_products, matmul, quantized_matmul
 from mlx_flashmoe.layout import BlobLayout
 
-__all__ = ["expert_ffn", "expert_rows", "head_products", "quantized_matmul"]
+__all__ = ["expert_ffn", "expert_rows", "head_products", "matmul", "quantized_matmul"]
 
 
 def expert_ffn(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_flashmoe.kernels import on_cpu, reference
 from mlx_flashmoe.layout import BITS
@@ -77,4 +78,11 @@ def head_products(
             x, weight, scales=scales, biases=biases, transpose=transpose, group_size=group_size, bits=bits
         )
     w = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits).astype(x.dtype)
-    return x @ (w.swapaxes(-1, -2) if transpose else w)
+    return matmul(x, w.swapaxes(-1, -2) if transpose else w)
+
+
+def matmul(x: mx.array, y: mx.array) -> mx.array:
+    """x @ y. Of float32 on the CPU by numpy, at once: MLX's own product there is tens of times slower on Linux."""
+    if mx.default_device().type == mx.DeviceType.cpu and x.dtype == y.dtype == mx.float32:
+        return mx.array(np.asarray(x) @ np.asarray(y))
+    return x @ y

@@ -17,6 +17,7 @@ from checkpoints import Array, Spec, quantized, save_safetensors, write_checkpoi
 from mlx_flashmoe.convert import convert
 from mlx_flashmoe.errors import ConversionError, FlashMoEError, FormatError, SourceError
 from mlx_flashmoe.layout import Manifest
+from mlx_flashmoe.models import ARCHITECTURES
 
 INDEX = "model.safetensors.index.json"
 FIRST = "model-00001-of-00003.safetensors"
@@ -71,7 +72,7 @@ BAD_SOURCES: list[tuple[Callable[[Path], Any], str]] = [
     (lambda s: (s / "config.json").write_text("[1]"), r"config\.json: not a JSON object"),
     (
         top_config(model_type="llama"),
-        "model_type 'llama' is not supported; supported: qwen3_5_moe, qwen3_5_moe_text, qwen3_moe, qwen3_next",
+        f"model_type 'llama' is not supported; supported: {', '.join(sorted(ARCHITECTURES))}$",
     ),
     (top_config(model_type=None), "model_type None is not supported"),
     (top_config(model_type=["x"] * 9000), r"model_type \[.{,80}\] is not supported"),
@@ -127,6 +128,22 @@ BAD_SOURCES: list[tuple[Callable[[Path], Any], str]] = [
         r"FP8 in blocks of \[64, 64\]; blocks of \[128, 128\] are read",
     ),
     (top_config(quantization_config={"quant_method": "fp8"}), r"FP8 in blocks of None"),
+    (
+        top_config(
+            quantization_config={
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
+                "config_groups": {
+                    "group_0": {"weights": {"type": "int", "num_bits": 4, "strategy": "group"}}
+                },
+            }
+        ),
+        r"compressed-tensors of format 'pack-quantized' .*\('int', 4, 'group'\); float-quantized",
+    ),
+    (
+        top_config(quantization_config={"quant_method": "compressed-tensors"}),
+        r"compressed-tensors of format None",
+    ),
     (
         top_config(quantization={"mode": "mxfp4", "bits": 4, "group_size": 32}),
         "mode 'mxfp4' is not supported",

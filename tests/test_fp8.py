@@ -1,8 +1,9 @@
-"""FP8 checkpoints as Qwen publishes them: dequantized exactly, quantized as their values would be."""
+"""FP8 checkpoints as they are published: dequantized exactly, quantized as their values would be."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -24,13 +25,16 @@ def float8(codes: np.ndarray) -> np.ndarray:
     return sign * np.where(exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * 2.0 ** (exponent - 7))
 
 
-def fp8(shape: tuple[int, ...], rng: np.random.Generator, scales: str) -> tuple[Array, Array, np.ndarray]:
+def fp8(
+    shape: tuple[int, ...], rng: np.random.Generator, scales: str, block: tuple[int, int]
+) -> tuple[Array, Array, np.ndarray]:
     """A random matrix (or a stack): codes, scales of its blocks, and its values in float64."""
     codes = rng.integers(0, 256, shape, dtype=np.uint8)
     codes[codes & 0x7F == 0x7F] = 0  # not a number
-    blocks = (*shape[:-2], -(-shape[-2] // BLOCK), -(-shape[-1] // BLOCK))
+    high, wide = block
+    blocks = (*shape[:-2], -(-shape[-2] // high), -(-shape[-1] // wide))
     scale = array((rng.random(blocks) * 1e-3 + 1e-4).astype(np.float32), scales)
-    spread = np.repeat(np.repeat(scale.float32().astype(np.float64), BLOCK, -2), BLOCK, -1)
+    spread = np.repeat(np.repeat(scale.float32().astype(np.float64), high, -2), wide, -1)
     values = float8(codes) * spread[..., : shape[-2], : shape[-1]]
     return Array("F8_E4M3", shape, codes.tobytes()), scale, values
 
@@ -40,28 +44,56 @@ def expected(values: np.ndarray, bits: int, group_size: int) -> list[bytes]:
     return [to_bytes(w), to_bytes(s.astype(mx.bfloat16)), to_bytes(b.astype(mx.bfloat16))]
 
 
-CONFIG = {
-    "quant_method": "fp8",
-    "fmt": "e4m3",
-    "activation_scheme": "dynamic",
-    "weight_block_size": [128, 128],
+# How scales are laid out -> config.json's quantization_config, and the end of their names.
+KINDS: dict[str, tuple[dict[str, Any], str]] = {
+    "blocks": (
+        {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [128, 128],
+        },
+        "_scale_inv",
+    ),
+    "rows": (
+        {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "config_groups": {
+                "group_0": {
+                    "input_activations": {
+                        "dynamic": True,
+                        "num_bits": 8,
+                        "strategy": "token",
+                        "type": "float",
+                    },
+                    "targets": ["Linear"],
+                    "weights": {"dynamic": False, "num_bits": 8, "strategy": "channel", "type": "float"},
+                }
+            },
+            "ignore": ["lm_head"],
+        },
+        "_scale",
+    ),
 }
 # Dims that blocks of 128 do not divide, and, fused, a block with rows of both gate and up.
 SPEC = Spec(hidden=192, inner=96, shared=96, extras=False, layers=2)
 
 
-def write(folder: Path, layout: str, scales: str) -> dict[str, np.ndarray]:
+def write(folder: Path, layout: str, scales: str, kind: str = "blocks") -> dict[str, np.ndarray]:
     """A checkpoint with experts and q_proj in FP8, the rest as published; the values of those, by name."""
     rng = np.random.default_rng(5)
+    config, end = KINDS[kind]
     tensors: dict[str, Array] = {}
     values: dict[str, np.ndarray] = {}
     for name, a in SPEC.published(layout).items():
         if ".experts." not in name and "q_proj" not in name:
             tensors[name] = a
             continue
-        tensors[name], tensors[f"{name}_scale_inv"], values[name] = fp8(a.shape, rng, scales)
+        block = (BLOCK, BLOCK) if kind == "blocks" else (1, a.shape[-1])
+        tensors[name], tensors[name + end], values[name] = fp8(a.shape, rng, scales, block)
     write_checkpoint(
-        folder, tensors=tensors, config={**SPEC.config(), "quantization_config": CONFIG}, shards=3
+        folder, tensors=tensors, config={**SPEC.config(), "quantization_config": config}, shards=3
     )
     return values
 
@@ -79,8 +111,9 @@ def expert(values: dict[str, np.ndarray], layout: str, layer: int, e: int, p: st
 @pytest.mark.parametrize("scales", ["BF16", "F32"])
 @pytest.mark.parametrize("layout", ["fused", "per_expert"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantized_from_its_values(tmp_path: Path, layout: str, bits: int, scales: str) -> None:
-    values = write(tmp_path / "source", layout, scales)
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantized_from_its_values(tmp_path: Path, layout: str, bits: int, scales: str, kind: str) -> None:
+    values = write(tmp_path / "source", layout, scales, kind)
     m = convert(tmp_path / "source", tmp_path / "out", q_bits=bits, q_group_size=32)
     for layer in range(2):
         for e in range(SPEC.experts):
@@ -96,8 +129,9 @@ def test_quantized_from_its_values(tmp_path: Path, layout: str, bits: int, scale
 
 
 @pytest.mark.parametrize("layout", ["fused", "per_expert"])
-def test_16_bits_round_to_bfloat16(tmp_path: Path, layout: str) -> None:
-    values = write(tmp_path / "source", layout, "BF16")
+@pytest.mark.parametrize("kind", KINDS)
+def test_16_bits_round_to_bfloat16(tmp_path: Path, layout: str, kind: str) -> None:
+    values = write(tmp_path / "source", layout, "BF16", kind)
     lines: list[str] = []
     m = convert(tmp_path / "source", tmp_path / "out", q_bits=16, note=lines.append)
     assert "FP8 that is not quantized becomes bfloat16" in lines
@@ -107,11 +141,12 @@ def test_16_bits_round_to_bfloat16(tmp_path: Path, layout: str) -> None:
     assert not m.dense_quantization
 
 
-def test_pieces_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Rows that begin in the middle of a block."""
     from mlx_flashmoe.convert import units
 
-    write(tmp_path / "source", "fused", "BF16")
+    write(tmp_path / "source", "fused", "BF16", kind)
     convert(tmp_path / "source", tmp_path / "whole", q_group_size=32)
     monkeypatch.setattr(units, "PIECE", 3000)
     m = convert(tmp_path / "source", tmp_path / "pieces", q_group_size=32)

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from checkpoints import Array, array, quantized, random_weights, write_checkpoint
 from mlx.utils import tree_flatten
-from test_fp8 import CONFIG as FP8
-from test_fp8 import fp8
+from test_fp8 import KINDS, fp8
 
 from mlx_flashmoe import convert, load
 from mlx_flashmoe.convert.binding import describe
@@ -303,11 +302,13 @@ def test_fp8_is_its_values(tmp_path: Path) -> None:
     blocks = dict(plain)
     for name, a in plain.items():
         if len(a.shape) == 2 and not any(part in name for part in ("embed", "lm_head", ".gate.")):
-            blocks[name], blocks[f"{name}_scale_inv"], values = fp8(a.shape, rng, "F32")
+            blocks[name], blocks[f"{name}_scale_inv"], values = fp8(a.shape, rng, "F32", (128, 128))
             plain[name] = array(values.astype(np.float32), "BF16")
     convert(checkpoint(tmp_path / "a", plain), tmp_path / "want", q_bits=16)
     convert(
-        checkpoint(tmp_path / "b", blocks, {**SMALL, "quantization_config": FP8}), tmp_path / "got", q_bits=16
+        checkpoint(tmp_path / "b", blocks, {**SMALL, "quantization_config": KINDS["blocks"][0]}),
+        tmp_path / "got",
+        q_bits=16,
     )
     assert np.array_equal(logits(tmp_path / "got"), logits(tmp_path / "want"))
 

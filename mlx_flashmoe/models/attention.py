@@ -1,6 +1,8 @@
-"""Grouped-query attention with normalized queries and keys, plain and with an output gate."""
+"""Grouped-query attention, plain and with an output gate."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,9 +16,19 @@ from mlx_flashmoe.models.together import Together
 
 
 class Attention(nn.Module):
-    """x [B, T, D] -> [B, T, D]."""
+    """x [B, T, D] -> [B, T, D].
 
-    def __init__(self, config: BaseConfig):
+    Args:
+        output_bias: of ``o_proj``; as the other projections if None.
+        normalized: what of queries and of keys has an RMS norm of its own: each head, all heads together, or nothing.
+    """
+
+    def __init__(
+        self,
+        config: BaseConfig,
+        output_bias: bool | None = None,
+        normalized: Literal["head", "heads"] | None = "head",
+    ):
         super().__init__()
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
@@ -24,9 +36,14 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(dims, self.heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(dims, self.kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(dims, self.kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, dims, bias=bias)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.o_proj = nn.Linear(
+            self.heads * self.head_dim, dims, bias=bias if output_bias is None else output_bias
+        )
+        self._normalized = normalized
+        if normalized is not None:
+            queries, keys = (self.heads, self.kv_heads) if normalized == "heads" else (1, 1)
+            self.q_norm = RMSNorm(queries * self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(keys * self.head_dim, config.rms_norm_eps)
         self.rope = RotaryEmbedding(config.rope)
         self._projections = Together(self, "q_proj", "k_proj", "v_proj")
 
@@ -47,8 +64,13 @@ class Attention(nn.Module):
         k = k.reshape(B, T, self.kv_heads, -1)
         v = v.reshape(B, T, self.kv_heads, -1).transpose(0, 2, 1, 3)
         offset = cache.offset if cache is not None else 0
-        q = self.rope(self.q_norm(q).transpose(0, 2, 1, 3), offset)
-        k = self.rope(self.k_norm(k).transpose(0, 2, 1, 3), offset)
+        if self._normalized == "heads":
+            q = self.q_norm(q.flatten(-2)).reshape(q.shape)
+            k = self.k_norm(k.flatten(-2)).reshape(k.shape)
+        elif self._normalized == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = self.rope(q.transpose(0, 2, 1, 3), offset)
+        k = self.rope(k.transpose(0, 2, 1, 3), offset)
         if cache is not None:
             k, v = cache.update(k, v)
         y = mx.fast.scaled_dot_product_attention(

@@ -165,6 +165,12 @@ class BaseConfig:
         return (3 * width + self.num_attention_heads * self.head_dim) * dtype.size
 
 
+def head_dim(text: dict[str, Any]) -> int:
+    """Dims of a head: those that config.json gives, or the hidden size's share."""
+    given: int | None = text.get("head_dim")
+    return text["hidden_size"] // text["num_attention_heads"] if given is None else given
+
+
 def layers_between_sparse(text: dict[str, Any]) -> tuple[int, ...]:
     """The layers without experts, as transformers reads mlp_only_layers and decoder_sparse_step."""
     only, step = text.get("mlp_only_layers") or [], text.get("decoder_sparse_step", 1)

@@ -20,11 +20,17 @@ from mlx_flashmoe.models.router import Router
 
 @dataclass(frozen=True)
 class GroupedConfig(BaseConfig):
+    """Fields have their names in config.json, but for
+
+    mtp_layers: layers that predict tokens after the next, which text generation leaves out; None without.
+    """
+
     n_group: int
     topk_group: int
     n_shared_experts: int
     norm_topk_prob: bool
     routed_scaling_factor: float
+    mtp_layers: int | None
 
     @classmethod
     def find_dense_layers(cls, text: dict[str, Any]) -> tuple[int, ...]:
@@ -32,8 +38,7 @@ class GroupedConfig(BaseConfig):
 
     @classmethod
     def derive(cls, text: dict[str, Any]) -> dict[str, Any]:
-        # transformers writes the second name.
-        experts = text["n_routed_experts"] if "n_routed_experts" in text else text["num_local_experts"]
+        experts = text["n_routed_experts"]
         groups, chosen = text["n_group"], text["topk_group"]
         if type(experts) is not int or experts % groups or (groups > 1 and experts < 2 * groups):
             raise FormatError(
@@ -46,11 +51,21 @@ class GroupedConfig(BaseConfig):
                 f"num_experts_per_tok {text['num_experts_per_tok']} is more than topk_group {chosen} of the n_group "
                 f"{groups} groups of {experts} experts have"
             )
-        return {**super().derive(text), "num_experts": experts}
+        return {
+            **super().derive(text),
+            "num_experts": experts,
+            "mtp_layers": text.get("num_nextn_predict_layers") or None,
+        }
 
     @property
     def selectable_experts(self) -> int:
         return self.num_experts // self.n_group * self.topk_group
+
+    @property
+    def mtp_names(self) -> tuple[str, ...]:
+        """Beginnings of the names of the layers that predict tokens after the next: they follow the model's own."""
+        first = self.num_hidden_layers
+        return tuple(f"model.layers.{first + i}." for i in range(self.mtp_layers or 0))
 
     @property
     def shared_size(self) -> int:

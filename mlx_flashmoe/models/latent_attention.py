@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_flashmoe.kernels import head_products, quantized_matmul
+from mlx_flashmoe.kernels import head_products, matmul, quantized_matmul
 from mlx_flashmoe.models.cache import LatentCache
 from mlx_flashmoe.models.config import BaseConfig, mixed_at_once
 from mlx_flashmoe.models.norm import RMSNorm
@@ -168,15 +168,11 @@ class LatentAttention(nn.Module):
 
     def _absorbed(self, q: mx.array, rotated: mx.array, latents: mx.array, heads: slice) -> mx.array:
         B, count, T, _ = q.shape
-        q = self._scale * mx.concatenate([self._per_head(q, heads, keys=True), rotated], axis=-1)
-        # All heads are rows of one product, so that latents are read once. MLX has no kernel for heads so wide.
-        scores = q.reshape(B, 1, count * T, -1) @ latents.swapaxes(-1, -2)
-        if T > 1:
-            keys = latents.shape[2]
-            seen = mx.arange(keys) <= mx.arange(keys - T, keys)[:, None]
-            scores = mx.where(seen, scores.reshape(B, count, T, -1), mx.array(-mx.inf, scores.dtype))
-        weights = mx.softmax(scores, axis=-1, precise=True).reshape(B, 1, count * T, -1)
-        y = weights @ latents[..., : self._config.kv_lora_rank]
+        q = mx.concatenate([self._per_head(q, heads, keys=True), rotated], axis=-1)
+        # All heads are rows of one product, so that latents are read once.
+        y = self._weighted(
+            q.reshape(B, 1, count * T, -1), latents, latents[..., : self._config.kv_lora_rank], T
+        )
         return self._per_head(y.reshape(B, count, T, -1), heads, keys=False)
 
     def _expanded(self, q: mx.array, rotated: mx.array, latents: mx.array, heads: slice) -> mx.array:
@@ -185,10 +181,23 @@ class LatentAttention(nn.Module):
         made = self._made(latent[:, 0], heads).reshape(B, latents.shape[2], count, -1).transpose(0, 2, 1, 3)
         k, v = mx.split(made, [self.key_dim], axis=-1)
         k = mx.concatenate([k, mx.broadcast_to(key, (*k.shape[:3], key.shape[-1]))], axis=-1)
-        q = mx.concatenate([q, rotated], axis=-1)
-        return mx.fast.scaled_dot_product_attention(
-            q, k, v, scale=self._scale, mask="causal" if T > 1 else None
-        )
+        return self._weighted(mx.concatenate([q, rotated], axis=-1), k, v, T)
+
+    def _weighted(self, q: mx.array, k: mx.array, v: mx.array, tokens: int) -> mx.array:
+        """Attention of q [B, h, rows, d] to k [B, h, S, d] and v [B, h, S, e]; every ``tokens`` rows are the last ones.
+
+        MLX has no kernel for heads of these sizes: it would do the same, and read k for each head.
+
+        Returns:
+            [B, h, rows, e].
+        """
+        scores = matmul(self._scale * q, k.swapaxes(-1, -2))
+        if tokens > 1:
+            shape, keys = scores.shape, k.shape[2]
+            seen = mx.arange(keys) <= mx.arange(keys - tokens, keys)[:, None]
+            scores = scores.reshape(*shape[:2], -1, tokens, keys)
+            scores = mx.where(seen, scores, mx.array(-mx.inf, scores.dtype)).reshape(shape)
+        return matmul(mx.softmax(scores, axis=-1, precise=True), v)
 
     def _made(self, latent: mx.array, heads: slice) -> mx.array:
         """Keys, without what is rotated, and values of some heads.
@@ -206,7 +215,7 @@ class LatentAttention(nn.Module):
             assert m.biases is not None  # affine quantization has them
             parts = m.weight[rows], m.scales[rows], m.biases[rows]
             return quantized_matmul(latent, *parts, m.group_size, m.bits)
-        return latent @ m.weight[rows].T
+        return matmul(latent, m.weight[rows].T)
 
     def _per_head(self, x: mx.array, heads: slice, keys: bool) -> mx.array:
         """x [B, heads, T, …] times a matrix of each head: of queries into the latent space by what makes ``keys``, or
@@ -221,4 +230,4 @@ class LatentAttention(nn.Module):
             parts = cut(m.weight), cut(m.scales), cut(m.biases)
             return head_products(x, *parts, m.group_size, m.bits, transpose=not keys)
         weight = cut(m.weight)
-        return x @ (weight if keys else weight.swapaxes(-1, -2))
+        return matmul(x, weight if keys else weight.swapaxes(-1, -2))

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_flashmoe.errors import FormatError
 from mlx_flashmoe.models.attention import Attention
-from mlx_flashmoe.models.config import BaseConfig, layers_between_sparse
+from mlx_flashmoe.models.config import BaseConfig, head_dim, layers_between_sparse
 from mlx_flashmoe.models.decoder import AttentionLayer, CausalLM
 from mlx_flashmoe.models.moe import Experts, MoE, feed_forward
 from mlx_flashmoe.models.router import Router
@@ -29,11 +29,7 @@ class Config(BaseConfig):
     def derive(cls, text: dict[str, Any]) -> dict[str, Any]:
         if text.get("use_sliding_window"):
             raise FormatError("use_sliding_window is not supported")
-        head_dim = text.get("head_dim")
-        text = {
-            **text,
-            "head_dim": text["hidden_size"] // text["num_attention_heads"] if head_dim is None else head_dim,
-        }
+        text = {**text, "head_dim": head_dim(text)}
         return {
             **super().derive(text),
             "head_dim": text["head_dim"],

@@ -29,6 +29,11 @@ class Gate(nn.Module):
         if corrected:
             self.e_score_correction_bias = mx.zeros((count,))
 
+    @staticmethod
+    def holds(path: str) -> bool:
+        """Whether a parameter of a model is a gate's."""
+        return path.endswith((".mlp.gate.weight", ".mlp.gate.e_score_correction_bias"))
+
     def __call__(self, x: mx.array) -> mx.array:
         return x.astype(mx.float32) @ self.weight.T
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen3_5MoeForCausalLM,
@@ -27,6 +29,7 @@ from transformers import (
 )
 
 from mlx_flashmoe.layout import PROJECTIONS, Manifest
+from mlx_flashmoe.models import architecture
 
 ROPE = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [4, 2, 2]}
 COMMON: dict[str, Any] = dict(
@@ -58,33 +61,59 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
 class Family:
     """An architecture in transformers, a small shape of it, and the layouts it comes in.
 
-    Layouts: "fused" (experts stacked), "released" (one tensor an expert) and "wrapped" (beside a vision model), as
-    it is published; "per expert", as transformers writes it.
+    Layouts: "wrapped" and "released", as it is published (experts stacked and names wrapped, or one tensor an expert);
+    "wrapped, released", as Kimi K2.5 is; "per expert", as transformers writes it; "fused", as transformers holds it.
+
+    Attributes:
+        named: settings that transformers writes, and what config.json calls them.
+        said: settings of a release that transformers does not write; ... is one that it writes and a release does not.
+        left_out: a tensor of a release that text generation does not use.
     """
 
     config: type[PreTrainedConfig]
     model: type[PreTrainedModel]
     base: dict[str, Any]
     layouts: tuple[str, ...]
+    named: dict[str, str] = field(default_factory=dict)
+    said: dict[str, Any] = field(default_factory=dict)
+    left_out: str | None = None
 
 
 QWEN3_5 = Family(
     Qwen3_5MoeTextConfig,
     Qwen3_5MoeForCausalLM,
     {**COMMON, **DELTA_NET, "rope_parameters": ROPE},
-    ("fused", "per expert"),
+    ("wrapped", "per expert"),
 )
 QWEN3_NEXT = Family(
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
     {**COMMON, **DELTA_NET, "rope_parameters": {**PLAIN_ROPE, "partial_rotary_factor": 0.25}},
     ("released", "per expert"),
+    named={"num_local_experts": "num_experts"},
+    left_out="mtp.fc.weight",
 )
 QWEN3_MOE = Family(
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     {**COMMON, "norm_topk_prob": True, "rope_parameters": PLAIN_ROPE},
     ("released", "per expert"),
+    named={"num_local_experts": "num_experts"},
+)
+GLM4_MOE = Family(
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    {
+        **{name: value for name, value in COMMON.items() if name != "num_experts"},
+        "n_routed_experts": 16,
+        "intermediate_size": 192,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "routed_scaling_factor": 2.5,
+        "rope_parameters": {**PLAIN_ROPE, "partial_rotary_factor": 0.5},
+    },
+    ("released", "per expert", "fused"),
+    left_out="model.layers.4.eh_proj.weight",
 )
 DEEPSEEK_V3 = Family(
     DeepseekV3Config,
@@ -115,6 +144,11 @@ DEEPSEEK_V3 = Family(
         rope_parameters=PLAIN_ROPE,
     ),
     ("released", "per expert", "fused"),
+    said={
+        **{"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "ep_size": 1},
+        **{"head_dim": ..., "qk_head_dim": ..., "rope_interleave": ...},
+    },
+    left_out="model.layers.4.eh_proj.weight",
 )
 
 # Heads, groups, layer patterns, expert counts, tied embeddings: what differs from the family's base.
@@ -202,7 +236,7 @@ SHAPES: dict[str, tuple[Family, dict[str, Any]]] = {
     ),
     "DeepSeek-V3": (DEEPSEEK_V3, {}),
     "DeepSeek-V3, no query latent, one group, tied, two shared, weights as they are, half rotation": (
-        DEEPSEEK_V3,
+        replace(DEEPSEEK_V3, layouts=("per expert", "fused")),  # no release rotates so
         dict(
             q_lora_rank=None,
             n_group=1,
@@ -228,7 +262,7 @@ SHAPES: dict[str, tuple[Family, dict[str, Any]]] = {
         dict(rope_parameters={**YARN, "mscale": 0.707, "mscale_all_dim": 1.3}),
     ),
     "Kimi K2": (
-        replace(DEEPSEEK_V3, layouts=("released", "wrapped")),
+        replace(DEEPSEEK_V3, layouts=("released", "wrapped, released")),
         dict(
             n_group=1,
             topk_group=1,
@@ -246,6 +280,33 @@ SHAPES: dict[str, tuple[Family, dict[str, Any]]] = {
             },
         ),
     ),
+    "GLM-4.5": (GLM4_MOE, {}),
+    "GLM-4.5-Air, no norms in attention, no bias, scores as they are": (
+        GLM4_MOE,
+        dict(use_qk_norm=False, attention_bias=False, norm_topk_prob=False, routed_scaling_factor=1.0),
+    ),
+    "GLM-4.5, groups, two shared experts, three layers without experts, tied": (
+        GLM4_MOE,
+        dict(
+            n_routed_experts=24,
+            n_group=4,
+            topk_group=2,
+            n_shared_experts=2,
+            first_k_dense_replace=3,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "GLM-4.5, experts in every layer, one group of many, YaRN, heads that share": (
+        GLM4_MOE,
+        dict(
+            first_k_dense_replace=0,
+            n_group=8,
+            topk_group=3,
+            num_attention_heads=6,
+            head_dim=32,
+            rope_parameters={**YARN, "partial_rotary_factor": 0.5},
+        ),
+    ),
 }
 
 
@@ -261,16 +322,22 @@ def random_model(shape: str, seed: int = 0) -> PreTrainedModel:
                 p.normal_(0, 0.08)
             elif "norm" in name or "dt_bias" in name or name.endswith(".bias"):
                 p.add_(torch.randn_like(p) * 0.1)
-        for name, b in model.named_buffers():
+        for name, p in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
-                b.normal_(0, 0.1)
+                p.normal_(0, 0.1)  # about as far as scores are apart
     return model
 
 
 def save(model: PreTrainedModel, folder: Path, layout: str, dtype: torch.dtype = torch.float32) -> Path:
     """Writes ``model`` as a checkpoint in a layout of its family."""
     folder.mkdir(parents=True)
-    if layout == "fused" and isinstance(model, Qwen3_5MoeForCausalLM):
+    if layout == "fused":
+        state = model.to(dtype).state_dict()
+        if model.config.tie_word_embeddings:
+            del state["lm_head.weight"]
+        save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
+        model.config.save_pretrained(folder)
+    elif layout == "wrapped":
         config = {"model_type": "qwen3_5_moe", "text_config": model.config.to_dict()}
         config["tie_word_embeddings"] = model.config.tie_word_embeddings
         config["text_config"]["dtype"] = str(dtype).removeprefix("torch.")
@@ -284,33 +351,28 @@ def save(model: PreTrainedModel, folder: Path, layout: str, dtype: torch.dtype =
         tensors["model.visual.patch_embed.proj.weight"] = torch.zeros(4, 4)
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config))
-    elif layout in ("fused", "wrapped"):
-        model.to(dtype).save_pretrained(folder, save_original_format=layout == "wrapped")
-        tied = model.config.tie_word_embeddings
-        config = {**model.config.to_dict(), "dtype": str(dtype).removeprefix("torch.")}
-        tensors = load_file(folder / "model.safetensors")
-        if layout == "wrapped":
-            # As Kimi K2.5 is published.
-            config = {
-                "model_type": "kimi_k25",
-                "tie_word_embeddings": tied,
-                "text_config": {**config, "model_type": "kimi_k2"},
-            }
-            tensors = {f"language_model.{name}": t for name, t in tensors.items()}
-            tensors["vision_tower.patch_embed.proj.weight"] = torch.zeros(4, 4)
-            tensors["mm_projector.proj.0.weight"] = torch.zeros(4, 4)
-        save_file(tensors, folder / "model.safetensors")
+    elif layout == "wrapped, released":
+        model.to(dtype).save_pretrained(folder)
+        file = folder / "model.safetensors"
+        tensors = {f"language_model.{name}": t for name, t in load_file(file).items()}
+        tensors["vision_tower.patch_embed.proj.weight"] = torch.zeros(4, 4)
+        tensors["mm_projector.proj.0.weight"] = torch.zeros(4, 4)
+        save_file(tensors, file)
+        config = {
+            "model_type": "kimi_k25",
+            "text_config": {**released_config(model), "model_type": "kimi_k2"},
+        }
         (folder / "config.json").write_text(json.dumps(config))
     else:
         model.to(dtype).save_pretrained(folder, max_shard_size="2MB")
         if layout == "released":
             (folder / "config.json").write_text(json.dumps(released_config(model)))
-            for kind, name in PREDICTING.items():
-                if isinstance(model, kind):
-                    save_file({name: torch.zeros(4, 4)}, folder / "mtp.safetensors")
-                    index = json.loads((folder / "model.safetensors.index.json").read_text())
-                    index["weight_map"][name] = "mtp.safetensors"
-                    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+            left_out = family_of(model).left_out
+            if left_out is not None:
+                save_file({left_out: torch.zeros(4, 4)}, folder / "left_out.safetensors")
+                index = json.loads((folder / "model.safetensors.index.json").read_text())
+                index["weight_map"][left_out] = "left_out.safetensors"
+                (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     words = {f"w{i}": i for i in range(model.config.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -318,19 +380,8 @@ def save(model: PreTrainedModel, folder: Path, layout: str, dtype: torch.dtype =
     return folder
 
 
-# What DeepSeek's releases say, and transformers' configuration does not.
-DEEPSEEK_RELEASED = {
-    "model_type": "deepseek_v3",
-    "ep_size": 1,
-    "moe_layer_freq": 1,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-}
-# What a release carries to predict more tokens than the next.
-PREDICTING: dict[type[PreTrainedModel], str] = {
-    Qwen3NextForCausalLM: "mtp.fc.weight",
-    DeepseekV3ForCausalLM: "model.layers.4.eh_proj.weight",
-}
+def family_of(model: PreTrainedModel) -> Family:
+    return next(family for family, _ in SHAPES.values() if family.model is type(model))
 
 
 def released_config(model: PreTrainedModel) -> dict[str, Any]:
@@ -342,12 +393,13 @@ def released_config(model: PreTrainedModel) -> dict[str, Any]:
         config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     config["rope_scaling"] = rope if rope["rope_type"] == "yarn" else None
     config["torch_dtype"] = config.pop("dtype")
-    if isinstance(model, DeepseekV3ForCausalLM):
-        for name in ("head_dim", "qk_head_dim", *["rope_interleave"] * config["rope_interleave"]):
+    for theirs, published in family_of(model).named.items():
+        if theirs in config:
+            config[published] = config.pop(theirs)
+    for name, value in family_of(model).said.items():
+        config[name] = value
+        if value is ...:
             del config[name]
-        return {**config, **DEEPSEEK_RELEASED}
-    config["num_experts"] = model.config.num_experts
-    config.pop("num_local_experts", None)
     if config.pop("layer_types", None):
         config["full_attention_interval"] = 4
     return config
@@ -372,7 +424,7 @@ def dequantized_state(folder: Path) -> dict[str, torch.Tensor]:
             w = mx.dequantize(w, raw[f"{path}.scales"], raw[f"{path}.biases"], q.group_size, q.bits)
         if name.endswith("conv1d.weight"):
             w = w.moveaxis(1, 2)
-        zero_centred = manifest.model_type.startswith(("qwen3_5", "qwen3_next")) and "linear_attn" not in name
+        zero_centred = architecture(manifest.model_type).Model.norms_less_one and "linear_attn" not in name
         if name.endswith("norm.weight") and zero_centred:
             w = w.astype(mx.float32) - 1
         state[name] = to_torch(w)

@@ -83,6 +83,7 @@ def test_unquantized(tmp_path: Path, shape: str, layout: str) -> None:
         ("DeepSeek-V3", 4, 32),
         ("DeepSeek-V3, YaRN with mscale, bias, wide values", 3, 64),
         ("Kimi K2", 8, 32),
+        ("GLM-4.5", 4, 64),
     ],
 )
 def test_quantized(tmp_path: Path, shape: str, bits: int, group: int) -> None:
@@ -99,7 +100,7 @@ def test_quantized(tmp_path: Path, shape: str, bits: int, group: int) -> None:
     assert greedy(model, prompt) == theirs[0, 20:].tolist()
 
 
-@pytest.mark.parametrize("shape", ["base", "Qwen3-Next", "Qwen3-MoE", "DeepSeek-V3"])
+@pytest.mark.parametrize("shape", ["base", "Qwen3-Next", "Qwen3-MoE", "GLM-4.5", "DeepSeek-V3"])
 def test_released_in_bfloat16(tmp_path: Path, shape: str) -> None:
     """bfloat16 weights are those of the reference exactly; (1 + weight) norms lose nothing."""
     original = random_model(shape).to(torch.bfloat16)
@@ -113,7 +114,15 @@ def test_released_in_bfloat16(tmp_path: Path, shape: str) -> None:
     assert_same(np.asarray(model(mx.array(tokens))), reference_logits(reference, tokens), tolerance=2e-4)
 
 
-@pytest.mark.parametrize("shape", ["base", "Qwen3-MoE, many heads, weights as they are", "DeepSeek-V3"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "base",
+        "Qwen3-MoE, many heads, weights as they are",
+        "GLM-4.5, groups, two shared experts, three layers without experts, tied",
+        "DeepSeek-V3",
+    ],
+)
 def test_fewer_active_experts(tmp_path: Path, shape: str) -> None:
     reference = random_model(shape)
     convert(save(reference, tmp_path / "src", "per expert"), tmp_path / "dst", q_bits=16)
@@ -126,7 +135,7 @@ def test_fewer_active_experts(tmp_path: Path, shape: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", ["tied, one kv head, many experts", "Qwen3-Next", "Qwen3-MoE", "DeepSeek-V3"]
+    "shape", ["tied, one kv head, many experts", "Qwen3-Next", "Qwen3-MoE", "GLM-4.5", "DeepSeek-V3"]
 )
 def test_residency_never_changes_a_bit(tmp_path: Path, shape: str) -> None:
     original = random_model(shape)

@@ -98,8 +98,8 @@ def blobs(folder: Path) -> list[dict[tuple[str, str], mx.array]]:
 each = pytest.mark.parametrize(
     ("layout", "scales", "codes"),
     [
-        ("fused", torch.bfloat16, "all"),
-        ("fused", torch.float32, "of a model"),
+        ("wrapped", torch.bfloat16, "all"),
+        ("wrapped", torch.float32, "of a model"),
         ("per expert", torch.float32, "all"),
         ("per expert", torch.bfloat16, "of a model"),
     ],
@@ -148,7 +148,7 @@ def test_logits_of_a_whole_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", [NAN, NAN | 0x80])
 def test_a_code_that_is_no_number_is_refused(tmp_path: Path, code: int) -> None:
-    checkpoints(tmp_path, "fused", torch.bfloat16, torch.bfloat16, "all")
+    checkpoints(tmp_path, "wrapped", torch.bfloat16, torch.bfloat16, "all")
     path = tmp_path / "fp8" / "model.safetensors"
     tensors = load_file(path)
     name = "model.language_model.layers.1.mlp.experts.down_proj"
