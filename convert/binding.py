@@ -143,6 +143,7 @@ class Architecture:
     tied: bool
     unused: tuple[str, ...]
     renamed: dict[str, str]
+    refused: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,7 @@ def describe(model_type: str, config: dict[str, Any], where: str) -> Architectur
         tied=settings.tie_word_embeddings,
         unused=model.unused(settings),
         renamed=model.renamed,
+        refused=model.refused,
     )
 
 
@@ -391,6 +393,8 @@ class _Binder:
         self.root = "model."
         for published, tensor in checkpoint.tensors.items():
             name = canonical(published, architecture.renamed, renamed)
+            if why := next((why for part, why in architecture.refused.items() if part in name), None):
+                raise SourceError(f"{tensor} {why}")
             unused = next((p for p in architecture.unused if name.startswith(p)), None)
             if unused is not None:
                 last = unused.split(".")[-2]

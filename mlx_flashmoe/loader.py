@@ -30,7 +30,7 @@ from mlx_flashmoe.kernels import chosen, trust
 from mlx_flashmoe.layout import BlobLayout, Manifest, expert_files
 from mlx_flashmoe.models import check_kernels
 from mlx_flashmoe.models.cache import Cache
-from mlx_flashmoe.models.decoder import mixed_at_once
+from mlx_flashmoe.models.config import mixed_at_once
 from mlx_flashmoe.models.quantized import quantize
 from mlx_flashmoe.models.together import join
 from mlx_flashmoe.tokenizer import Tokenizer

@@ -168,18 +168,6 @@ REFUSED = [
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None}, "rope type 'dynamic'"),
     ({"rope_parameters": {**FULL_ROTARY, "rope_type": "yarn"}}, "factor is missing"),
     ({"rope_parameters": {**FULL_ROTARY, "rope_type": "yarn", "factor": 0}}, "rope_parameters"),
-    (
-        {
-            "rope_parameters": {
-                **FULL_ROTARY,
-                "rope_type": "yarn",
-                "factor": 2,
-                "mscale": 1,
-                "mscale_all_dim": 1,
-            }
-        },
-        "mscale",
-    ),
     ({"norm_topk_prob": ...}, "norm_topk_prob is missing"),
 ]
 
