@@ -266,6 +266,10 @@ def bind(checkpoint: Checkpoint) -> Bound:
     if not isinstance(model_type, str) or model_type not in models.ARCHITECTURES:
         return _bind_external(checkpoint, where)
     architecture = describe(model_type, checkpoint.config, where)
+    if any(part in name for name in checkpoint.tensors for part in architecture.refused):
+        library = find(checkpoint.config)
+        if library is not None:  # what is not published as this package computes it may be as a library does
+            return _bind_external(checkpoint, where)
     declared = _Declared.read(checkpoint.config, where, architecture.renamed)
     binder = _Binder(checkpoint, architecture, declared)
     dense = [d for m in architecture.modules if (d := binder.dense(m)) is not None]

@@ -25,7 +25,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_flashmoe.convert.binding import FLOATS, Bound, Dense, Experts, Matrix
+from mlx_flashmoe.convert.binding import FLOATS, Bound, Dense, Experts, Kind, Matrix
 from mlx_flashmoe.convert.safetensors import SafetensorsFile, Tensor
 from mlx_flashmoe.convert.source import Checkpoint
 from mlx_flashmoe.errors import FormatError, SourceError
@@ -259,10 +259,10 @@ class _Finder:
                 else:
                     yield Dense(at + name, "plain", Matrix(weight), array.shape)
                 continue
-            kind = self.kind(path, module) if array.ndim == 2 else "plain"
+            kind: Kind = self.kind(path, module) if array.ndim == 2 else "plain"
             yield Dense(at + name, kind, Matrix(self.tensor(at + name, array)), array.shape)
 
-    def kind(self, path: str, module: nn.Module) -> Any:
+    def kind(self, path: str, module: nn.Module) -> Kind:
         """How a matrix is quantized that is not yet: as the library itself would."""
         if self.predicate is None:
             return "linear"

@@ -1,11 +1,16 @@
-"""The list of architectures that can be converted, and how each runs."""
+"""The command ``models``: the architectures that can be converted, and how each runs."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
 
 from mlx_flashmoe.external.library import LIBRARIES, Library
 from mlx_flashmoe.models import ARCHITECTURES
@@ -88,3 +93,34 @@ def _imports(text: str) -> set[str]:
         if not module:
             names.update(item.strip().split(" ")[0] for item in items.strip("()").split(","))
     return names - {""}
+
+
+def run(as_json: bool) -> None:
+    """Prints the list."""
+    rows = supported()
+    if as_json:
+        print(json.dumps([{"model_type": row.model_type, "through": row.through} for row in rows], indent=2))
+        return
+    console = Console(file=sys.stdout, highlight=False)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("through", no_wrap=True)
+    table.add_column("model_type in config.json", overflow="fold")
+    for through in (NATIVE, *LIBRARIES):
+        names = [row.model_type for row in rows if row.through == through]
+        if through == NATIVE:
+            label = NATIVE
+        else:
+            library = LIBRARIES[through]
+            label = f"{through} {library.version}" if library.installed else through
+        if names:
+            table.add_row(label, ", ".join(names))
+        else:
+            table.add_row(
+                label, f"not installed: pip install 'mlx-flashmoe[{through}]' adds its architectures"
+            )
+    console.print(table)
+    if len(missing()) < len(LIBRARIES):
+        console.print(
+            "\nThose of libraries are the ones whose source has layers of experts. convert and doctor read a model's "
+            "headers first, and say which of it cannot be streamed."
+        )

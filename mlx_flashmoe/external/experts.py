@@ -78,7 +78,8 @@ def _is_stack(child: Any) -> bool:
 
 def _described(path: str, module: nn.Module, matrices: dict[str, nn.Module]) -> ExpertModule:
     what = f"{path} ({type(module).__module__}.{type(module).__name__})"
-    roles = next((roles for roles in (GATED, FUSED, PLAIN) if roles.keys() == matrices.keys()), None)
+    kinds: tuple[dict[str, str], ...] = (GATED, FUSED, PLAIN)
+    roles = next((roles for roles in kinds if roles.keys() == matrices.keys()), None)
     if roles is None:
         raise FormatError(
             f"{what}: its experts have the matrices {', '.join(sorted(matrices))}; experts of "
@@ -131,17 +132,16 @@ def _check(what: str, experts: ExpertModule) -> None:
         weights[role] = weight, bias
         small[name] = _Stack(weight, bias)
     x = mx.array(rng.standard_normal((3, 1, hidden)).astype(np.float32))
-    ids = mx.array([[[0, 1]], [[1, 0]], [[1, 1]]])
+    rows = [[0, 1], [1, 0], [1, 1]]
+    ids = mx.array(rows)[:, None]
     try:
         got = small(x, ids)
-        expected = mx.stack(
-            [
-                mx.stack([formula(x[t, 0], e, weights, experts.activation) for e in row])
-                for t, row in enumerate(ids[:, 0].tolist())
-            ]
-        )[:, None]
+        outputs_of = [
+            [formula(x[t, 0], e, weights, experts.activation) for e in row] for t, row in enumerate(rows)
+        ]
+        expected = mx.stack([mx.stack(row) for row in outputs_of])[:, None]
         off = mx.abs(got - expected).max() / mx.abs(expected).max()
-        right = got.shape == expected.shape and off.item() <= TOLERANCE
+        right = got.shape == expected.shape and bool(mx.all(off <= TOLERANCE).item())
     except Exception as e:  # whatever a library's class wants to be called with, this is not it
         raise FormatError(f"{what}: its experts cannot be streamed: {type(e).__name__}: {e}") from None
     if not right:

@@ -123,7 +123,8 @@ class Growth:
 
 def growth(model: nn.Module, run: Callable[[mx.array, list[Any]], mx.array]) -> list[Growth]:
     """How the caches of a model grow; ``model`` is one that was probed."""
-    few, more = [], []
+    few: list[Any] = []
+    more: list[Any] = []
     for tokens, kept in ((1, few), (STEP + 1, more)):
         theirs = caches(model)
         run(mx.zeros((1, tokens), mx.int32), theirs)
