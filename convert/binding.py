@@ -180,6 +180,7 @@ class Bound:
         left_out: what of it is not used, e.g. {"mtp.*": 12}.
         library: whose modules the model is made of ("mlx-lm", "mlx-vlm"); None for ours.
         library_version: the version that loaded the checkpoint.
+        notes: lines worth reading.
     """
 
     model_type: str
@@ -189,6 +190,7 @@ class Bound:
     left_out: dict[str, int]
     library: str | None = None
     library_version: str | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def describe(model_type: str, config: dict[str, Any], where: str) -> Architecture:

@@ -85,7 +85,8 @@ def _described(path: str, module: nn.Module, matrices: dict[str, nn.Module]) -> 
             f"{what}: its experts have the matrices {', '.join(sorted(matrices))}; experts of "
             f"{', '.join(GATED)} or of {', '.join(FUSED)} or of {', '.join(PLAIN)} can be streamed"
         )
-    own = [n for n, _ in tree_flatten(module.parameters()) if n.partition(".")[0] not in matrices]
+    parameters: list[tuple[str, mx.array]] = tree_flatten(module.parameters())  # type: ignore[assignment]
+    own = [name for name, _ in parameters if name.partition(".")[0] not in matrices]
     if own:
         raise FormatError(f"{what}: its experts have parameters that cannot be streamed: {', '.join(own)}")
     activation = getattr(module, "activation", None)
@@ -132,12 +133,12 @@ def _check(what: str, experts: ExpertModule) -> None:
         weights[role] = weight, bias
         small[name] = _Stack(weight, bias)
     x = mx.array(rng.standard_normal((3, 1, hidden)).astype(np.float32))
-    rows = [[0, 1], [1, 0], [1, 1]]
-    ids = mx.array(rows)[:, None]
+    chosen = [[0, 1], [1, 0], [1, 1]]
+    ids = mx.array(chosen)[:, None]
     try:
         got = small(x, ids)
         outputs_of = [
-            [formula(x[t, 0], e, weights, experts.activation) for e in row] for t, row in enumerate(rows)
+            [formula(x[t, 0], e, weights, experts.activation) for e in row] for t, row in enumerate(chosen)
         ]
         expected = mx.stack([mx.stack(row) for row in outputs_of])[:, None]
         off = mx.abs(got - expected).max() / mx.abs(expected).max()
