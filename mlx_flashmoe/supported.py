@@ -101,7 +101,7 @@ def run(as_json: bool) -> None:
     if as_json:
         print(json.dumps([{"model_type": row.model_type, "through": row.through} for row in rows], indent=2))
         return
-    console = Console(file=sys.stdout, highlight=False)
+    console = Console(file=sys.stdout, highlight=False, markup=False)
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("through", no_wrap=True)
     table.add_column("model_type in config.json", overflow="fold")
