@@ -25,6 +25,7 @@ _TYPES = {
     "F16": (np.uint16, mx.float16),
     "F32": (np.uint32, mx.float32),
     "U32": (np.uint32, mx.uint32),
+    "I32": (np.uint32, mx.uint32),
 }
 FP8_NAN = 0x7F  # of either sign; e4m3 has no infinities
 # On a CPU every thread has a stream of its own and they run side by side; a GPU is one resource.
@@ -44,10 +45,12 @@ def one_plus(weight: Tensor) -> Bytes:
 
 
 def convert(matrix: Matrix, quantization: Quantization, device: mx.Device) -> tuple[Bytes, ...]:
-    """The parts of a matrix that does not stay as published: quantized anew, or bfloat16 from FP8."""
+    """The parts of a matrix that does not stay as published: quantized anew, bfloat16 from FP8, or given biases."""
     with _gpu if device.type == mx.DeviceType.gpu else contextlib.nullcontext():
         if not quantization.quantized:
             parts = [_fp8_values(matrix, device).astype(mx.bfloat16, stream=device)]
+        elif quantization == matrix.quantization and matrix.symmetric:
+            parts = _affine(matrix, device)
         else:
             parts = quantize(matrix, quantization, device)
         mx.eval(parts)
@@ -59,8 +62,10 @@ def quantize(matrix: Matrix, quantization: Quantization, device: mx.Device) -> l
     q = matrix.quantization
     if matrix.fp8:
         values = _fp8_values(matrix, device)
-    elif matrix.scales is not None and matrix.biases is not None:
-        weight, scales, biases = _array(matrix.weight), _array(matrix.scales), _array(matrix.biases)
+    elif q.quantized:
+        weight, scales, biases = _affine(matrix, device)
+        if matrix.symmetric:  # exact, as of FP8
+            scales, biases = (a.astype(mx.float32, stream=device) for a in (scales, biases))
         values = mx.dequantize(weight, scales, biases, q.group_size, q.bits, stream=device)
     else:
         values = _array(matrix.weight)
@@ -68,6 +73,17 @@ def quantize(matrix: Matrix, quantization: Quantization, device: mx.Device) -> l
     # From float32 values of FP8 come float32 scales; what is kept has the type that other checkpoints' have.
     dtype = _TYPES[matrix.dtype][1]
     return [weight, scales.astype(dtype, stream=device), biases.astype(dtype, stream=device)]
+
+
+def _affine(matrix: Matrix, device: mx.Device) -> list[mx.array]:
+    """Weight, scales and biases of a quantized matrix; biases that are not published lose nothing to rounding."""
+    assert matrix.scales is not None
+    scales = _array(matrix.scales)
+    if matrix.biases is not None:
+        biases = _array(matrix.biases)
+    else:
+        biases = mx.multiply(scales, -(2 ** (matrix.quantization.bits - 1)), stream=device)
+    return [_array(matrix.weight), scales, biases]
 
 
 def _fp8_values(matrix: Matrix, device: mx.Device) -> mx.array:
