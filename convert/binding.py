@@ -38,6 +38,7 @@ from mlx_flashmoe.errors import FormatError, SourceError
 from mlx_flashmoe.layout import GROUP_SIZES, PROJECTIONS, UNQUANTIZED, Quantization
 from mlx_flashmoe.models.decoder import CausalLM
 from mlx_flashmoe.models.norm import RMSNorm
+from mlx_flashmoe.models.router import Gate
 
 FLOATS = ("BF16", "F16", "F32")
 SOURCE_BITS = (2, 3, 4, 5, 6, 8)  # MLX's affine formats; 5 bits can be read, but not kept
@@ -45,9 +46,9 @@ FP8, FP8_BLOCK = "F8_E4M3", 128
 MANY_MISSING = 10_000  # a config.json may promise millions: no need to name them all
 NONE = Quantization(UNQUANTIZED, 0)
 
-# linear: quantized as asked; router: at 8 bits; norm: 1 is to be added, in float32; conv: to be [C, K, 1];
-# plain: as published.
-Kind = Literal["linear", "router", "norm", "conv", "plain"]
+# linear: quantized as asked; router: at 8 bits; gate: never, in float32 if it is published quantized; norm: 1 is to be
+# added, in float32; conv: to be [C, K, 1]; plain: as published.
+Kind = Literal["linear", "router", "gate", "norm", "conv", "plain"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +221,8 @@ def _module(model: CausalLM, name: str, shape: tuple[int, ...], module: nn.Modul
     path, _, part = name.rpartition(".")
     if part == "weight" and isinstance(module, (nn.Linear, nn.Embedding)):
         return DenseModule(path, shape, "router" if path.rpartition(".")[2] in model.routers else "linear")
+    if part == "weight" and isinstance(module, Gate):
+        return DenseModule(path, shape, "gate")
     if part == "weight" and isinstance(module, nn.Conv1d):
         return DenseModule(path, shape, "conv")
     if part == "weight" and isinstance(module, RMSNorm) and model.norms_less_one:
@@ -227,14 +230,21 @@ def _module(model: CausalLM, name: str, shape: tuple[int, ...], module: nn.Modul
     return DenseModule(name, shape, "plain")
 
 
-def canonical(name: str, renamed: dict[str, str]) -> str:
-    """A published name as the model has it, without what wraps the language model: ``model.…`` in every layout."""
+def canonical(name: str, renamed: dict[str, str], needed: set[str] | None = None) -> str:
+    """A published name as the model has it, without what wraps the language model: ``model.…`` in every layout.
+
+    Args:
+        needed: gets the parts of it that were renamed.
+    """
     for wrapped in ("model.language_model.", "language_model.model."):
         if name.startswith(wrapped):
             name = "model." + name[len(wrapped) :]
     name = name.removeprefix("language_model.")
     for published, ours in renamed.items():
-        name = name.replace(published, ours)
+        if published in name:
+            name = name.replace(published, ours)
+            if needed is not None:
+                needed.add(published)
     return name
 
 
@@ -291,7 +301,7 @@ class _Declared:
             return cls(where)
         if not isinstance(data, dict):
             raise SourceError(f"{where}: {key} is not an object")
-        if data.get("quant_method") == "fp8" and data.get("fmt", "e4m3") == "e4m3":
+        if data.get("quant_method") == "fp8" and data.get("fmt", "e4m3") in ("e4m3", "float8_e4m3fn"):
             if data.get("weight_block_size") != [FP8_BLOCK, FP8_BLOCK]:
                 raise SourceError(
                     f"{where}: {key}: FP8 in blocks of {short(data.get('weight_block_size'))}; "
@@ -379,11 +389,11 @@ class _Binder:
         self.config = checkpoint.folder / "config.json"
         self.folder = checkpoint.folder
         self.tensors: dict[str, Tensor] = {}
-        self.renamed: dict[str, str] = {}  # those that this checkpoint needs
+        renamed: set[str] = set()
         left_out: Counter[str] = Counter()
         self.root = "model."
         for published, tensor in checkpoint.tensors.items():
-            name = canonical(published, architecture.renamed)
+            name = canonical(published, architecture.renamed, renamed)
             if why := next((why for part, why in architecture.refused.items() if part in name), None):
                 raise SourceError(f"{tensor} {why}")
             unused = next((p for p in architecture.unused if name.startswith(p)), None)
@@ -398,9 +408,10 @@ class _Binder:
                 raise SourceError(f"{tensor} and {self.tensors[name]} are the same tensor of the model")
             else:
                 self.tensors[name] = tensor
-                self.renamed |= {p: ours for p, ours in architecture.renamed.items() if p in published}
                 if name.startswith("model.layers."):
                     self.root = published[: published.index("layers.")]
+        # Of all names that published ones may have, those that this checkpoint's have.
+        self.renamed = {p: ours for p, ours in architecture.renamed.items() if p in renamed}
         self.left_out = dict(left_out)
         self.stacked = any(".switch_mlp." in name for name in self.tensors)
         self.fused = any(name.endswith(".experts.gate_up_proj") for name in self.tensors)
@@ -492,7 +503,7 @@ class _Binder:
         return None if scales is None else Matrix(weight, fp8_scale=scales, block=block)
 
     def dense(self, module: DenseModule) -> Dense | None:
-        if module.kind in ("linear", "router"):
+        if module.kind in ("linear", "router", "gate"):
             name = f"{module.path}.weight"
             matrix = self.matrix(module.path, module.shape)
         else:

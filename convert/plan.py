@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from mlx_flashmoe.convert.binding import Bound, Dense, Experts, Matrix
+from mlx_flashmoe.convert.binding import NONE, Bound, Dense, Experts, Matrix
 from mlx_flashmoe.convert.recipe import Recipe
 from mlx_flashmoe.convert.safetensors import DTYPE_BITS, build_header
 from mlx_flashmoe.errors import ConversionError, SourceError
@@ -250,6 +250,8 @@ def _dense(dense: Dense, asked: Asked, uneven: list[str]) -> DensePlan:
         if chosen.quantized and dense.shape[-1] % chosen.group_size:
             uneven.append(name.removesuffix(".weight"))
             chosen = matrix.quantization
+    elif dense.kind == "gate":
+        chosen = NONE
     if _known(matrix, chosen).quantized:
         rows, columns = dense.shape
         groups = (rows, columns // chosen.group_size)
@@ -259,7 +261,7 @@ def _dense(dense: Dense, asked: Asked, uneven: list[str]) -> DensePlan:
             (f"{path}.scales", matrix.dtype, groups),
             (f"{path}.biases", matrix.dtype, groups),
         )
-    elif dense.kind == "norm":
+    elif dense.kind == "norm" or (dense.kind == "gate" and matrix.quantization.quantized):
         outputs = ((name, "F32", dense.shape),)
     else:
         outputs = ((name, matrix.dtype, dense.shape),)

@@ -45,10 +45,14 @@ def one_plus(weight: Tensor) -> Bytes:
 
 
 def convert(matrix: Matrix, quantization: Quantization, device: mx.Device) -> tuple[Bytes, ...]:
-    """The parts of a matrix that does not stay as published: quantized anew, bfloat16 from FP8, or given biases."""
+    """The parts of a matrix that does not stay as published: quantized anew, bfloat16 from FP8, or float32; and of one
+    that stays, but for its biases, which are not published."""
     with _gpu if device.type == mx.DeviceType.gpu else contextlib.nullcontext():
         if not quantization.quantized:
-            parts = [_fp8_values(matrix, device).astype(mx.bfloat16, stream=device)]
+            if matrix.fp8:
+                parts = [_fp8_values(matrix, device).astype(mx.bfloat16, stream=device)]
+            else:
+                parts = [_affine_values(matrix, device, mx.float32)]
         elif quantization == matrix.quantization and matrix.symmetric:
             parts = _affine(matrix, device)
         else:
@@ -59,14 +63,12 @@ def convert(matrix: Matrix, quantization: Quantization, device: mx.Device) -> tu
 
 def quantize(matrix: Matrix, quantization: Quantization, device: mx.Device) -> list[mx.array]:
     """Weight, scales and biases, lazily; from a matrix's values if it was quantized, or FP8, before."""
-    q = matrix.quantization
     if matrix.fp8:
         values = _fp8_values(matrix, device)
-    elif q.quantized:
-        weight, scales, biases = _affine(matrix, device)
-        if matrix.symmetric:  # exact, as of FP8
-            scales, biases = (a.astype(mx.float32, stream=device) for a in (scales, biases))
-        values = mx.dequantize(weight, scales, biases, q.group_size, q.bits, stream=device)
+    elif matrix.quantization.quantized:
+        # Without published biases the values are exact in float32, as of FP8.
+        dtype = mx.float32 if matrix.symmetric else _TYPES[matrix.dtype][1]
+        values = _affine_values(matrix, device, dtype)
     else:
         values = _array(matrix.weight)
     weight, scales, biases = mx.quantize(values, quantization.group_size, quantization.bits, stream=device)
@@ -84,6 +86,14 @@ def _affine(matrix: Matrix, device: mx.Device) -> list[mx.array]:
     else:
         biases = mx.multiply(scales, -(2 ** (matrix.quantization.bits - 1)), stream=device)
     return [_array(matrix.weight), scales, biases]
+
+
+def _affine_values(matrix: Matrix, device: mx.Device, dtype: mx.Dtype) -> mx.array:
+    """The values of a quantized matrix, computed in ``dtype``."""
+    q = matrix.quantization
+    weight, *rest = _affine(matrix, device)
+    scales, biases = (a.astype(dtype, stream=device) for a in rest)
+    return mx.dequantize(weight, scales, biases, q.group_size, q.bits, stream=device)
 
 
 def _fp8_values(matrix: Matrix, device: mx.Device) -> mx.array:

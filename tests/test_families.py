@@ -266,6 +266,19 @@ RELEASED: dict[str, tuple[float, dict[str, Any]]] = {
             moe_intermediate_size=2560,
         ),
     ),
+    "Qwen2-57B-A14B": (
+        57e9,
+        dict(
+            model_type="qwen2_moe",
+            hidden_size=3584,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_experts=64,
+            moe_intermediate_size=2560,
+            shared_expert_intermediate_size=20480,
+            norm_topk_prob=False,
+        ),
+    ),
     "GLM-4.5-Air": (
         106e9,
         dict(
@@ -302,6 +315,25 @@ RELEASED: dict[str, tuple[float, dict[str, Any]]] = {
             **GLM,
         ),
     ),
+    "MiniMax-M2": (
+        229e9,
+        dict(
+            model_type="minimax_m2",
+            vocab_size=200064,
+            hidden_size=3072,
+            intermediate_size=1536,
+            num_hidden_layers=62,
+            num_attention_heads=48,
+            num_key_value_heads=8,
+            num_local_experts=256,
+            rotary_dim=64,
+            scoring_func="sigmoid",
+            use_routing_bias=True,
+            use_qk_norm=True,
+            qk_norm_type="per_layer",
+            shared_intermediate_size=0,
+        ),
+    ),
 }
 ALIKE: dict[str, Any] = dict(
     model_type="qwen3_moe",
@@ -326,12 +358,53 @@ def test_released_configurations_describe_models_of_their_size(name: str) -> Non
     parameters, its_own = RELEASED[name]
     config = {**ALIKE, **its_own}
     settings = architecture(config["model_type"]).Config.from_dict(config)
-    assert settings.norm_topk_prob and settings.dtype == "bfloat16" and settings.rope.yarn is None
+    assert getattr(settings, "norm_topk_prob", True) == config["norm_topk_prob"]
+    assert settings.dtype == "bfloat16" and settings.rope.yarn is None
     described = describe(config["model_type"], config, name)
     dense = sum(math.prod(module.shape) for module in described.modules)
     experts = len(described.moe_layers) * described.num_experts
     experts *= 3 * described.hidden_size * described.intermediate_size
     assert dense + experts == pytest.approx(parameters, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("GLM-4.6", {"n_group": 7}, "n_group 7 does not part 160 experts into equal groups of 2 or more"),
+        ("GLM-4.6", {"n_group": 160}, "n_group 160 does not part 160 experts"),
+        ("GLM-4.6", {"n_group": 0}, "n_group must be a whole number from 1"),
+        ("GLM-4.6", {"n_group": 4, "topk_group": 5}, "topk_group 5 is more than the 4 of n_group"),
+        (
+            "GLM-4.6",
+            {"n_group": 80, "topk_group": 3},
+            "num_experts_per_tok 8 is more than topk_group 3 of the n_group",
+        ),
+        (
+            "GLM-4.6",
+            {"first_k_dense_replace": 92},
+            "first_k_dense_replace must be a whole number from 0 to 91",
+        ),
+        ("GLM-4.6", {"first_k_dense_replace": -1}, "first_k_dense_replace must be a whole number"),
+        ("GLM-4.6", {"first_k_dense_replace": ...}, "first_k_dense_replace is missing"),
+        ("GLM-4.6", {"n_routed_experts": "many"}, "n_routed_experts must be a whole number"),
+        ("GLM-4.6", {"n_routed_experts": 0}, "n_routed_experts must be a whole number"),
+        ("GLM-4.6", {"num_nextn_predict_layers": -1}, "num_nextn_predict_layers must be a whole number"),
+        (
+            "MiniMax-M2",
+            {"scoring_func": "softmax"},
+            "scoring_func 'softmax' is not supported, only 'sigmoid'",
+        ),
+        ("MiniMax-M2", {"qk_norm_type": "per_head"}, "qk_norm_type 'per_head' is not supported"),
+        ("MiniMax-M2", {"shared_intermediate_size": 1536}, "shared_intermediate_size 1536 is not supported"),
+        ("MiniMax-M2", {"rotary_dim": 0}, "rotary_dim must be"),
+        ("MiniMax-M2", {"num_local_experts": 4}, "num_experts_per_tok is more than the 4 of num_experts"),
+    ],
+)
+def test_experts_that_config_json_contradicts(name: str, changes: dict[str, Any], says: str) -> None:
+    config = {**ALIKE, **RELEASED[name][1], **changes}
+    config = {key: value for key, value in config.items() if value is not ...}
+    with pytest.raises(FormatError, match=says):
+        architecture(config["model_type"]).Config.from_dict(config)
 
 
 def test_yarn_as_qwen_recommends_it() -> None:

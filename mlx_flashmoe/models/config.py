@@ -183,21 +183,26 @@ def layers_between_sparse(text: dict[str, Any]) -> tuple[int, ...]:
 
 def first_layers(text: dict[str, Any]) -> tuple[int, ...]:
     """The layers without experts: the first of first_k_dense_replace."""
-    count = text["first_k_dense_replace"]
-    if type(count) is not int or not 0 <= count < text["num_hidden_layers"]:
-        most = text["num_hidden_layers"] - 1
-        raise FormatError(
-            f"first_k_dense_replace must be a whole number from 0 to {most}, not {short(count)}"
-        )
-    return tuple(range(count))
+    return tuple(range(whole(text, "first_k_dense_replace", 0, text["num_hidden_layers"] - 1)))
+
+
+def whole(text: dict[str, Any], name: str, least: int = 1, most: int = MOST_ELSE) -> int:
+    """Returns a whole number of config.json that no field has the name of.
+
+    Raises:
+        FormatError: it is not one, or not in these bounds.
+        KeyError: it is missing.
+    """
+    value = text[name]
+    if type(value) is not int or not least <= value <= most:
+        raise FormatError(f"{name} must be a whole number from {least} to {most}, not {short(value)}")
+    return value
 
 
 def _check(field: Field[Any], value: Any) -> None:
     """Raises FormatError unless a value is of its field's type, where that is a number or a flag."""
     if field.type == "int" or (field.type == "int | None" and value is not None):
-        most = MOST.get(field.name, MOST_ELSE)
-        if type(value) is not int or not 1 <= value <= most:
-            raise FormatError(f"{field.name} must be a whole number from 1 to {most}, not {short(value)}")
+        whole({field.name: value}, field.name, most=MOST.get(field.name, MOST_ELSE))
     elif field.type == "float" and (type(value) not in (int, float) or not 0 < value < float("inf")):
         raise FormatError(f"{field.name} must be a number above 0, not {short(value)}")
     elif field.type == "bool" and not isinstance(value, bool):

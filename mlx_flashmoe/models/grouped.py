@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_flashmoe.errors import FormatError
-from mlx_flashmoe.models.config import BaseConfig, first_layers
+from mlx_flashmoe.models.config import MOST, BaseConfig, first_layers, whole
 from mlx_flashmoe.models.moe import MLP, Experts, MoE, SharedExpertMoE, feed_forward
 from mlx_flashmoe.models.router import Router
 
@@ -22,7 +22,7 @@ from mlx_flashmoe.models.router import Router
 class GroupedConfig(BaseConfig):
     """Fields have their names in config.json, but for
 
-    mtp_layers: layers that predict tokens after the next, which text generation leaves out; None without.
+    mtp_layers: layers after the last one that predict tokens further ahead; text generation leaves them out.
     """
 
     n_group: int
@@ -30,7 +30,7 @@ class GroupedConfig(BaseConfig):
     n_shared_experts: int
     norm_topk_prob: bool
     routed_scaling_factor: float
-    mtp_layers: int | None
+    mtp_layers: tuple[int, ...]
 
     @classmethod
     def find_dense_layers(cls, text: dict[str, Any]) -> tuple[int, ...]:
@@ -38,11 +38,11 @@ class GroupedConfig(BaseConfig):
 
     @classmethod
     def derive(cls, text: dict[str, Any]) -> dict[str, Any]:
-        experts = text["n_routed_experts"]
+        experts = whole(text, "n_routed_experts", most=MOST["num_experts"])
         groups, chosen = text["n_group"], text["topk_group"]
-        if type(experts) is not int or experts % groups or (groups > 1 and experts < 2 * groups):
+        if experts % groups or (groups > 1 and experts < 2 * groups):
             raise FormatError(
-                f"n_group {groups} does not part {experts!r} experts into equal groups of 2 or more"
+                f"n_group {groups} does not part {experts} experts into equal groups of 2 or more"
             )
         if chosen > groups:
             raise FormatError(f"topk_group {chosen} is more than the {groups} of n_group")
@@ -51,10 +51,12 @@ class GroupedConfig(BaseConfig):
                 f"num_experts_per_tok {text['num_experts_per_tok']} is more than topk_group {chosen} of the n_group "
                 f"{groups} groups of {experts} experts have"
             )
+        layers = text["num_hidden_layers"]
+        mtp = whole({"num_nextn_predict_layers": 0, **text}, "num_nextn_predict_layers", 0, layers)
         return {
             **super().derive(text),
             "num_experts": experts,
-            "mtp_layers": text.get("num_nextn_predict_layers") or None,
+            "mtp_layers": tuple(range(layers, layers + mtp)),
         }
 
     @property
@@ -63,9 +65,8 @@ class GroupedConfig(BaseConfig):
 
     @property
     def mtp_names(self) -> tuple[str, ...]:
-        """Beginnings of the names of the layers that predict tokens after the next: they follow the model's own."""
-        first = self.num_hidden_layers
-        return tuple(f"model.layers.{first + i}." for i in range(self.mtp_layers or 0))
+        """Beginnings of the names of tensors of ``mtp_layers``."""
+        return tuple(f"model.layers.{i}." for i in self.mtp_layers)
 
     @property
     def shared_size(self) -> int:

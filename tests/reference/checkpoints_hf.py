@@ -18,8 +18,12 @@ from transformers import (
     DeepseekV3ForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
+    MiniMaxM2Config,
+    MiniMaxM2ForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3_5MoeForCausalLM,
     Qwen3_5MoeTextConfig,
     Qwen3MoeConfig,
@@ -66,7 +70,7 @@ class Family:
 
     Attributes:
         named: settings that transformers writes, and what config.json calls them.
-        said: settings of a release that transformers does not write; ... is one that it writes and a release does not.
+        released: settings in a release's config.json that transformers does not write; ... is one that only it writes.
         left_out: a tensor of a release that text generation does not use.
     """
 
@@ -75,7 +79,7 @@ class Family:
     base: dict[str, Any]
     layouts: tuple[str, ...]
     named: dict[str, str] = field(default_factory=dict)
-    said: dict[str, Any] = field(default_factory=dict)
+    released: dict[str, Any] = field(default_factory=dict)
     left_out: str | None = None
 
 
@@ -99,6 +103,12 @@ QWEN3_MOE = Family(
     {**COMMON, "norm_topk_prob": True, "rope_parameters": PLAIN_ROPE},
     ("released", "per expert"),
     named={"num_local_experts": "num_experts"},
+)
+QWEN2_MOE = Family(
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    {**COMMON, "head_dim": 32, "shared_expert_intermediate_size": 96, "rope_parameters": PLAIN_ROPE},
+    ("released", "per expert", "fused"),
 )
 GLM4_MOE = Family(
     Glm4MoeConfig,
@@ -144,11 +154,34 @@ DEEPSEEK_V3 = Family(
         rope_parameters=PLAIN_ROPE,
     ),
     ("released", "per expert", "fused"),
-    said={
+    released={
         **{"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "ep_size": 1},
         **{"head_dim": ..., "qk_head_dim": ..., "rope_interleave": ...},
     },
     left_out="model.layers.4.eh_proj.weight",
+)
+MINIMAX_M2 = Family(
+    MiniMaxM2Config,
+    MiniMaxM2ForCausalLM,
+    {
+        **{
+            name: value
+            for name, value in COMMON.items()
+            if name not in ("num_experts", "moe_intermediate_size")
+        },
+        "num_local_experts": 16,
+        "intermediate_size": 64,
+        "rope_parameters": {**PLAIN_ROPE, "partial_rotary_factor": 0.5},
+    },
+    ("released", "per expert", "fused"),
+    released={
+        "scoring_func": "sigmoid",
+        "use_routing_bias": True,
+        "use_qk_norm": True,
+        "qk_norm_type": "per_layer",
+        "shared_intermediate_size": 0,
+        "num_mtp_modules": 3,
+    },
 )
 
 # Heads, groups, layer patterns, expert counts, tied embeddings: what differs from the family's base.
@@ -280,6 +313,21 @@ SHAPES: dict[str, tuple[Family, dict[str, Any]]] = {
             },
         ),
     ),
+    "Qwen2-MoE": (QWEN2_MOE, {}),
+    "Qwen2-MoE, every second layer without experts, weights sum to 1, tied, no bias": (
+        QWEN2_MOE,
+        dict(
+            decoder_sparse_step=2,
+            intermediate_size=192,
+            norm_topk_prob=True,
+            tie_word_embeddings=True,
+            qkv_bias=False,
+        ),
+    ),
+    "Qwen2-MoE, heads without groups, YaRN": (
+        QWEN2_MOE,
+        dict(num_key_value_heads=4, head_dim=64, rope_parameters=YARN),
+    ),
     "GLM-4.5": (GLM4_MOE, {}),
     "GLM-4.5-Air, no norms in attention, no bias, scores as they are": (
         GLM4_MOE,
@@ -305,6 +353,28 @@ SHAPES: dict[str, tuple[Family, dict[str, Any]]] = {
             num_attention_heads=6,
             head_dim=32,
             rope_parameters={**YARN, "partial_rotary_factor": 0.5},
+        ),
+    ),
+    "MiniMax-M2": (MINIMAX_M2, {}),
+    "MiniMax-M2, tied, one expert, whole heads rotated": (
+        MINIMAX_M2,
+        dict(
+            tie_word_embeddings=True,
+            num_experts_per_tok=1,
+            num_attention_heads=6,
+            num_key_value_heads=1,
+            head_dim=32,
+            rope_parameters=PLAIN_ROPE,
+        ),
+    ),
+    "MiniMax-M2, many experts, YaRN, no multiples of 128": (
+        MINIMAX_M2,
+        dict(
+            hidden_size=192,
+            intermediate_size=96,
+            num_local_experts=40,
+            num_experts_per_tok=8,
+            rope_parameters={**YARN, "partial_rotary_factor": 0.25},
         ),
     ),
 }
@@ -386,7 +456,7 @@ def family_of(model: PreTrainedModel) -> Family:
 
 def released_config(model: PreTrainedModel) -> dict[str, Any]:
     """config.json as it is published: names that transformers has changed since."""
-    config = model.config.to_dict()
+    config = {**model.config.to_dict(), **family_of(model).released}
     rope = config.pop("rope_parameters")
     config["rope_theta"] = rope.pop("rope_theta")
     if "partial_rotary_factor" in rope:
@@ -396,13 +466,11 @@ def released_config(model: PreTrainedModel) -> dict[str, Any]:
     for theirs, published in family_of(model).named.items():
         if theirs in config:
             config[published] = config.pop(theirs)
-    for name, value in family_of(model).said.items():
-        config[name] = value
-        if value is ...:
-            del config[name]
-    if config.pop("layer_types", None):
+    if isinstance(model, MiniMaxM2ForCausalLM):
+        config["rotary_dim"] = int(config.pop("partial_rotary_factor", 1) * config["head_dim"])
+    if config.pop("layer_types", None) and "linear_conv_kernel_dim" in config:
         config["full_attention_interval"] = 4
-    return config
+    return {name: value for name, value in config.items() if value is not ...}
 
 
 def dequantized_state(folder: Path) -> dict[str, torch.Tensor]:
@@ -424,6 +492,8 @@ def dequantized_state(folder: Path) -> dict[str, torch.Tensor]:
             w = mx.dequantize(w, raw[f"{path}.scales"], raw[f"{path}.biases"], q.group_size, q.bits)
         if name.endswith("conv1d.weight"):
             w = w.moveaxis(1, 2)
+        if manifest.model_type == "minimax_m2":
+            name = name.replace(".gate.e_score", ".e_score")
         zero_centred = architecture(manifest.model_type).Model.norms_less_one and "linear_attn" not in name
         if name.endswith("norm.weight") and zero_centred:
             w = w.astype(mx.float32) - 1

@@ -31,6 +31,9 @@ from mlx_flashmoe.errors import SourceError
         ("Qwen3-MoE, many heads, weights as they are", None, None),
         ("GLM-4.5", 4, 64),
         ("GLM-4.5-Air, no norms in attention, no bias, scores as they are", None, None),
+        ("Qwen2-MoE", 4, 64),
+        ("MiniMax-M2", 4, 64),
+        ("MiniMax-M2", None, None),
     ],
 )
 def test_mlx_community_checkpoint(tmp_path: Path, shape: str, bits: int | None, group: int | None) -> None:

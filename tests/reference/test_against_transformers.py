@@ -84,6 +84,8 @@ def test_unquantized(tmp_path: Path, shape: str, layout: str) -> None:
         ("DeepSeek-V3, YaRN with mscale, bias, wide values", 3, 64),
         ("Kimi K2", 8, 32),
         ("GLM-4.5", 4, 64),
+        ("MiniMax-M2", 4, 64),
+        ("Qwen2-MoE", 4, 64),
     ],
 )
 def test_quantized(tmp_path: Path, shape: str, bits: int, group: int) -> None:
@@ -100,7 +102,7 @@ def test_quantized(tmp_path: Path, shape: str, bits: int, group: int) -> None:
     assert greedy(model, prompt) == theirs[0, 20:].tolist()
 
 
-@pytest.mark.parametrize("shape", ["base", "Qwen3-Next", "Qwen3-MoE", "GLM-4.5", "DeepSeek-V3"])
+@pytest.mark.parametrize("shape", ["base", "Qwen3-Next", "Qwen3-MoE", "GLM-4.5", "DeepSeek-V3", "MiniMax-M2"])
 def test_released_in_bfloat16(tmp_path: Path, shape: str) -> None:
     """bfloat16 weights are those of the reference exactly; (1 + weight) norms lose nothing."""
     original = random_model(shape).to(torch.bfloat16)
@@ -121,6 +123,7 @@ def test_released_in_bfloat16(tmp_path: Path, shape: str) -> None:
         "Qwen3-MoE, many heads, weights as they are",
         "GLM-4.5, groups, two shared experts, three layers without experts, tied",
         "DeepSeek-V3",
+        "MiniMax-M2",
     ],
 )
 def test_fewer_active_experts(tmp_path: Path, shape: str) -> None:

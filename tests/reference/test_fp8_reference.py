@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,21 +24,33 @@ from mlx_flashmoe.errors import SourceError
 from mlx_flashmoe.layout import Manifest
 
 BLOCK = 128
-CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
-EXPERTS_AND_ATTENTION = ("_proj", "in_proj_qkv", "in_proj_z")  # the rest stays as it is, as in releases
+BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
+ROWS = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "config_groups": {"group_0": {"weights": {"type": "float", "num_bits": 8, "strategy": "channel"}}},
+}
+# The rest stays as it is, as in releases.
+EXPERTS_AND_ATTENTION = ("_proj.weight", "_proj", "in_proj_qkv.weight", "in_proj_z.weight", ".w1.weight")
+EXPERTS_AND_ATTENTION += (".w2.weight", ".w3.weight")
 NAN = 0x7F  # and 0xFF
 NUMBERS = torch.tensor([code for code in range(256) if code & 0x7F != NAN], dtype=torch.uint8)
 INDEX = "model.safetensors.index.json"
 
 
 def spread(scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """The scale of its block for every number; the last blocks may be cut off."""
+    """The scale of its block, or of its row, for every number; the last blocks may be cut off."""
+    if scales.shape[-1] == 1 and scales.shape[-2] == shape[-2]:
+        return scales.float().expand(shape)
     rows = scales.float().repeat_interleave(BLOCK, -2)[..., : shape[-2], :]
     return rows.repeat_interleave(BLOCK, -1)[..., : shape[-1]]
 
 
-def to_fp8(w: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes, and scales in ``dtype`` that make the largest number of a block the largest of e4m3."""
+def to_fp8(w: torch.Tensor, dtype: torch.dtype, by_row: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes, and scales in ``dtype`` that make the largest number of a block or a row the largest of e4m3."""
+    if by_row:
+        scales = (w.abs().amax(-1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max).to(dtype)
+        return (w / spread(scales, w.shape)).to(torch.float8_e4m3fn), scales
     right, below = -w.shape[-1] % BLOCK, -w.shape[-2] % BLOCK
     blocks = torch.nn.functional.pad(w, (0, right, 0, below)).unflatten(-1, (-1, BLOCK))
     largest = blocks.unflatten(-3, (-1, BLOCK)).abs().amax((-3, -1))
@@ -51,24 +64,33 @@ def every_code(shape: torch.Size) -> torch.Tensor:
     return codes.reshape(shape).view(torch.float8_e4m3fn)
 
 
-def checkpoints(folder: Path, layout: str, scales: torch.dtype, values: torch.dtype, codes: str) -> None:
+def checkpoints(
+    folder: Path,
+    layout: str,
+    scales: torch.dtype,
+    values: torch.dtype,
+    codes: str,
+    shape: str = "no multiples of 128",
+    quantization: dict[str, Any] = BLOCKS,
+) -> None:
     """folder/fp8, and folder/plain with the same values as torch computes them, in dtype ``values``.
 
     codes: "of a model", or "all" in turn.
     """
     plain, fp8 = folder / "plain", folder / "fp8"
-    save(random_model("no multiples of 128"), plain, layout)
+    save(random_model(shape), plain, layout)
+    by_row = quantization is ROWS
     shutil.copytree(plain, fp8)
     for path in plain.glob("*.safetensors"):
         coded, decoded = {}, {}
         for name, w in load_file(path).items():
-            if not any(part in name for part in EXPERTS_AND_ATTENTION):
+            if not name.endswith(EXPERTS_AND_ATTENTION):
                 coded[name] = decoded[name] = w.to(values)
                 continue
-            code, scale = to_fp8(w, scales)
+            code, scale = to_fp8(w, scales, by_row)
             if codes == "all":
                 code = every_code(code.shape)
-            coded[name], coded[f"{name}_scale_inv"] = code, scale
+            coded[name], coded[f"{name}_scale" if by_row else f"{name}_scale_inv"] = code, scale
             decoded[name] = (code.float() * spread(scale, code.shape)).to(values)
         save_file(coded, fp8 / path.name)
         save_file(decoded, path)
@@ -76,7 +98,7 @@ def checkpoints(folder: Path, layout: str, scales: torch.dtype, values: torch.dt
         weight_map = {name: path.name for path in fp8.glob("*.safetensors") for name in load_file(path)}
         (fp8 / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     config = json.loads((fp8 / "config.json").read_text())
-    (fp8 / "config.json").write_text(json.dumps({**config, "quantization_config": CONFIG}))
+    (fp8 / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
 
 
 def blobs(folder: Path) -> list[dict[tuple[str, str], mx.array]]:
@@ -131,9 +153,24 @@ def test_quantized_from_torchs_values_in_float32(
             assert mx.array_equal(a, wanted[name].astype(a.dtype)), name
 
 
-def test_logits_of_a_whole_model(tmp_path: Path) -> None:
-    checkpoints(tmp_path, "per expert", torch.bfloat16, torch.bfloat16, "of a model")
-    family, _ = SHAPES["no multiples of 128"]
+@pytest.mark.parametrize(
+    ("shape", "layout", "scales", "quantization"),
+    [
+        ("no multiples of 128", "per expert", torch.bfloat16, BLOCKS),
+        ("GLM-4.5", "released", torch.bfloat16, ROWS),
+        (
+            "MiniMax-M2, many experts, YaRN, no multiples of 128",
+            "released",
+            torch.float32,
+            {**BLOCKS, "fmt": "float8_e4m3fn"},
+        ),
+    ],
+)
+def test_logits_of_a_whole_model(
+    tmp_path: Path, shape: str, layout: str, scales: torch.dtype, quantization: dict[str, Any]
+) -> None:
+    checkpoints(tmp_path, layout, scales, torch.bfloat16, "of a model", shape, quantization)
+    family, _ = SHAPES[shape]
     reference = family.model.from_pretrained(
         tmp_path / "plain", dtype=torch.float32, attn_implementation="eager"
     )
