@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import tokenizers
 
 from mlx_flashmoe import tiktoken_model
-from mlx_flashmoe.chat_template import ChatTemplate, Message
+from mlx_flashmoe.chat_template import ChatTemplate, Message, fit_calls
 from mlx_flashmoe.errors import FormatError, RequestError
 
 if TYPE_CHECKING:
@@ -274,6 +274,7 @@ class Tokenizer:
         def guarded(text: str) -> str:
             return control.sub(lambda found: found[0][0] + guard + found[0][1:], text) if control else text
 
+        messages = fit_calls(messages, template)
         text = template.render(messages, tools, add_generation_prompt, on_text=guarded, **kwargs)
         if continue_final_message:
             text = text[: text.rindex(end)]
