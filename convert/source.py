@@ -30,7 +30,7 @@ from mlx_flashmoe.sizes import show_size
 
 # What is copied as published: settings, tokenizer, chat template, licence. Not the index, not the weights.
 _SIDE_FILES = re.compile(
-    r"[^.].*\.json|.*\.jinja|tokenizer[^/]*|vocab[^/]*|merges\.txt|.*\.tiktoken|LICEN[SC]E[^/]*"
+    r"[^.].*\.json|.*\.jinja|tokenizer[^/]*|vocab[^/]*|merges\.txt|.*\.tiktoken|tiktoken\.model|LICEN[SC]E[^/]*"
 )
 HEADER_THREADS = 8  # requests to the hub at once
 

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_flashmoe import memory
+from mlx_flashmoe import memory, tiktoken_model
 from mlx_flashmoe.architectures import Architecture, described
 from mlx_flashmoe.errors import FormatError, MemoryPlanError
 from mlx_flashmoe.experts import Decode, ExpertStore, ReadAhead, SlotArena
@@ -343,7 +343,7 @@ def _load_tokenizer(folder: Path) -> Tokenizer:
     try:
         return Tokenizer.load(folder)
     except FormatError as e:
-        if (folder / "tokenizer.json").exists():
+        if any((folder / name).exists() for name in ("tokenizer.json", tiktoken_model.NAME)):
             raise
         return cast(Tokenizer, _NoTokenizer(e))
 

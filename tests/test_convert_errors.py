@@ -138,7 +138,7 @@ BAD_SOURCES: list[tuple[Callable[[Path], Any], str]] = [
                 },
             }
         ),
-        r"compressed-tensors of format 'pack-quantized' .*\('int', 4, 'group'\); float-quantized",
+        r"compressed-tensors of format 'pack-quantized' .*\('int', 4, 'group'\), group_size None",
     ),
     (
         top_config(quantization_config={"quant_method": "compressed-tensors"}),

@@ -45,11 +45,18 @@ def config_of(model_type: str) -> dict[str, Any]:
         "linear_value_head_dim": 64,
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
-        "num_experts": EXPERTS,
+        **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), EXPERTS),
         "num_experts_per_tok": ACTIVE,
         "norm_topk_prob": True,
         "moe_intermediate_size": 128,
+        "intermediate_size": 128,
         "shared_expert_intermediate_size": 128,
+        "first_k_dense_replace": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "n_shared_experts": 1,
+        "routed_scaling_factor": 1.5,
+        "use_qk_norm": True,
     }
 
 

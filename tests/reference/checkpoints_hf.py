@@ -70,7 +70,7 @@ class Family:
 
     Attributes:
         named: settings that transformers writes, and what config.json calls them.
-        released: settings of a release that transformers does not write; ... marks one that only transformers writes.
+        released: settings in a release's config.json that transformers does not write; ... is one that only it writes.
         left_out: a tensor of a release that text generation does not use.
     """
 
@@ -125,29 +125,6 @@ GLM4_MOE = Family(
     ("released", "per expert", "fused"),
     left_out="model.layers.4.eh_proj.weight",
 )
-MINIMAX_M2 = Family(
-    MiniMaxM2Config,
-    MiniMaxM2ForCausalLM,
-    {
-        **{
-            name: value
-            for name, value in COMMON.items()
-            if name not in ("num_experts", "moe_intermediate_size")
-        },
-        "num_local_experts": 16,
-        "intermediate_size": 64,
-        "rope_parameters": {**PLAIN_ROPE, "partial_rotary_factor": 0.5},
-    },
-    ("released", "per expert", "fused"),
-    released={
-        "scoring_func": "sigmoid",
-        "use_routing_bias": True,
-        "use_qk_norm": True,
-        "qk_norm_type": "per_layer",
-        "shared_intermediate_size": 0,
-        "num_mtp_modules": 3,
-    },
-)
 DEEPSEEK_V3 = Family(
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -182,6 +159,29 @@ DEEPSEEK_V3 = Family(
         **{"head_dim": ..., "qk_head_dim": ..., "rope_interleave": ...},
     },
     left_out="model.layers.4.eh_proj.weight",
+)
+MINIMAX_M2 = Family(
+    MiniMaxM2Config,
+    MiniMaxM2ForCausalLM,
+    {
+        **{
+            name: value
+            for name, value in COMMON.items()
+            if name not in ("num_experts", "moe_intermediate_size")
+        },
+        "num_local_experts": 16,
+        "intermediate_size": 64,
+        "rope_parameters": {**PLAIN_ROPE, "partial_rotary_factor": 0.5},
+    },
+    ("released", "per expert", "fused"),
+    released={
+        "scoring_func": "sigmoid",
+        "use_routing_bias": True,
+        "use_qk_norm": True,
+        "qk_norm_type": "per_layer",
+        "shared_intermediate_size": 0,
+        "num_mtp_modules": 3,
+    },
 )
 
 # Heads, groups, layer patterns, expert counts, tied embeddings: what differs from the family's base.
@@ -267,21 +267,6 @@ SHAPES: dict[str, tuple[Family, dict[str, Any]]] = {
         QWEN3_MOE,
         dict(tie_word_embeddings=True, attention_bias=True, rope_parameters=YARN),
     ),
-    "Qwen2-MoE": (QWEN2_MOE, {}),
-    "Qwen2-MoE, every second layer without experts, weights sum to 1, tied, no bias": (
-        QWEN2_MOE,
-        dict(
-            decoder_sparse_step=2,
-            intermediate_size=192,
-            norm_topk_prob=True,
-            tie_word_embeddings=True,
-            qkv_bias=False,
-        ),
-    ),
-    "Qwen2-MoE, heads without groups, YaRN": (
-        QWEN2_MOE,
-        dict(num_key_value_heads=4, head_dim=64, rope_parameters=YARN),
-    ),
     "DeepSeek-V3": (DEEPSEEK_V3, {}),
     "DeepSeek-V3, no query latent, one group, tied, two shared, weights as they are, half rotation": (
         replace(DEEPSEEK_V3, layouts=("per expert", "fused")),  # no release rotates so
@@ -327,6 +312,21 @@ SHAPES: dict[str, tuple[Family, dict[str, Any]]] = {
                 "mscale_all_dim": 1.0,
             },
         ),
+    ),
+    "Qwen2-MoE": (QWEN2_MOE, {}),
+    "Qwen2-MoE, every second layer without experts, weights sum to 1, tied, no bias": (
+        QWEN2_MOE,
+        dict(
+            decoder_sparse_step=2,
+            intermediate_size=192,
+            norm_topk_prob=True,
+            tie_word_embeddings=True,
+            qkv_bias=False,
+        ),
+    ),
+    "Qwen2-MoE, heads without groups, YaRN": (
+        QWEN2_MOE,
+        dict(num_key_value_heads=4, head_dim=64, rope_parameters=YARN),
     ),
     "GLM-4.5": (GLM4_MOE, {}),
     "GLM-4.5-Air, no norms in attention, no bias, scores as they are": (
@@ -456,7 +456,7 @@ def family_of(model: PreTrainedModel) -> Family:
 
 def released_config(model: PreTrainedModel) -> dict[str, Any]:
     """config.json as it is published: names that transformers has changed since."""
-    config = model.config.to_dict()
+    config = {**model.config.to_dict(), **family_of(model).released}
     rope = config.pop("rope_parameters")
     config["rope_theta"] = rope.pop("rope_theta")
     if "partial_rotary_factor" in rope:
@@ -468,13 +468,9 @@ def released_config(model: PreTrainedModel) -> dict[str, Any]:
             config[published] = config.pop(theirs)
     if isinstance(model, MiniMaxM2ForCausalLM):
         config["rotary_dim"] = int(config.pop("partial_rotary_factor", 1) * config["head_dim"])
-    for name, value in family_of(model).released.items():
-        config[name] = value
-        if value is ...:
-            del config[name]
     if config.pop("layer_types", None) and "linear_conv_kernel_dim" in config:
         config["full_attention_interval"] = 4
-    return config
+    return {name: value for name, value in config.items() if value is not ...}
 
 
 def dequantized_state(folder: Path) -> dict[str, torch.Tensor]:
