@@ -285,7 +285,7 @@ def load(
     for layout, layer in layouts.items():
         chosen.prepare(layout, dtype, summed, partial(_some_experts, store, layer, layout), announce)
     arena = SlotArena(store, plan.slots)
-    decode = Decode(arena, ReadAhead(arena) if read_ahead else None)
+    decode = Decode(arena, ReadAhead(arena) if read_ahead and arch.lazy else None, may_defer=arch.lazy)
     model = arch.build(decode, active)
     check_kernels(model, dtype)
     facts = Facts.of(manifest, weights)
