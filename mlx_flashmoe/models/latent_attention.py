@@ -29,7 +29,7 @@ HELD = 1 << 25  # bytes of the heads computed at once: their keys, values, score
 
 @dataclass(frozen=True)
 class LatentConfig(BaseConfig):
-    """As published.
+    """The settings of latent attention, with their names in config.json.
 
     Attributes:
         q_lora_rank: dims of the latent that queries come from; None if they come from the residual.
@@ -88,7 +88,7 @@ class LatentConfig(BaseConfig):
         )
 
     def absorbs(self, tokens: int, keys: int) -> bool:
-        """Whether it takes fewer multiplications to absorb, where ``tokens`` attend to ``keys``.
+        """Tells whether absorbing takes no more multiplications than expanding, where ``tokens`` attend to ``keys``.
 
         For each pair of a token and a key the latent is several times wider than a head, but a head's keys and values
         have to be made for every call: they are not kept. At the shape of DeepSeek-V3, up to 170 tokens absorb where
@@ -184,12 +184,13 @@ class LatentAttention(nn.Module):
         return self._weighted(mx.concatenate([q, rotated], axis=-1), k, v, T)
 
     def _weighted(self, q: mx.array, k: mx.array, v: mx.array, tokens: int) -> mx.array:
-        """Attention of q [B, h, rows, d] to k [B, h, S, d] and v [B, h, S, e]; every ``tokens`` rows are the last ones.
+        """Returns v [B, h, S, e] weighted by the products of q [B, h, rows, d] with k [B, h, S, d]: [B, h, rows, e].
 
-        MLX has no kernel for heads of these sizes: it would do the same, and read k for each head.
+        By plain products: on Metal MLX has no fused kernel for many tokens where keys and values differ in width, nor
+        for heads as wide as a latent.
 
-        Returns:
-            [B, h, rows, e].
+        Args:
+            tokens: the rows are those of the last tokens, head after head.
         """
         scores = matmul(self._scale * q, k.swapaxes(-1, -2))
         if tokens > 1:

@@ -58,7 +58,7 @@ class Yarn:
 
     @property
     def score_factor(self) -> float:
-        """What DeepSeek's attention multiplies every score by, of dims that are rotated and dims that are not."""
+        """The factor of every score in DeepSeek's attention, of dims that are rotated and of those that are not."""
         return _mscale(self.factor, self.mscale_all_dim) ** 2
 
     def stretched(self, dims: int, theta: float) -> mx.array:
@@ -78,7 +78,7 @@ class Yarn:
 
 
 def _mscale(factor: float, strength: float) -> float:
-    """How much attention is sharpened in a context ``factor`` times as long; 1 without ``strength``."""
+    """Returns how much attention is sharpened in a context ``factor`` times as long; 1 without ``strength``."""
     return 0.1 * strength * math.log(factor) + 1 if factor > 1 else 1.0
 
 

@@ -57,6 +57,11 @@ def config_of(model_type: str) -> dict[str, Any]:
         "n_shared_experts": 1,
         "routed_scaling_factor": 1.5,
         "use_qk_norm": True,
+        "q_lora_rank": 128,
+        "kv_lora_rank": 128,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
     }
 
 
