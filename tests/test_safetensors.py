@@ -37,6 +37,7 @@ GOOD = {
 
 
 def test_good_header() -> None:
+    assert parse_header(header_of({"__metadata__": None, **GOOD}), 40, "f")  # as MLX writes it
     found = parse_header(header_of({"__metadata__": {"format": "pt"}, **GOOD}), 40, "f")
     assert found == {
         "a": ("F32", (2, 3), 0),
