@@ -335,14 +335,17 @@ def test_quantized_by_mlx_lm_is_repacked(tmp_path: Path) -> None:
     assert np.isfinite(logits(tmp_path / "dst")).all()
 
 
-def test_halves_that_mlx_lm_quantized_apart_are_refused_by_name(tmp_path: Path) -> None:
+def test_halves_that_mlx_lm_quantized_apart_are_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tensors = stacked(random_weights(SMALL))
     for i in range(3):
         at = f"model.layers.{i}.self_attn"
         del tensors[f"{at}.kv_b_proj.weight"]
         tensors[f"{at}.embed_q.weight"] = array(np.zeros((4, 64, 32)), "F32")
         tensors[f"{at}.unembed_out.weight"] = array(np.zeros((4, 24, 64)), "F32")
-    with pytest.raises(SourceError, match=r"embed_q.*kv_b_proj.*convert the original"):
+    monkeypatch.setattr("mlx_flashmoe.convert.binding.find", lambda config: None)  # mlx-lm is not installed
+    with pytest.raises(SourceError, match=r"embed_q.*kv_b_proj.*convert the original.*mlx-flashmoe\[mlx-lm\]"):
         convert(checkpoint(tmp_path / "src", tensors), tmp_path / "dst")
 
 
