@@ -428,7 +428,9 @@ class _Binder:
         for published, tensor in checkpoint.tensors.items():
             name = canonical(published, architecture.renamed, renamed)
             if why := next((why for part, why in architecture.refused.items() if part in name), None):
-                raise SourceError(f"{tensor} {why}; or pip install 'mlx-flashmoe[mlx-lm]', which reads it as it is")
+                raise SourceError(
+                    f"{tensor} {why}; or pip install 'mlx-flashmoe[mlx-lm]', which reads it as it is"
+                )
             unused = next((p for p in architecture.unused if name.startswith(p)), None)
             if unused is not None:
                 last = unused.split(".")[-2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -344,8 +345,10 @@ def test_halves_that_mlx_lm_quantized_apart_are_refused_by_name(
         del tensors[f"{at}.kv_b_proj.weight"]
         tensors[f"{at}.embed_q.weight"] = array(np.zeros((4, 64, 32)), "F32")
         tensors[f"{at}.unembed_out.weight"] = array(np.zeros((4, 24, 64)), "F32")
-    monkeypatch.setattr("mlx_flashmoe.convert.binding.find", lambda config: None)  # mlx-lm is not installed
-    with pytest.raises(SourceError, match=r"embed_q.*kv_b_proj.*convert the original.*mlx-flashmoe\[mlx-lm\]"):
+    monkeypatch.setattr(sys.modules["mlx_flashmoe.convert.binding"], "find", lambda config: None)  # no mlx-lm
+    with pytest.raises(
+        SourceError, match=r"embed_q.*kv_b_proj.*convert the original.*mlx-flashmoe\[mlx-lm\]"
+    ):
         convert(checkpoint(tmp_path / "src", tensors), tmp_path / "dst")
 
 
