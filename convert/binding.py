@@ -276,10 +276,11 @@ def bind(checkpoint: Checkpoint) -> Bound:
     if not isinstance(model_type, str) or model_type not in models.ARCHITECTURES:
         return _bind_external(checkpoint, where)
     architecture = describe(model_type, checkpoint.config, where)
-    if any(part in name for name in checkpoint.tensors for part in architecture.refused):
-        library = find(checkpoint.config)
-        if library is not None:  # what is not published as this package computes it may be as a library does
-            return _bind_external(checkpoint, where)
+    # What is not published as this package computes it may be as a library does.
+    if any(part in name for name in checkpoint.tensors for part in architecture.refused) and find(
+        checkpoint.config
+    ):
+        return _bind_external(checkpoint, where)
     declared = _Declared.read(checkpoint.config, where, architecture.renamed)
     binder = _Binder(checkpoint, architecture, declared)
     dense = [d for m in architecture.modules if (d := binder.dense(m)) is not None]
@@ -298,15 +299,22 @@ def _bind_external(checkpoint: Checkpoint, where: str) -> Bound:
     """Accounts for the tensors of a model whose architecture is a library's."""
     from mlx_flashmoe.convert import external  # which knows this module
 
-    library = find(checkpoint.config)
-    if library is None:
+    libraries = find(checkpoint.config, checkpoint.tensors)
+    if not libraries:
         missing = [name for name, one in LIBRARIES.items() if not one.installed]
         more = "".join(f"; pip install 'mlx-flashmoe[{name}]' adds those of {name}" for name in missing)
         raise SourceError(
             f"{where}: model_type {short(checkpoint.config.get('model_type'))} is not supported; supported: "
             f"{', '.join(sorted(models.ARCHITECTURES))}{more} (python -m mlx_flashmoe models lists all)"
         )
-    return external.bind(checkpoint, library, where)
+    # Both may have an architecture, but name its tensors in their own ways, or have only one way to hold experts.
+    refused: list[str] = []
+    for library in libraries:
+        try:
+            return external.bind(checkpoint, library, where)
+        except SourceError as e:
+            refused.append(str(e))
+    raise SourceError("; ".join(refused))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_flashmoe.convert import float_modes
 from mlx_flashmoe.convert.binding import FLOATS, Bound, Dense, Experts, Kind, Matrix
 from mlx_flashmoe.convert.safetensors import SafetensorsFile, Tensor
 from mlx_flashmoe.convert.source import Checkpoint
@@ -185,50 +186,80 @@ class _Finder:
             return tensors.__getitem__
         return self.tensor(name, array).at
 
-    def matrices(self, path: str, module: nn.Module) -> tuple[dict[str, mx.array], Quantization | None]:
-        """A matrix's arrays by part ("weight", "scales", "biases", "bias"), and how it is quantized."""
+    def arrays(self, path: str, module: nn.Module) -> dict[str, mx.array]:
+        """A module's arrays by name; a quantized one's are "weight", "scales", "biases" and "bias".
+
+        Raises:
+            SourceError: it is quantized in a way that cannot be kept.
+        """
         arrays = {n: a for n, a in module.items() if isinstance(a, mx.array)}
-        if "scales" not in arrays:
-            return arrays, None
-        mode = getattr(module, "mode", "affine")
-        if mode != "affine":
+        if "scales" not in arrays or not hasattr(module, "bits"):
+            return arrays
+        mode, group = self.mode(module), int(module.group_size)
+        unknown = sorted(arrays.keys() - {"weight", "scales", "biases", "bias"})
+        if (mode != "affine" and mode not in float_modes.MODES) or unknown:
             raise SourceError(
-                f"{self.checkpoint.folder}: {path} is quantized in mode {mode!r}; affine quantization is supported: "
-                "convert a checkpoint that is quantized so, or not quantized"
+                f"{self.checkpoint.folder}: {path} is quantized in mode {mode!r}"
+                f"{' with ' + ', '.join(unknown) if unknown else ''}, which is not supported; affine, "
+                f"{', '.join(float_modes.MODES)} are"
             )
-        return arrays, Quantization(int(module.bits), int(module.group_size))
+        if mode == "affine" and group not in GROUP_SIZES:
+            raise SourceError(
+                f"{self.checkpoint.folder}: {path} is quantized in groups of {group}; groups of "
+                f"{', '.join(map(str, GROUP_SIZES))} are supported"
+            )
+        return arrays
+
+    @staticmethod
+    def mode(module: nn.Module) -> str:
+        return str(getattr(module, "mode", "affine"))
+
+    def matrix(self, module: nn.Module, tensors: dict[str, Tensor]) -> Matrix:
+        """A matrix of a module by its parts, as it is kept."""
+        weight, bias = tensors["weight"], tensors.get("bias")
+        if "scales" not in tensors:
+            return Matrix(weight, bias=bias)
+        if (mode := self.mode(module)) != "affine":
+            return float_modes.kept(mode, weight, tensors["scales"], bias)
+        quantization = Quantization(int(module.bits), int(module.group_size))
+        return Matrix(weight, tensors["scales"], tensors["biases"], quantization, bias=bias)
+
+    def all_ones(self, name: str, array: mx.array) -> None:
+        """Raises SourceError unless all values of an array are 1."""
+        tensor = self.tensor(name, array)
+        if not tensor.file.path.is_file():
+            raise SourceError(
+                f"{self.checkpoint.folder}: the values of {name} have to be known before the conversion begins: "
+                "download the checkpoint and give its folder as --hf-path"
+            )
+        dtype = next((d for d, known in DTYPES.items() if known == tensor.dtype), None)
+        values = None if dtype is None else mx.array(tensor.read()).view(dtype)
+        if values is None or not mx.all(values == 1).item():
+            raise SourceError(
+                f"{tensor}: factors of experts other than 1 are not supported; convert a checkpoint that is "
+                "quantized in MLX's affine mode, or not quantized"
+            )
 
     def experts(self, layer: int, experts: ExpertModule) -> Experts:
         """A layer's experts; those of a fused gate and up are cut."""
+        for name in experts.factors:
+            self.all_ones(f"{experts.path}.{name}", experts.module[name])
+        modules = {role: experts.module[child] for child, role in experts.matrices.items()}
         parts: dict[str, dict[str, Callable[[int], Tensor]]] = {}
-        quantization: dict[str, Quantization] = {}
         for child, role in experts.matrices.items():
             path = f"{experts.path}.{child}"
-            arrays, found = self.matrices(path, experts.module[child])
-            unknown = arrays.keys() - {"weight", "scales", "biases", "bias"}
-            if unknown:
+            arrays = self.arrays(path, modules[role])
+            if unknown := sorted(arrays.keys() - {"weight", "scales", "biases", "bias"}):
                 raise SourceError(
-                    f"{self.checkpoint.folder}: {path} has {', '.join(sorted(unknown))}, which experts cannot keep"
+                    f"{self.checkpoint.folder}: {path} has {', '.join(unknown)}, which experts cannot keep"
                 )
             parts[role] = {part: self.rows(f"{path}.{part}", array) for part, array in arrays.items()}
-            if found is not None:
-                quantization[role] = found
-
-        def matrix(role: str, e: int) -> Matrix:
-            tensors = {part: at(e) for part, at in parts[role].items()}
-            plain = Matrix(tensors["weight"], bias=tensors.get("bias"))
-            if role not in quantization:
-                return plain
-            return Matrix(
-                tensors["weight"],
-                tensors["scales"],
-                tensors["biases"],
-                quantization[role],
-                bias=tensors.get("bias"),
-            )
 
         def expert(e: int) -> dict[str, Matrix]:
-            found = {role: matrix(role, e) for role in parts}
+            found = {
+                role: self.matrix(modules[role], {part: at(e) for part, at in named.items()})
+                for role, named in parts.items()
+            }
             if "gate_up" in found:
                 both, rows = found.pop("gate_up"), experts.intermediate_size
                 found = {"gate": both.rows(0, rows), "up": both.rows(rows, 2 * rows), **found}
@@ -241,30 +272,24 @@ class _Finder:
 
     def dense(self, path: str, module: nn.Module) -> Iterator[Dense]:
         """The parameters of one module."""
-        arrays, quantization = self.matrices(path, module)
+        arrays = self.arrays(path, module)
         parameters = {n: a for n, a in arrays.items() if n in module.parameters()}
         at = f"{path}." if path else ""
-        if quantization is not None and quantization.group_size not in GROUP_SIZES:
-            raise SourceError(
-                f"{self.checkpoint.folder}: {path} is quantized in groups of {quantization.group_size}; groups of "
-                f"{', '.join(map(str, GROUP_SIZES))} are supported"
-            )
+        quantized = "scales" in parameters and hasattr(module, "bits")
         for name, array in parameters.items():
-            if quantization is not None and name in ("scales", "biases"):
+            if quantized and name in ("scales", "biases"):
                 continue
-            if name != "weight" or not hasattr(module, "to_quantized"):
-                weight = self.tensor(at + name, array)
-                if name == "weight" and quantization is not None:
-                    scales = self.tensor(f"{at}scales", parameters["scales"])
-                    biases = self.tensor(f"{at}biases", parameters["biases"])
-                    inner = array.shape[-1] * 32 // quantization.bits
-                    shape = (*array.shape[:-1], inner)
-                    yield Dense(at + name, "linear", Matrix(weight, scales, biases, quantization), shape)
-                else:
-                    yield Dense(at + name, "plain", Matrix(weight), array.shape)
-                continue
-            kind: Kind = self.kind(path, module) if array.ndim == 2 else "plain"
-            yield Dense(at + name, kind, Matrix(self.tensor(at + name, array)), array.shape)
+            weight = self.tensor(at + name, array)
+            if quantized and name == "weight":
+                named = {"weight": weight}
+                named |= {n: self.tensor(at + n, parameters[n]) for n in ("scales", "biases") if n in parameters}
+                matrix = self.matrix(module, named)
+                yield Dense(at + name, "linear", matrix, (*array.shape[:-1], matrix.in_dims))
+            else:
+                fits = name == "weight" and array.ndim == 2 and hasattr(module, "to_quantized")
+                yield Dense(
+                    at + name, self.kind(path, module) if fits else "plain", Matrix(weight), array.shape
+                )
 
     def kind(self, path: str, module: nn.Module) -> Kind:
         """How a matrix is quantized that is not yet: as the library itself would."""
@@ -276,9 +301,12 @@ class _Finder:
         return "linear" if asked else "plain"
 
     def published(self, layers: list[Experts]) -> Quantization | None:
-        """How the checkpoint as a whole is quantized: as its experts are."""
-        quantization = layers[0].expert(0)["up"].quantization
-        return quantization if quantization.quantized else None
+        """How the checkpoint as a whole is quantized: as config.json says, else as the first quantized experts are."""
+        declared = self.checkpoint.config.get("quantization")
+        if isinstance(declared, dict) and {"bits", "group_size"} <= declared.keys():
+            return Quantization(int(declared["bits"]), int(declared["group_size"]))
+        found = (matrix.quantization for layer in layers for matrix in layer.expert(0).values())
+        return next((one for one in found if one.quantized), None)
 
     def notes(self) -> list[str]:
         through = f"modules of {self.library.name} {self.library.version}, experts of mlx-flashmoe"

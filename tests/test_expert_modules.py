@@ -85,7 +85,7 @@ class Plain(nn.Module):
 
 
 class Scaled(Gated):
-    """Has a factor of its own for each expert, which nobody would keep."""
+    """Has a factor of its own for each expert, which is nothing where it is 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,6 +93,17 @@ class Scaled(Gated):
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         return self.factor[indices][..., None] * super().__call__(x, indices)
+
+
+class Shifted(Gated):
+    """Has a parameter of its own that nobody would keep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = mx.zeros((D,))
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        return self.shift + super().__call__(x, indices)
 
 
 class Doubled(Gated):
@@ -163,7 +174,7 @@ def test_experts_of_every_kind_are_found(moe: nn.Module, gated: bool, swiglu: bo
 @pytest.mark.parametrize(
     ("moe", "says"),
     [
-        (Scaled(), "have parameters that cannot be streamed: factor"),
+        (Shifted(), "have parameters that cannot be streamed: shift"),
         (Doubled(), "compute something else"),
         (Fused(gate_first=False), "compute something else"),
         (Weighted(), "cannot be streamed: TypeError"),
@@ -174,6 +185,11 @@ def test_what_cannot_be_streamed_is_refused_by_name(moe: nn.Module, says: str) -
         FormatError, match=rf"layers\.0\.experts \(.*{type(moe).__name__}\): its experts {says}"
     ):
         experts.find(Tree(moe))
+
+
+def test_factors_of_experts_are_named_for_those_who_have_to_see_that_they_are_1() -> None:
+    (found,) = experts.find(Tree(Scaled()))
+    assert found.factors == ["factor"]
 
 
 def test_layers_come_in_the_order_of_their_numbers() -> None:

@@ -345,7 +345,9 @@ def test_halves_that_mlx_lm_quantized_apart_are_refused_by_name(
         del tensors[f"{at}.kv_b_proj.weight"]
         tensors[f"{at}.embed_q.weight"] = array(np.zeros((4, 64, 32)), "F32")
         tensors[f"{at}.unembed_out.weight"] = array(np.zeros((4, 24, 64)), "F32")
-    monkeypatch.setattr(sys.modules["mlx_flashmoe.convert.binding"], "find", lambda config: None)  # no mlx-lm
+    monkeypatch.setattr(
+        sys.modules["mlx_flashmoe.convert.binding"], "find", lambda config, names=(): []
+    )  # no mlx-lm
     with pytest.raises(
         SourceError, match=r"embed_q.*kv_b_proj.*convert the original.*mlx-flashmoe\[mlx-lm\]"
     ):

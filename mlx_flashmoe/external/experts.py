@@ -1,7 +1,9 @@
 """Modules that hold all experts of a layer, found in a library's tree by their parts and by their results.
 
-``SwitchGLU`` and ``SwitchMLP`` have many relatives. A module counts as one of them if it has their matrices and no
-other parameters, and if it computes on random weights what ``formula`` says. Its name does not matter.
+``SwitchGLU`` and ``SwitchMLP`` have many relatives. A module counts as one of them if it has their matrices, and if it
+computes on random weights what ``formula`` says. Its name does not matter. It may also have modules that it does not
+use itself (a norm, for those who call it), and factors, one number for each expert, of which it makes nothing where
+all are 1: a checkpoint that has no use for them says so.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ class ExpertModule:
         path: of the module in the tree.
         matrices: child's name -> the projection it is: "gate", "up", "down", or "gate_up" (gate's rows first).
         activation: None for SwiGLU; else (up, gate) -> h, or (h) -> h where there is no gate.
+        kept: names of modules that are not used by the experts, and stay.
+        factors: names of parameters [E] that have to be 1.
         hidden_size, intermediate_size, count: D, I and E.
     """
 
@@ -41,6 +45,8 @@ class ExpertModule:
     module: nn.Module
     matrices: dict[str, str]
     activation: Activation | None
+    kept: list[str]
+    factors: list[str]
     hidden_size: int
     intermediate_size: int
     count: int
@@ -61,9 +67,15 @@ def find(model: nn.Module) -> list[ExpertModule]:
         if any(path.startswith(f"{outer.path}.") for outer in found):
             continue
         matrices = {name: child for name, child in module.children().items() if _is_stack(child)}
-        if matrices:
+        if len(matrices) > 1:  # a stack alone is a projection in groups: every token uses all of it
             found.append(_described(path, module, matrices))
     return found
+
+
+def _has_parameters(child: Any) -> bool:
+    return (
+        bool(tree_flatten(child.parameters())) if isinstance(child, nn.Module) else bool(tree_flatten(child))
+    )
 
 
 def _place(path: str) -> tuple[Any, ...]:
@@ -85,23 +97,29 @@ def _described(path: str, module: nn.Module, matrices: dict[str, nn.Module]) -> 
             f"{what}: its experts have the matrices {', '.join(sorted(matrices))}; experts of "
             f"{', '.join(GATED)} or of {', '.join(FUSED)} or of {', '.join(PLAIN)} can be streamed"
         )
-    parameters: list[tuple[str, mx.array]] = tree_flatten(module.parameters())  # type: ignore[assignment]
-    own = [name for name, _ in parameters if name.partition(".")[0] not in matrices]
-    if own:
-        raise FormatError(f"{what}: its experts have parameters that cannot be streamed: {', '.join(own)}")
     activation = getattr(module, "activation", None)
     if not callable(activation):
         raise FormatError(f"{what}: its experts have no activation of their own, and cannot be streamed")
     up = matrices[next(name for name, role in roles.items() if role in ("up", "gate_up"))]
-    rows = up.output_dims
+    rows, count = up.output_dims, up.num_experts
+    kept = [
+        name for name, child in module.children().items() if name not in matrices and _has_parameters(child)
+    ]
+    factors = [name for name, value in module.items() if isinstance(value, mx.array)]
+    if any(module[name].shape != (count,) for name in factors):
+        raise FormatError(
+            f"{what}: its experts have parameters that cannot be streamed: {', '.join(factors)}"
+        )
     described = ExpertModule(
         path,
         module,
         roles,
         activation,
+        kept,
+        factors,
         hidden_size=up.input_dims,
         intermediate_size=rows // 2 if roles == FUSED else rows,
-        count=up.num_experts,
+        count=count,
     )
     _check(what, described)
     swiglu = described.gated and _is_swiglu(activation)
@@ -125,6 +143,10 @@ def _check(what: str, experts: ExpertModule) -> None:
         bias = mx.array(rng.standard_normal((2, rows)).astype(np.float32)) if "bias" in module[name] else None
         weights[role] = weight, bias
         small[name] = _Stack(weight, bias)
+    for name in experts.kept:
+        small[name] = nn.Module()  # so that its use fails
+    for name in experts.factors:
+        small[name] = mx.ones(2)
     x = mx.array(rng.standard_normal((3, 1, hidden)).astype(np.float32))
     chosen = [[0, 1], [1, 0], [1, 1]]
     ids = mx.array(chosen)[:, None]
@@ -191,8 +213,15 @@ def _is_swiglu(activation: Activation) -> bool:
 
 
 def modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The tree's modules with parameters of their own, without those that hold experts."""
-    inside = [experts.path for experts in find(model)]
+    """The tree's modules with parameters of their own, without those that experts are made of."""
+    found = find(model)
     for path, module in model.named_modules():
-        if not any(path == p or path.startswith(f"{p}.") for p in inside):
+        if not any(_is_part(path, experts) for experts in found):
             yield path, module
+
+
+def _is_part(path: str, experts: ExpertModule) -> bool:
+    if path == experts.path:
+        return True
+    inside = path.startswith(f"{experts.path}.")
+    return inside and path[len(experts.path) + 1 :].partition(".")[0] not in experts.kept

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlx_flashmoe.errors import FormatError
 
@@ -22,18 +23,34 @@ class Library:
 
     Attributes:
         name: the package's, and the extra's that installs it.
-        build: a whole config.json -> (the language model, the prefix of its paths in the library's own tree); weights
-            are random and lazy, nothing is computed.
-        read: a checkpoint folder -> the language model with the checkpoint's weights, lazily; and that prefix.
+        whole: a config.json -> the model with all its parts; weights are random and lazy, nothing is computed.
+        loaded: a checkpoint folder -> the same with the checkpoint's weights, lazily.
         knows: a config.json -> the name of the module that describes its architecture; None if there is none.
         aliases: model types that are other names of an architecture, and its own.
+        language: a whole model -> (the part that makes text of tokens, the prefix of its paths).
     """
 
     name: str
-    build: Callable[[dict[str, Any]], tuple[nn.Module, str]]
-    read: Callable[[Path], tuple[nn.Module, str]]
+    whole: Callable[[dict[str, Any]], nn.Module]
+    loaded: Callable[[Path], nn.Module]
     knows: Callable[[dict[str, Any]], str | None]
     aliases: Callable[[], dict[str, str]]
+    language: Callable[[nn.Module], tuple[nn.Module, str]]
+
+    def build(self, config: dict[str, Any]) -> tuple[nn.Module, str]:
+        """The language model of a config.json with random lazy weights, and the prefix of its paths."""
+        return self.language(self.whole(config))
+
+    def read(self, folder: Path) -> tuple[nn.Module, str]:
+        """The language model of a checkpoint, lazily, and the prefix of its paths."""
+        return self.language(self.loaded(folder))
+
+    def wrote(self, config: dict[str, Any], names: Iterable[str]) -> bool:
+        """Tells whether a checkpoint's tensors have the names of this library's own tree, and no others."""
+        parameters: list[tuple[str, Any]] = tree_flatten(self.whole(config).parameters())  # type: ignore[assignment]
+        own = {name for name, _ in parameters}
+        of_quantization = (".scales", ".biases")
+        return all(name in own or name.endswith(of_quantization) for name in names)
 
     @property
     def module(self) -> str:
@@ -88,18 +105,22 @@ def _lm_aliases() -> dict[str, str]:
     return dict(MODEL_REMAPPING)
 
 
-def _lm_build(config: dict[str, Any]) -> tuple[nn.Module, str]:
+def _lm_whole(config: dict[str, Any]) -> nn.Module:
     name = _lm_knows(config)
     assert name is not None
     module = importlib.import_module(name)
     model: nn.Module = module.Model(module.ModelArgs.from_dict(copy.deepcopy(config)))
-    return model, ""
+    return model
 
 
-def _lm_read(folder: Path) -> tuple[nn.Module, str]:
+def _lm_loaded(folder: Path) -> nn.Module:
     from mlx_lm.utils import load_model
 
-    return load_model(folder, lazy=True)[0], ""
+    return load_model(folder, lazy=True)[0]
+
+
+def _all_of_it(model: nn.Module) -> tuple[nn.Module, str]:
+    return model, ""
 
 
 def _vlm_knows(config: dict[str, Any]) -> str | None:
@@ -117,7 +138,7 @@ def _vlm_aliases() -> dict[str, str]:
     return dict(MODEL_REMAPPING)
 
 
-def _vlm_build(config: dict[str, Any]) -> tuple[nn.Module, str]:
+def _vlm_whole(config: dict[str, Any]) -> nn.Module:
     from mlx_vlm.utils import update_module_configs
 
     name = _vlm_knows(config)
@@ -129,37 +150,61 @@ def _vlm_build(config: dict[str, Any]) -> tuple[nn.Module, str]:
     settings = module.ModelConfig.from_dict(config)
     parts = ["text", "vision", "perceiver", "projector", "audio"]
     settings = update_module_configs(settings, module, config, parts)
-    return _language_model(module.Model(settings))
+    model: nn.Module = module.Model(settings)
+    return model
 
 
-def _vlm_read(folder: Path) -> tuple[nn.Module, str]:
+def _vlm_loaded(folder: Path) -> nn.Module:
     from mlx_vlm.utils import load_model
 
-    return _language_model(load_model(folder, lazy=True))
+    return load_model(folder, lazy=True)
+
+
+# Language models of mlx-vlm that compute something else of tokens than the whole model: what they do.
+WRONG_ALONE = {"granitemoe": "does not apply embedding_multiplier to the tokens of an answer"}
 
 
 def _language_model(model: nn.Module) -> tuple[nn.Module, str]:
-    inner = getattr(model, "language_model", None)
-    if not isinstance(inner, nn.Module):
-        raise FormatError(f"mlx-vlm's {type(model).__module__} has no language model that could be run alone")
-    return inner, "language_model."
+    """The part that makes text of tokens; in a model of several, the first part that has one."""
+    kind = type(model).__module__.split(".")[2]
+    if kind in WRONG_ALONE:
+        raise FormatError(
+            f"mlx-vlm's {kind} {WRONG_ALONE[kind]}; mlx-lm's does: convert a checkpoint that it reads"
+        )
+    for at, part in (("", model), *((f"{name}.", child) for name, child in model.children().items())):
+        inner = getattr(part, "language_model", None)
+        if isinstance(inner, nn.Module):
+            return inner, f"{at}language_model."
+    raise FormatError(f"mlx-vlm's {type(model).__module__} has no language model that could be run alone")
 
 
 LIBRARIES = {
-    "mlx-lm": Library("mlx-lm", _lm_build, _lm_read, _lm_knows, _lm_aliases),
-    "mlx-vlm": Library("mlx-vlm", _vlm_build, _vlm_read, _vlm_knows, _vlm_aliases),
+    "mlx-lm": Library("mlx-lm", _lm_whole, _lm_loaded, _lm_knows, _lm_aliases, _all_of_it),
+    "mlx-vlm": Library("mlx-vlm", _vlm_whole, _vlm_loaded, _vlm_knows, _vlm_aliases, _language_model),
 }
-"""In the order in which they are asked for an architecture."""
+"""In the order in which they are asked for an architecture, and tried with a checkpoint of it."""
 
 
-def find(config: dict[str, Any]) -> Library | None:
-    """The installed library that knows the architecture of a config.json; None if none does."""
+def find(config: dict[str, Any], names: Iterable[str] = ()) -> list[Library]:
+    """The installed libraries that know the architecture of a config.json, in the order in which they are tried.
+
+    What a library wrote is read by the same library: another may take its tensors for those that were published, and
+    change them a second time.
+
+    Args:
+        names: of the checkpoint's tensors.
+    """
     if not isinstance(config.get("model_type"), str):
-        return None
-    for library in LIBRARIES.values():
-        if library.installed and library.knows(config) is not None:
-            return library
-    return None
+        return []
+    found = [one for one in LIBRARIES.values() if one.installed and one.knows(config) is not None]
+    return found if len(found) < 2 else sorted(found, key=lambda one: not _wrote(one, config, names))
+
+
+def _wrote(library: Library, config: dict[str, Any], names: Iterable[str]) -> bool:
+    try:
+        return library.wrote(config, names)
+    except Exception:  # whatever a library's code does with settings that it cannot build a model of
+        return False
 
 
 def named(name: str) -> Library:

@@ -112,7 +112,7 @@ class ExternalModel(nn.Module):
         self.config = settings
         self.language_model, _ = settings.library.build(config)
         for layer, one in zip(settings.moe_layers, settings.experts):
-            probe.replace(self.language_model, one.path, experts(layer, one.activation))
+            probe.replace(self.language_model, one, experts(layer, one.activation))
 
     def __call__(self, tokens: mx.array, cache: list[Cache] | None = None) -> mx.array:
         """tokens [B, T] -> logits [B, T, vocab]; ``cache`` (of ``make_cache``) is updated."""

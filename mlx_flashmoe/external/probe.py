@@ -45,16 +45,18 @@ class Probed:
     vocabulary: int
 
 
-def replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts a module in the place of another in a tree."""
-    *way, last = path.split(".")
+def replace(model: nn.Module, experts: ExpertModule, module: nn.Module) -> None:
+    """Puts a module in the place of a layer's experts. Code that looks at their matrices finds some without weights."""
+    *way, last = experts.path.split(".")
     parent: Any = model
     for part in way:
         parent = parent[int(part)] if isinstance(parent, list) else getattr(parent, part)
-    if isinstance(parent, list):
-        parent[int(last)] = module
-    else:
-        setattr(parent, last, module)
+    at: Any = int(last) if isinstance(parent, list) else last
+    for name in experts.matrices:
+        module[name] = nn.Module()
+    for name in experts.kept:
+        module[name] = parent[at][name]
+    parent[at] = module
 
 
 def probe(
@@ -70,7 +72,7 @@ def probe(
     """
     calls: list[tuple[str, int]] = []
     for one in experts:
-        replace(model, one.path, Absent(one.path, calls))
+        replace(model, one, Absent(one.path, calls))
     expected = [one.path for one in experts]
     vocabulary = 0
     for tokens in (1, 3):
@@ -79,8 +81,7 @@ def probe(
             logits = run(mx.zeros((1, tokens), mx.int32), caches(model))
         except Exception as e:  # whatever the library's code does with its experts, it is not this
             raise FormatError(
-                f"{type(model).__module__}: its experts are used in a way that cannot be streamed: "
-                f"{type(e).__name__}: {e}"
+                f"{type(model).__module__} cannot be run with experts that are streamed: {type(e).__name__}: {e}"
             ) from None
         if [path for path, _ in calls] != expected:
             raise FormatError(
