@@ -25,7 +25,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_flashmoe.convert import float_modes
+from mlx_flashmoe.convert import exact
 from mlx_flashmoe.convert.binding import FLOATS, Bound, Dense, Experts, Kind, Matrix
 from mlx_flashmoe.convert.safetensors import SafetensorsFile, Tensor
 from mlx_flashmoe.convert.source import Checkpoint
@@ -197,11 +197,11 @@ class _Finder:
             return arrays
         mode, group = self.mode(module), int(module.group_size)
         unknown = sorted(arrays.keys() - {"weight", "scales", "biases", "bias"})
-        if (mode != "affine" and mode not in float_modes.MODES) or unknown:
+        if (mode != "affine" and mode not in exact.MODES) or unknown:
             raise SourceError(
                 f"{self.checkpoint.folder}: {path} is quantized in mode {mode!r}"
                 f"{' with ' + ', '.join(unknown) if unknown else ''}, which is not supported; affine, "
-                f"{', '.join(float_modes.MODES)} are"
+                f"{', '.join(exact.MODES)} are"
             )
         if mode == "affine" and group not in GROUP_SIZES:
             raise SourceError(
@@ -220,9 +220,9 @@ class _Finder:
         if "scales" not in tensors:
             return Matrix(weight, bias=bias)
         if (mode := self.mode(module)) != "affine":
-            return float_modes.kept(mode, weight, tensors["scales"], bias)
+            return exact.kept(mode, weight, tensors["scales"], bias)
         quantization = Quantization(int(module.bits), int(module.group_size))
-        return Matrix(weight, tensors["scales"], tensors["biases"], quantization, bias=bias)
+        return exact.widened(Matrix(weight, tensors["scales"], tensors["biases"], quantization, bias=bias))
 
     def all_ones(self, name: str, array: mx.array) -> None:
         """Raises SourceError unless all values of an array are 1."""
@@ -282,7 +282,9 @@ class _Finder:
             weight = self.tensor(at + name, array)
             if quantized and name == "weight":
                 named = {"weight": weight}
-                named |= {n: self.tensor(at + n, parameters[n]) for n in ("scales", "biases") if n in parameters}
+                named |= {
+                    n: self.tensor(at + n, parameters[n]) for n in ("scales", "biases") if n in parameters
+                }
                 matrix = self.matrix(module, named)
                 yield Dense(at + name, "linear", matrix, (*array.shape[:-1], matrix.in_dims))
             else:

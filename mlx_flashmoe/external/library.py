@@ -47,8 +47,7 @@ class Library:
 
     def wrote(self, config: dict[str, Any], names: Iterable[str]) -> bool:
         """Tells whether a checkpoint's tensors have the names of this library's own tree, and no others."""
-        parameters: list[tuple[str, Any]] = tree_flatten(self.whole(config).parameters())  # type: ignore[assignment]
-        own = {name for name, _ in parameters}
+        own = {str(item[0]) for item in tree_flatten(self.whole(config).parameters())}
         of_quantization = (".scales", ".biases")
         return all(name in own or name.endswith(of_quantization) for name in names)
 

@@ -10,7 +10,9 @@ import importlib
 import inspect
 import io
 import json
+import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -359,58 +361,11 @@ AUDIO: dict[str, Any] = dict(
     downsample_hidden_size=8,
 )
 
+# klear is Klear there, mistral4 a part of mistral3.
+ONLY_MLX_LM = ("Klear", "bailing_hybrid", "bailing_moe_v3", "mistral4")
 # Those that mlx-lm has too are asked of mlx-vlm: its checkpoints name their tensors in another way.
 MLX_VLM: dict[str, dict[str, Any]] = {
-    **{
-        kind: MLX_LM[kind]
-        for kind in [
-            "afmoe",
-            "bailing_moe",
-            "bailing_moe_linear",
-            "deepseek",
-            "deepseek_v2",
-            "deepseek_v3",
-            "deepseek_v32",
-            "dots1",
-            "ernie4_5_moe",
-            "exaone_moe",
-            "gemma4",
-            "glm4_moe",
-            "glm4_moe_lite",
-            "glm_moe_dsa",
-            "gpt_oss",
-            "granitemoe",
-            "granitemoehybrid",
-            "hunyuan",
-            "jamba",
-            "kimi_k25",
-            "kimi_k3",
-            "kimi_linear",
-            "kimi_vl",
-            "laguna",
-            "lfm2_moe",
-            "llama4",
-            "longcat_flash",
-            "longcat_flash_ngram",
-            "mellum",
-            "mimo_v2_flash",
-            "minimax",
-            "minimax_m3_vl",
-            "mixtral",
-            "muse_spark",
-            "nemotron_h",
-            "olmoe",
-            "phimoe",
-            "phixtral",
-            "qwen2_moe",
-            "qwen3_5_moe",
-            "qwen3_moe",
-            "qwen3_next",
-            "qwen3_vl_moe",
-            "solar_open",
-            "step3p5",
-        ]
-    },
+    **{kind: own for kind, own in MLX_LM.items() if kind not in ONLY_MLX_LM},
     "cohere2_moe": dict(layer_types=WINDOWS),
     "deepseek_v4": dict(
         num_hidden_layers=4,
@@ -442,7 +397,9 @@ MLX_VLM: dict[str, dict[str, Any]] = {
         projector_config=dict(input_dim=32, n_embed=64),
         **LATENT,
     ),
-    "ernie4_5_moe_vl": dict(moe_layer_start_index=1, moe_layer_end_index=2, mrope_section=[3, 3, 2]),
+    "ernie4_5_moe_vl": dict(
+        pixel_hidden_size=32, moe_layer_start_index=1, moe_layer_end_index=2, mrope_section=[3, 3, 2]
+    ),
     "flint": dict(layer_types=WINDOWS, rope_parameters={kind: ROPE for kind in set(WINDOWS)}),
     "gemma4_text": MLX_LM["gemma4"],
     "glm4v_moe": dict(rope_parameters=dict(partial_rotary_factor=0.5, **MROPE)),
@@ -518,15 +475,12 @@ VISION_TYPES = {
     "llama4": {"model_type": "llama4"},
     "deepseek_vl_v2": {"model_type": "vision"},
 }
-# What of the tables cannot run, with what is said of it.
+# What of the tables cannot run: a part of what is said of it, and why, for readers.
 REFUSED = {
-    (
-        "mlx-vlm",
-        "deepseek_v41",
-    ): "weights",  # of the experts' outputs, that it multiplies with before it rounds them
-    ("mlx-vlm", "granitemoe"): "embedding_multiplier",
-    ("mlx-vlm", "moondream3"): "no activation of their own",
-    ("mlx-vlm", "zaya1_vl"): "linear_fc1, linear_fc2",
+    ("mlx-vlm", "deepseek_v41"): ("weights", "weights outputs before it rounds them; what mlx-lm wrote runs"),
+    ("mlx-vlm", "granitemoe"): ("embedding_multiplier", "its language model alone computes something else"),
+    ("mlx-vlm", "moondream3"): ("no activation of their own", "experts and router are one module"),
+    ("mlx-vlm", "zaya1_vl"): ("linear_fc1, linear_fc2", "experts and their weights are one module"),
 }
 # Architectures that the libraries themselves run on Metal alone.
 METAL = ("muse_spark",)
@@ -558,21 +512,31 @@ def config(name: str, model_type: str) -> dict[str, Any]:
             "code2wav_config": {},
             "enable_audio_output": False,
         }
-    return {**whole, "vision_config": {**VISION, **VISION_TYPES.get(model_type, {})}, "audio_config": AUDIO}
+    vision = {**VISION, **VISION_TYPES.get(model_type, {})}
+    return {**whole, "vision_config": vision, "audio_config": None if model_type == "gemma4" else AUDIO}
 
 
-def make(name: str, config: dict[str, Any], folder: Path, bits: int | None, group: int = 32) -> Path:
+def make(
+    name: str,
+    config: dict[str, Any],
+    folder: Path,
+    bits: int | None,
+    group: int = 32,
+    mode: str = "affine",
+    predicate: Callable[[str, nn.Module], Any] | None = None,
+) -> Path:
     """Writes a checkpoint of a library's whole model, as the library's own convert command would.
 
     Args:
-        bits: of affine quantization; None for unquantized.
+        bits: of quantization; None for unquantized.
+        predicate: how each module is quantized; None as the model itself says.
     """
     mx.random.seed(0)
     model = libraries.LIBRARIES[name].whole(config)
     model.update(tree_unflatten([(path, _random(path, a)) for path, a in tree_flatten(model.parameters())]))
     config = json.loads(json.dumps(config))
     with contextlib.redirect_stdout(io.StringIO()):  # they print
-        _save(name, model, config, folder, bits, group)
+        _save(name, model, config, folder, bits and (group, bits, mode, predicate))
     return folder
 
 
@@ -585,25 +549,27 @@ def _random(path: str, array: mx.array) -> mx.array:
 
 
 def _save(
-    name: str, model: nn.Module, config: dict[str, Any], folder: Path, bits: int | None, group: int
+    name: str, model: nn.Module, config: dict[str, Any], folder: Path, quantization: tuple[Any, ...] | None
 ) -> None:
     if name == "mlx-lm":
         from mlx_lm.utils import quantize_model, save_config, save_model
 
-        if bits is not None:
-            model, config = quantize_model(model, config, group, bits)
+        if quantization is not None:
+            group, bits, mode, predicate = quantization
+            model, config = quantize_model(model, config, group, bits, mode=mode, quant_predicate=predicate)
         save_model(folder, model)
     else:
         from mlx_vlm.quant_utils import quantize_model
         from mlx_vlm.utils import save_config, save_weights, skip_multimodal_module
 
-        own = getattr(model, "quant_predicate", None)
+        if quantization is not None:
+            group, bits, mode, predicate = quantization
+            own = predicate or getattr(model, "quant_predicate", None)
 
-        def predicate(path: str, module: nn.Module) -> Any:
-            return not skip_multimodal_module(path) and (own is None or own(path, module))
+            def text_alone(path: str, module: nn.Module) -> Any:
+                return not skip_multimodal_module(path) and (own is None or own(path, module))
 
-        if bits is not None:
-            model, config = quantize_model(model, config, group, bits, quant_predicate=predicate)
+            model, config = quantize_model(model, config, group, bits, mode=mode, quant_predicate=text_alone)
         save_weights(folder, model)
     save_config(config, folder / "config.json")
 
@@ -632,7 +598,7 @@ def _nothing_else(model: nn.Module) -> dict[str, None]:
 def in_pieces(call: Callable[[np.ndarray, Any], np.ndarray], tokens: np.ndarray, cache: Any) -> np.ndarray:
     """Logits of a prompt in two chunks, then token by token."""
     cuts = [0, 5, 8, *range(9, tokens.shape[1] + 1)]
-    return np.concatenate([call(tokens[:, a:b], cache) for a, b in zip(cuts, cuts[1:])], 1)
+    return np.concatenate([call(tokens[:, a:b], cache) for a, b in pairwise(cuts)], 1)
 
 
 def resident_in_pieces(name: str, model: nn.Module, tokens: np.ndarray) -> np.ndarray:
@@ -660,3 +626,36 @@ def rows() -> list[tuple[str, str, int | None]]:
             if (name, kind) not in UNQUANTIZED:
                 found.append((name, kind, 4))
     return found
+
+
+def result(name: str, model_type: str) -> str:
+    """What becomes of a row, for readers."""
+    if (name, model_type) in REFUSED:
+        return f"refused: {REFUSED[name, model_type][1]}"
+    if model_type in METAL:
+        return f"converts; {name} computes it on Metal alone: not checked"
+    if (name, model_type) in UNQUANTIZED:
+        return f"the same logits, unquantized; {name} itself does not run what it quantizes"
+    return (
+        "the same logits, unquantized and at 4 bits"
+        if name == "mlx-lm" or model_type not in MLX_LM
+        else ("the same logits at 4 bits")
+    )
+
+
+def table() -> str:
+    """docs/models.md's table."""
+    lines = ["| `model_type` | through | result |", "| --- | --- | --- |"]
+    lines += [
+        f"| `{kind}` | {name} | {result(name, kind)} |"
+        for kind, name in sorted(((kind, name) for name, own in TABLES.items() for kind in own), key=_by_name)
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _by_name(row: tuple[str, str]) -> tuple[str, str]:
+    return row[0].lower(), row[1]
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,7 @@ pytest.importorskip("mlx_vlm", reason="mlx-vlm is a reference; pip install .[ref
 
 import library_models as lib
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from mlx_flashmoe import convert, load, models
@@ -37,7 +40,42 @@ def _uncompiled() -> None:
 def test_computes_what_the_library_computes(
     tmp_path: Path, library: str, model_type: str, bits: int | None
 ) -> None:
-    source = lib.make(library, lib.config(library, model_type), tmp_path / "src", bits)
+    assert_computes_the_same(tmp_path, library, model_type, bits)
+
+
+def some_layers(path: str, module: nn.Module) -> bool:
+    return "layers.1." not in path
+
+
+def every_projection_its_own(path: str, module: nn.Module) -> dict[str, Any]:
+    bits = next(
+        (bits for name, bits in {"gate_proj": 3, "down_proj": 6, "layers.1.": 8}.items() if name in path), 4
+    )
+    return {"bits": bits, "group_size": 32, "mode": "affine"}
+
+
+@pytest.mark.parametrize("library", lib.TABLES)
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        dict(bits=4, group=32, mode="mxfp4"),
+        dict(bits=8, group=32, mode="mxfp8"),
+        dict(bits=4, group=16, mode="nvfp4"),
+        dict(bits=5, group=32),
+        dict(bits=4, group=64),
+        dict(bits=4, predicate=some_layers),
+        dict(bits=4, predicate=every_projection_its_own),
+    ],
+    ids=["mxfp4", "mxfp8", "nvfp4", "5 bits", "groups of 64", "some layers", "every projection its own"],
+)
+def test_however_it_is_quantized(tmp_path: Path, library: str, quantization: dict[str, Any]) -> None:
+    assert_computes_the_same(tmp_path, library, "gpt_oss", **quantization)
+
+
+def assert_computes_the_same(
+    tmp_path: Path, library: str, model_type: str, bits: int | None, **how: Any
+) -> None:
+    source = lib.make(library, lib.config(library, model_type), tmp_path / "src", bits, **how)
     model = lib.resident(library, source)
     prompt, other = lib.TOKENS[:1], lib.TOKENS[1:]
     want = [
@@ -52,12 +90,27 @@ def test_computes_what_the_library_computes(
     for memory in ("auto", "os"):
         ours, _ = load(tmp_path / "dst", expert_memory=memory)
 
-        def call(tokens: np.ndarray, cache: object = None, ours: object = ours) -> np.ndarray:
+        def call(tokens: np.ndarray, cache: object = None, ours: nn.Module = ours) -> np.ndarray:
             return np.asarray(ours(mx.array(tokens), cache).astype(mx.float32))
 
         computed.append([call(prompt), lib.in_pieces(call, prompt, ours.make_cache()), call(other)])
+        assert_goes_on(ours, call, prompt)
     np.testing.assert_array_equal(*computed)
     assert np.abs(np.array(computed[0]) - want).max() <= TOLERANCE
+
+
+def assert_goes_on(model: nn.Module, call: Callable[..., np.ndarray], tokens: np.ndarray) -> None:
+    """A kept cache goes on as the one that it was kept of, bit for bit, each time that it is restored."""
+    (cache,) = model.make_cache()
+    call(tokens[:, :7], [cache])
+    kept = cache.snapshot()
+    mx.eval(kept)
+    want = [call(tokens[:, a:b], [cache]) for a, b in ((7, 10), (10, 11))]
+    for _ in range(2):
+        (fresh,) = model.make_cache()
+        fresh.restore(kept, 7)
+        got = [call(tokens[:, a:b], [fresh]) for a, b in ((7, 10), (10, 11))]
+        assert all(map(np.array_equal, got, want))
 
 
 @pytest.mark.parametrize(("library", "model_type"), lib.REFUSED)
@@ -66,7 +119,7 @@ def test_refuses_what_cannot_be_streamed_by_name(tmp_path: Path, library: str, m
     with pytest.raises(FlashMoEError) as refused:
         convert(source, tmp_path / "dst", q_bits=16)
         load(tmp_path / "dst")
-    assert lib.REFUSED[library, model_type] in str(refused.value)
+    assert lib.REFUSED[library, model_type][0] in str(refused.value)
     assert model_type in str(refused.value)
 
 
@@ -80,3 +133,8 @@ def test_what_only_metal_can_run_is_converted_and_refused_by_name(
     convert(source, tmp_path / "dst")
     with pytest.raises(FlashMoEError, match=rf"{model_type}.*Metal"):
         load(tmp_path / "dst")
+
+
+def test_the_documented_table_is_this_one() -> None:
+    documented = Path(__file__, "../../../docs/models.md").resolve().read_text()
+    assert lib.table() in documented, "python tests/reference/library_models.py writes docs/models.md's table"

@@ -103,12 +103,12 @@ def test_every_kind_goes_on_where_it_was_kept(library: str, kind: str, seen: int
         assert len(got) == len(want) and all(map(np.array_equal, got, want))
 
 
-# Windows with growing caches, recurrent states with convolutions, pooled and indexed keys, n-grams of past tokens.
+# Windows with growing caches, recurrent states with convolutions, indexed keys, n-grams of past tokens. Not
+# deepseek_v4: in its library, what a token sees of the compressed past depends on how the prompt is cut.
 MIXED = [
     ("mlx-lm", "step3p5"),
     ("mlx-lm", "nemotron_h"),
     ("mlx-lm", "longcat_flash_ngram"),
-    ("mlx-vlm", "deepseek_v4"),
     ("mlx-vlm", "qwen4_exp"),
     ("mlx-vlm", "llama4"),
 ]
@@ -131,10 +131,9 @@ def test_a_conversation_goes_on_from_what_was_kept(tmp_path: Path, library: str,
     prefixes = PrefixCache(model.identity, directory=folder)
     spoken, _ = answer(first, prefixes)
     second = [*first, *spoken, *more]
-    # The same calls as a restored state is followed by: other chunks would round otherwise.
     for kept in (prefixes, PrefixCache(model.identity, directory=folder)):
         got, logprobs = answer(second, kept)
         assert kept.restored >= len(first) - 1
-        want, bits = answer(second, None)
+        want, whole = answer(second, None)
         assert got == want
-        assert np.abs(logprobs - bits).max() <= 1e-4
+        assert np.abs(logprobs - whole).max() <= 1e-4  # in other chunks, which round otherwise

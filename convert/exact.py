@@ -1,14 +1,17 @@
-"""Matrices in MLX's floating-point modes (mxfp4, mxfp8, nvfp4), as matrices that can be kept: exactly the same values.
+"""Matrices in formats of MLX that cannot be kept, as matrices that can be: with exactly the same values.
+
+Affine codes of 5 bits are codes of 6 bits too, those of one bit are of two.
 
 An mxfp4 value is 0, 0.5, 1, 1.5, 2, 3, 4 or 6 of either sign, times a power of two for each 32 of a row (OCP
 Microscaling Formats specification, 1.0). In halves that is a whole number from -12 to 12: 25 steps, which affine
-quantization at 6 bits has. The other modes' values have at most 6 significant bits, which bfloat16 holds.
+quantization at 6 bits has. The values of mxfp8 and nvfp4 have at most 6 significant bits, which bfloat16 holds.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -17,7 +20,7 @@ import numpy as np
 from mlx_flashmoe.convert.binding import Matrix
 from mlx_flashmoe.convert.safetensors import DTYPE_BITS, SafetensorsFile, Tensor
 from mlx_flashmoe.errors import SourceError
-from mlx_flashmoe.layout import Quantization
+from mlx_flashmoe.layout import BITS, Quantization
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 AFFINE = Quantization(6, 32)  # what mxfp4 becomes
@@ -31,6 +34,22 @@ _MAGNITUDES = np.array([0, 1, 2, 3, 4, 6, 8, 12])
 _STEPS = np.concatenate([12 + _MAGNITUDES, 12 - _MAGNITUDES]).astype(np.uint32)
 # Four codes, as they are packed -> four numbers of 6 bits, as they are packed.
 _FOUR = sum(_STEPS[(np.arange(1 << 16) >> 4 * i) & 15] << 6 * i for i in range(4)).astype(np.uint32)
+
+
+def widened(matrix: Matrix) -> Matrix:
+    """An affine matrix at the least bits of ``BITS`` that hold its codes."""
+    have = matrix.quantization.bits
+    bits = next((b for b in BITS if b >= have), have)
+    if not matrix.quantization.quantized or bits == have:
+        return matrix
+    *out, words = matrix.weight.shape
+    shape = (*out, words * bits // have)
+    weight = matrix.weight
+    return replace(
+        matrix,
+        weight=_made(weight, "U32", shape, lambda a, b: _wider(_rows(weight, a, b), have, bits)),
+        quantization=Quantization(bits, matrix.quantization.group_size),
+    )
 
 
 def kept(mode: str, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Matrix:
@@ -80,6 +99,17 @@ def _rows(tensor: Tensor, a: int, b: int) -> Bytes:
     *out, last = tensor.shape
     flat = Tensor(tensor.file, tensor.name, tensor.dtype, (math.prod(out), last), tensor.offset)
     return flat.rows(a, b).read()
+
+
+def _wider(packed: Bytes, have: int, bits: int) -> Bytes:
+    """Codes of ``have`` bits, of ``bits``: eight of them take as many bytes as one takes bits."""
+    eight = np.zeros((packed.size // have, 8), np.uint8)
+    eight[:, :have] = packed.reshape(-1, have)
+    codes = eight.view("<u8")[:, 0]
+    wide = np.zeros_like(codes)
+    for i in range(8):
+        wide |= (codes >> np.uint64(have * i) & np.uint64((1 << have) - 1)) << np.uint64(bits * i)
+    return np.ascontiguousarray(wide[:, None].view(np.uint8)[:, :bits]).reshape(-1)
 
 
 def _codes(packed: Bytes) -> Bytes:
