@@ -14,7 +14,9 @@ The first two are Hugging Face's: there, the RMS norms of some architectures hol
 
 A matrix of the first two may be in FP8: weight float8 (e4m3), and one scale for each block of 128 x 128, named
 ``weight_scale_inv`` (``gate_up_proj_scale_inv`` … where experts are fused), or, by compressed-tensors, one for each
-row, named ``weight_scale`` [out, 1]: value = weight * scale.
+row, named ``weight_scale`` [out, 1]: value = weight * scale. Or it is in integers by compressed-tensors, packed as MLX
+packs them: ``weight_packed`` [out, in * bits / 32], ``weight_scale`` [out, in / group], and value = (integer - half of
+their range) * scale, which is MLX's affine quantization with biases that need not be published.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ class Matrix:
     """A matrix [out, in] (or a stack of them, [E, out, in]) as published: plain, affine quantized, or FP8.
 
     Attributes:
+        biases: None where all are -2 ** (bits - 1) * scale.
         fp8_scale: of an FP8 matrix, one for each block of ``block`` rows and columns.
         skipped: of an FP8 matrix, rows of its first block that are not part of it.
         bias: [out], added to its product; only of experts.
@@ -88,6 +91,11 @@ class Matrix:
     @property
     def fp8(self) -> bool:
         return self.fp8_scale is not None
+
+    @property
+    def symmetric(self) -> bool:
+        """Quantized, without biases."""
+        return self.quantization.quantized and self.biases is None
 
     @property
     def dtype(self) -> str:
@@ -143,6 +151,7 @@ class Architecture:
     tied: bool
     unused: tuple[str, ...]
     renamed: dict[str, str]
+    refused: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -179,6 +188,7 @@ class Bound:
         left_out: what of it is not used, e.g. {"mtp.*": 12}.
         library: whose modules the model is made of ("mlx-lm", "mlx-vlm"); None for ours.
         library_version: the version that loaded the checkpoint.
+        notes: lines worth reading.
     """
 
     model_type: str
@@ -188,6 +198,7 @@ class Bound:
     left_out: dict[str, int]
     library: str | None = None
     library_version: str | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def describe(model_type: str, config: dict[str, Any], where: str) -> Architecture:
@@ -217,6 +228,7 @@ def describe(model_type: str, config: dict[str, Any], where: str) -> Architectur
         tied=settings.tie_word_embeddings,
         unused=model.unused(settings),
         renamed=model.renamed,
+        refused=model.refused,
     )
 
 
@@ -264,6 +276,11 @@ def bind(checkpoint: Checkpoint) -> Bound:
     if not isinstance(model_type, str) or model_type not in models.ARCHITECTURES:
         return _bind_external(checkpoint, where)
     architecture = describe(model_type, checkpoint.config, where)
+    # What is not published as this package computes it may be as a library does.
+    if any(part in name for name in checkpoint.tensors for part in architecture.refused) and find(
+        checkpoint.config
+    ):
+        return _bind_external(checkpoint, where)
     declared = _Declared.read(checkpoint.config, where, architecture.renamed)
     binder = _Binder(checkpoint, architecture, declared)
     dense = [d for m in architecture.modules if (d := binder.dense(m)) is not None]
@@ -308,17 +325,19 @@ class _Declared:
         default: of MLX's affine quantization.
         exceptions: from it, by module path (ours).
         fp8_by_row: matrices in FP8 have a scale for each row; else for each block.
+        packed: of matrices that compressed-tensors has packed.
     """
 
     where: str
     default: Quantization | None = None
     exceptions: dict[str, Quantization | None] = field(default_factory=dict)
     fp8_by_row: bool = False
+    packed: Quantization | None = None
 
     @classmethod
     def read(cls, config: dict[str, Any], where: str, renamed: dict[str, str]) -> _Declared:
         key = "quantization" if config.get("quantization") else "quantization_config"
-        data = config.get(key)
+        data = config.get(key) or config.get("text_config", {}).get(key)
         if not data:
             return cls(where)
         if not isinstance(data, dict):
@@ -331,8 +350,8 @@ class _Declared:
                 )
             return cls(where)
         if data.get("quant_method") == "compressed-tensors":
-            cls._check_compressed(data, f"{where}: {key}")
-            return cls(where, fp8_by_row=True)
+            packed = cls._compressed(data, f"{where}: {key}")
+            return cls(where, fp8_by_row=packed is None, packed=packed)
         if "quant_method" in data:
             raise SourceError(
                 f"{where}: {key} is {short(data['quant_method'])}; only unquantized checkpoints, FP8 (e4m3) and MLX "
@@ -347,19 +366,37 @@ class _Declared:
         return cls(where, default, exceptions)
 
     @staticmethod
-    def _check_compressed(data: dict[str, Any], where: str) -> None:
-        """Raises SourceError unless what compressed-tensors says is FP8 with a scale for each row."""
+    def _compressed(data: dict[str, Any], where: str) -> Quantization | None:
+        """How compressed-tensors has packed integers; None if it says FP8 with a scale for each row.
+
+        Raises:
+            SourceError: it says anything else, or more than one thing.
+        """
         groups = data.get("config_groups")
         groups = list(groups.values()) if isinstance(groups, dict) else []
+        said: set[Quantization | None] = set()
         for group in groups or [None]:
             weights = group.get("weights") if isinstance(group, dict) else None
             found = {} if not isinstance(weights, dict) else weights
             kind = tuple(found.get(name) for name in ("type", "num_bits", "strategy"))
-            if data.get("format") != "float-quantized" or kind != ("float", 8, "channel"):
+            size, symmetric = found.get("group_size"), found.get("symmetric")
+            integers = kind in (("int", 4, "group"), ("int", 8, "group")) and symmetric is True
+            if data.get("format") == "pack-quantized" and integers and size in GROUP_SIZES:
+                said.add(Quantization(int(found["num_bits"]), int(found["group_size"])))
+            elif data.get("format") == "float-quantized" and kind == ("float", 8, "channel"):
+                said.add(None)
+            else:
                 raise SourceError(
                     f"{where}: compressed-tensors of format {short(data.get('format'))} with weights of type, bits "
-                    f"and strategy {short(kind)}; float-quantized ('float', 8, 'channel') is read"
+                    f"and strategy {short(kind)}, group_size {short(size)}, symmetric {short(symmetric)}; "
+                    "float-quantized ('float', 8, 'channel') is read, and symmetric pack-quantized ('int', 4 or 8, "
+                    f"'group') of group sizes {', '.join(map(str, GROUP_SIZES))}"
                 )
+        if len(said) > 1:
+            raise SourceError(
+                f"{where}: the config_groups of compressed-tensors differ; one kind of weights is read"
+            )
+        return said.pop()
 
     @staticmethod
     def _one(value: Any, default: Quantization | None, where: str) -> Quantization | None:
@@ -398,6 +435,10 @@ class _Binder:
         self.root = "model."
         for published, tensor in checkpoint.tensors.items():
             name = canonical(published, architecture.renamed, renamed)
+            if why := next((why for part, why in architecture.refused.items() if part in name), None):
+                raise SourceError(
+                    f"{tensor} {why}; or pip install 'mlx-flashmoe[mlx-lm]', which reads it as it is"
+                )
             unused = next((p for p in architecture.unused if name.startswith(p)), None)
             if unused is not None:
                 last = unused.split(".")[-2]
@@ -452,6 +493,9 @@ class _Binder:
     def matrix(self, path: str, shape: tuple[int, ...]) -> Matrix | None:
         """The module ``path`` with a weight of ``shape`` [..., out, in], plain or quantized."""
         name = f"{path}.weight"
+        packed = self.declared.packed
+        if packed is not None and f"{name}_packed" in self.tensors:
+            return self.packed(name, shape, packed)
         weight = self.tensors.get(name)
         if weight is None or weight.dtype != "U32":
             return self.plain_or_fp8(name, shape)
@@ -475,6 +519,18 @@ class _Binder:
         self.take(f"{path}.scales", (*leading, groups))
         biases = self.take(f"{path}.biases", (*leading, groups), (scales.dtype,))
         return None if biases is None else Matrix(weight, scales, biases, found)
+
+    def packed(self, name: str, shape: tuple[int, ...], quantization: Quantization) -> Matrix | None:
+        """The matrix ``name`` as compressed-tensors has packed it."""
+        *leading, inner = shape
+        if inner % quantization.group_size:
+            raise SourceError(
+                f"{self.tensors[f'{name}_packed']}: groups of {quantization.group_size} do not divide {inner} inputs"
+            )
+        weight = self.take(f"{name}_packed", (*leading, inner * quantization.bits // 32), ("I32",))
+        scales = self.take(f"{name}_scale", (*leading, inner // quantization.group_size))
+        self.used.add(f"{name}_shape")  # that of the matrix, which config.json implies
+        return None if weight is None or scales is None else Matrix(weight, scales, None, quantization)
 
     def plain_or_fp8(self, name: str, shape: tuple[int, ...]) -> Matrix | None:
         """The matrix whose tensor is ``name``: of plain floats, or of FP8 with its blocks' scales."""
@@ -548,10 +604,13 @@ class _Binder:
             )
 
     def published(self, layers: list[Experts]) -> Quantization | None:
-        """How the checkpoint as a whole was quantized: as config.json says, else as its experts are."""
+        """How the checkpoint as a whole was quantized: as config.json says, else as its experts are.
+
+        Not where integers are packed: those are some of its matrices, and the others are plain.
+        """
         if self.declared.default is not None:
             return self.declared.default
-        if not layers:
+        if not layers or self.declared.packed is not None:
             return None
         quantization = next(iter(layers[0].expert(0).values())).quantization
         return quantization if quantization.quantized else None

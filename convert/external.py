@@ -26,7 +26,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_flashmoe.convert import exact
-from mlx_flashmoe.convert.binding import FLOATS, Bound, Dense, Experts, Matrix
+from mlx_flashmoe.convert.binding import FLOATS, Bound, Dense, Experts, Kind, Matrix
 from mlx_flashmoe.convert.safetensors import SafetensorsFile, Tensor
 from mlx_flashmoe.convert.source import Checkpoint
 from mlx_flashmoe.errors import FormatError, SourceError
@@ -35,6 +35,7 @@ from mlx_flashmoe.external.experts import ExpertModule
 from mlx_flashmoe.external.library import Library
 from mlx_flashmoe.external.model import ExternalConfig, layer_numbers
 from mlx_flashmoe.layout import GROUP_SIZES, Quantization
+from mlx_flashmoe.sizes import counted, show_size
 
 DTYPES = {
     mx.bfloat16: "BF16",
@@ -47,7 +48,8 @@ DTYPES = {
     mx.int64: "I64",
     mx.bool_: "BOOL",
 }
-KEPT = 3  # computed arrays that are held: gate, up and down of the layer at work
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+KEPT = 2  # layers whose computed arrays are held: threads finish one while others begin the next
 SMALL_FILES = ("*.json", "*.jinja")  # what a library may read beside the weights
 
 
@@ -61,7 +63,7 @@ def bind(checkpoint: Checkpoint, library: Library, where: str) -> Bound:
     with tempfile.TemporaryDirectory() as folder, _recorded() as record:
         _headers_only(checkpoint, Path(folder))
         try:
-            model, prefix = library.read(Path(folder))
+            model, _ = library.read(Path(folder))
             found = expert_modules.find(model)
             if found:
                 ExternalConfig(library, checkpoint.config)  # which refuses what could not be run
@@ -87,7 +89,8 @@ def bind(checkpoint: Checkpoint, library: Library, where: str) -> Bound:
         dense=dense,
         layers=layers,
         published=finder.published(layers),
-        left_out=finder.left_out(prefix),
+        left_out=finder.left_out(),
+        notes=finder.notes(),
         library=library.name,
         library_version=library.version,
     )
@@ -163,6 +166,7 @@ class _Finder:
 
     def __init__(self, checkpoint: Checkpoint, library: Library, record: _Record, model: nn.Module):
         self.checkpoint = checkpoint
+        self.library = library
         self.record = record
         self.used: set[str] = set()
         self.computed = _Computed(checkpoint, library)
@@ -280,8 +284,9 @@ class _Finder:
             weight = self.tensor(at + name, array)
             if quantized and name == "weight":
                 named = {"weight": weight}
-                for part in parameters.keys() & {"scales", "biases"}:
-                    named[part] = self.tensor(at + part, parameters[part])
+                named |= {
+                    n: self.tensor(at + n, parameters[n]) for n in ("scales", "biases") if n in parameters
+                }
                 matrix = self.matrix(module, named)
                 yield Dense(at + name, "linear", matrix, (*array.shape[:-1], matrix.in_dims))
             else:
@@ -290,7 +295,7 @@ class _Finder:
                     at + name, self.kind(path, module) if fits else "plain", Matrix(weight), array.shape
                 )
 
-    def kind(self, path: str, module: nn.Module) -> Any:
+    def kind(self, path: str, module: nn.Module) -> Kind:
         """How a matrix is quantized that is not yet: as the library itself would."""
         if self.predicate is None:
             return "linear"
@@ -307,7 +312,17 @@ class _Finder:
         found = (matrix.quantization for layer in layers for matrix in layer.expert(0).values())
         return next((one for one in found if one.quantized), None)
 
-    def left_out(self, prefix: str) -> dict[str, int]:
+    def notes(self) -> list[str]:
+        through = f"modules of {self.library.name} {self.library.version}, experts of mlx-flashmoe"
+        if not self.computed.names:
+            return [through]
+        computed, most = counted(len(self.computed.names), "tensor"), show_size(2 * self.computed.most)
+        return [
+            through,
+            f"{self.library.name} computes {computed} from those of the checkpoint, in up to {most} of memory",
+        ]
+
+    def left_out(self) -> dict[str, int]:
         """Tensors that the model does not use as they are, by the beginnings of their names."""
         if self.computed.names:
             return {}  # which tensors those were made of is not known
@@ -322,7 +337,7 @@ class _Computed:
     """Arrays that the library computes from a checkpoint: like files to those who read them.
 
     One thread owns the library's lazy arrays: MLX computes an array on the thread that made it. An array's bytes are
-    kept until others are wanted; then the library builds everything anew, lazily, which takes about a second.
+    kept until two more layers were wanted; after that the library builds everything anew, lazily, which takes seconds.
     """
 
     def __init__(self, checkpoint: Checkpoint, library: Library):
@@ -331,8 +346,10 @@ class _Computed:
         self._owner = ThreadPoolExecutor(1, "library")
         self._lock = threading.Lock()
         self._lazy: dict[str, mx.array] = {}
-        self._bytes: OrderedDict[str, np.ndarray[Any, np.dtype[np.uint8]]] = OrderedDict()
-        self.names: list[str] = []
+        self._bytes: OrderedDict[str, dict[str, Bytes]] = (
+            OrderedDict()
+        )  # by module, the least recently used first
+        self.names: dict[str, int] = {}  # and their bytes
 
     def tensor(self, name: str, array: mx.array) -> Tensor:
         """Raises SourceError if the array cannot be computed, because the shards are not all here."""
@@ -346,28 +363,38 @@ class _Computed:
             )
         if array.dtype not in DTYPES:
             raise SourceError(f"{checkpoint.folder}: {name} has dtype {array.dtype}, which cannot be kept")
-        self.names.append(name)
+        self.names[name] = array.nbytes
         file = _ComputedFile(self, name, checkpoint.folder / sorted(checkpoint.shards)[-1])
         return Tensor(file, name, DTYPES[array.dtype], array.shape, 0)
 
-    def bytes_of(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def bytes_of(self, name: str) -> Bytes:
+        module = ".".join(name.split(".")[:-2])
         with self._lock:
-            if name not in self._bytes:
-                while len(self._bytes) >= KEPT:
-                    self._bytes.popitem(last=False)
-                self._bytes[name] = self._owner.submit(self._compute, name).result()
-            self._bytes.move_to_end(name)
-            return self._bytes[name]
+            while module not in self._bytes and len(self._bytes) >= KEPT:
+                self._bytes.popitem(last=False)
+            kept = self._bytes.setdefault(module, {})
+            self._bytes.move_to_end(module)
+            if name not in kept:
+                kept[name] = self._owner.submit(self._compute, name).result()
+            return kept[name]
 
-    def _compute(self, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    @property
+    def most(self) -> int:
+        """Bytes of computed arrays that are held at once, at most."""
+        sizes: Counter[str] = Counter()
+        for name, size in self.names.items():
+            sizes[".".join(name.split(".")[:-2])] += size
+        return sum(size for _, size in sizes.most_common(KEPT))
+
+    def _compute(self, name: str) -> Bytes:
         with mx.stream(mx.cpu):
             if name not in self._lazy:
                 model, _ = self._library.read(self._checkpoint.folder)
                 arrays: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
                 wanted = set(self.names)
                 self._lazy = {path: array for path, array in arrays if path in wanted}
-            array = mx.contiguous(self._lazy.pop(name))
-            return np.array(array.view(mx.uint8)).reshape(-1)
+            array = mx.contiguous(self._lazy.pop(name)).reshape(-1)
+            return np.array(array.view(mx.uint8))
 
 
 class _ComputedFile(SafetensorsFile):

@@ -159,7 +159,7 @@ def make_plan(bound: Bound, recipe: Recipe) -> Plan:
             f"the recipe names layer {unknown[0]}, but the checkpoint has experts in layers "
             f"{bound.layers[0].layer} to {bound.layers[-1].layer}"
         )
-    notes = []
+    notes = list(bound.notes)
     if bound.left_out:
         listed = ", ".join(f"{n} of {name}" for name, n in bound.left_out.items())
         notes.append(

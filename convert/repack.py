@@ -261,7 +261,10 @@ def _removable(checkpoint: Checkpoint, bound: Bound, note: Note) -> set[str]:
             converted.update(t.name for m in layer.expert(e).values() for t in m.parts.values())
     keep = {n for n, file in checkpoint.shards.items() if not file.tensors.keys() <= converted}
     if keep:
-        note(f"not deleted, because they hold tensors that are left out: {', '.join(sorted(keep))}")
+        note(
+            "not deleted, because they hold tensors that are left out or are not copied as they are: "
+            f"{', '.join(sorted(keep))}"
+        )
     return set(checkpoint.shards) - keep
 
 

@@ -238,9 +238,7 @@ def parse_header(text: bytes, data_size: int, where: str) -> dict[str, tuple[str
         ) from None
     if not isinstance(header, dict):
         raise SourceError(f"{where}: the header is not a JSON object; damaged, or not a safetensors file")
-    metadata = header.pop("__metadata__", None)
-    if metadata is None:  # which is what mx.save_safetensors writes where it gets none
-        metadata = {}
+    metadata = header.pop("__metadata__", None) or {}  # MLX writes null where there is none
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise SourceError(f"{where}: the header's __metadata__ is not a map of strings")
 

@@ -30,7 +30,7 @@ from mlx_flashmoe.sizes import show_size
 
 # What is copied as published: settings, tokenizer, chat template, licence. Not the index, not the weights.
 _SIDE_FILES = re.compile(
-    r"[^.].*\.json|.*\.jinja|tokenizer[^/]*|vocab[^/]*|merges\.txt|.*\.tiktoken|LICEN[SC]E[^/]*"
+    r"[^.].*\.json|.*\.jinja|tokenizer[^/]*|vocab[^/]*|merges\.txt|.*\.tiktoken|tiktoken\.model|LICEN[SC]E[^/]*"
 )
 HEADER_THREADS = 8  # requests to the hub at once
 
@@ -322,7 +322,8 @@ def _open_repository(
         for n in names
     }
     notes = [weights.note] if weights.note else []
-    if offline and downloads is not None and "tokenizer.json" not in files:
+    tokenizers = ("tokenizer.json", "tiktoken.model")
+    if offline and downloads is not None and not any(file in files for file in tokenizers):
         notes.append(f"{name}: tokenizer.json is not in the hub's cache; the model will be without it")
     return Checkpoint(
         folder=small["config.json"].parent,

@@ -25,6 +25,7 @@ _TYPES = {
     "F16": (np.uint16, mx.float16),
     "F32": (np.uint32, mx.float32),
     "U32": (np.uint32, mx.uint32),
+    "I32": (np.uint32, mx.uint32),
 }
 FP8_NAN = 0x7F  # of either sign; e4m3 has no infinities
 # On a CPU every thread has a stream of its own and they run side by side; a GPU is one resource.
@@ -44,13 +45,16 @@ def one_plus(weight: Tensor) -> Bytes:
 
 
 def convert(matrix: Matrix, quantization: Quantization, device: mx.Device) -> tuple[Bytes, ...]:
-    """The parts of a matrix that does not stay as published: quantized anew, bfloat16 from FP8, or float32."""
+    """The parts of a matrix that does not stay as published: quantized anew, bfloat16 from FP8, or float32; and of one
+    that stays, but for its biases, which are not published."""
     with _gpu if device.type == mx.DeviceType.gpu else contextlib.nullcontext():
         if not quantization.quantized:
             if matrix.fp8:
                 parts = [_fp8_values(matrix, device).astype(mx.bfloat16, stream=device)]
             else:
                 parts = [_affine_values(matrix, device, mx.float32)]
+        elif quantization == matrix.quantization and matrix.symmetric:
+            parts = _affine(matrix, device)
         else:
             parts = quantize(matrix, quantization, device)
         mx.eval(parts)
@@ -63,7 +67,9 @@ def quantize(matrix: Matrix, quantization: Quantization, device: mx.Device) -> l
     if matrix.fp8:
         values = _fp8_values(matrix, device)
     elif matrix.quantization.quantized:
-        values = _affine_values(matrix, device, _TYPES[matrix.dtype][1])
+        # Without published biases the values are exact in float32, as of FP8.
+        dtype = mx.float32 if matrix.symmetric else _TYPES[matrix.dtype][1]
+        values = _affine_values(matrix, device, dtype)
     else:
         values = _array(matrix.weight)
     weight, scales, biases = mx.quantize(values, quantization.group_size, quantization.bits, stream=device)
@@ -72,12 +78,23 @@ def quantize(matrix: Matrix, quantization: Quantization, device: mx.Device) -> l
     return [weight, scales.astype(dtype, stream=device), biases.astype(dtype, stream=device)]
 
 
+def _affine(matrix: Matrix, device: mx.Device) -> list[mx.array]:
+    """Weight, scales and biases of a quantized matrix; biases that are not published lose nothing to rounding."""
+    assert matrix.scales is not None
+    scales = _array(matrix.scales)
+    if matrix.biases is not None:
+        biases = _array(matrix.biases)
+    else:
+        biases = mx.multiply(scales, -(2 ** (matrix.quantization.bits - 1)), stream=device)
+    return [_array(matrix.weight), scales, biases]
+
+
 def _affine_values(matrix: Matrix, device: mx.Device, dtype: mx.Dtype) -> mx.array:
-    """The values of a matrix in MLX's affine quantization, computed in ``dtype``."""
-    assert matrix.scales is not None and matrix.biases is not None
+    """The values of a quantized matrix, computed in ``dtype``."""
     q = matrix.quantization
-    scales, biases = (_array(t).astype(dtype, stream=device) for t in (matrix.scales, matrix.biases))
-    return mx.dequantize(_array(matrix.weight), scales, biases, q.group_size, q.bits, stream=device)
+    weight, *rest = _affine(matrix, device)
+    scales, biases = (a.astype(dtype, stream=device) for a in rest)
+    return mx.dequantize(weight, scales, biases, q.group_size, q.bits, stream=device)
 
 
 def _fp8_values(matrix: Matrix, device: mx.Device) -> mx.array:

@@ -183,7 +183,7 @@ class ExpertsJob:
 
 def copied(matrix: Matrix, quantization: Quantization) -> bool:
     """Whether a matrix stays byte for byte as published."""
-    return quantization == matrix.quantization and not matrix.fp8
+    return quantization == matrix.quantization and not matrix.fp8 and not matrix.symmetric
 
 
 def cut(plan: Plan, shards: Sequence[str]) -> list[Unit]:

@@ -13,11 +13,11 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_flashmoe.kernels import chosen, gpu, mlx_experts, on_cpu
-from mlx_flashmoe.kernels.dense import quantized_matmul
+from mlx_flashmoe.kernels.dense import head_products, matmul, quantized_matmul
 from mlx_flashmoe.kernels.reference import Activation
 from mlx_flashmoe.layout import BlobLayout
 
-__all__ = ["expert_ffn", "expert_outputs", "expert_rows", "quantized_matmul"]
+__all__ = ["expert_ffn", "expert_outputs", "expert_rows", "head_products", "matmul", "quantized_matmul"]
 
 
 def expert_ffn(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_flashmoe.kernels import on_cpu, reference
 from mlx_flashmoe.layout import BITS
@@ -51,3 +52,37 @@ def dequantized_matmul(
         piece = mx.dequantize(w, s, b, group_size=group_size, bits=bits).astype(x.dtype)
         pieces.append(x @ piece.T)
     return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=-1)
+
+
+def head_products(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    group_size: int,
+    bits: int,
+    transpose: bool,
+) -> mx.array:
+    """Each head's x times a matrix of its own: x @ dequantized(weight).T if ``transpose``, else without ``.T``.
+
+    Args:
+        x: [B, heads, T, in] activations.
+        weight: uint32 [heads, rows, columns * bits / 32], MLX's affine format.
+        scales, biases: [heads, rows, columns / group_size].
+    """
+    device = mx.default_device()
+    # Of several rows MLX's CPU product unpacks every weight anew for each, and CUDA's wants no parts of matrices.
+    one = x.shape[-2] == 1 if device.type == mx.DeviceType.cpu else mx.metal.is_available()
+    if one:
+        return mx.quantized_matmul(
+            x, weight, scales=scales, biases=biases, transpose=transpose, group_size=group_size, bits=bits
+        )
+    w = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits).astype(x.dtype)
+    return matmul(x, w.swapaxes(-1, -2) if transpose else w)
+
+
+def matmul(x: mx.array, y: mx.array) -> mx.array:
+    """x @ y. Of float32 on the CPU by numpy, at once: MLX's own product there is tens of times slower on Linux."""
+    if mx.default_device().type == mx.DeviceType.cpu and x.dtype == y.dtype == mx.float32:
+        return mx.array(np.asarray(x) @ np.asarray(y))
+    return x @ y

@@ -22,11 +22,12 @@ class Architecture(Protocol):
     Attributes:
         settings: sizes and bytes, by config.json.
         code: the libraries whose modules compute, with their versions.
-        ffn_experts: experts whose outputs one call of a kernel adds up, of ``active`` ones.
+        lazy: a call evaluates nothing; and layers guess the experts of the next.
     """
 
     settings: Any
     code: list[str]
+    lazy: bool
 
     def active(self, asked: int | None) -> int:
         """Experts of a token. Raises MemoryPlanError if there cannot be as many as were asked for."""
@@ -36,7 +37,9 @@ class Architecture(Protocol):
         """The dtype in which a floating parameter is held."""
         ...
 
-    def ffn_experts(self, active: int) -> int: ...
+    def ffn_experts(self, active: int) -> int:
+        """Experts whose outputs one call of a kernel adds up, where a token uses ``active``."""
+        ...
 
     def check(self, layers: tuple[LayerEntry, ...]) -> None:
         """Raises FormatError if these are not the layers with experts that the model has."""
@@ -58,6 +61,7 @@ class Own:
         self._module = models.architecture(model_type)
         self.settings = self._module.Config.from_dict(config)
         self.code: list[str] = []
+        self.lazy = True
 
     def active(self, asked: int | None) -> int:
         s = self.settings
@@ -105,6 +109,7 @@ class External:
         self._library = named(library)
         self.settings = ExternalConfig(self._library, config)
         self.code = [library, self._library.version]
+        self.lazy = False  # nobody promises that, for each of a library's architectures
         if mx.default_device() == mx.cpu:
             # The libraries compile small functions, which on a CPU takes a C++ compiler of the user's.
             mx.disable_compile()

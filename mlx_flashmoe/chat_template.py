@@ -121,6 +121,71 @@ class ChatTemplate:
         """Two messages of one role in a row are refused."""
         return self.takes("user", "assistant", "user") and not self.takes("user", "user")
 
+    @cached_property
+    def takes_objects(self) -> bool:
+        """The arguments of calls in the history are objects; else they are JSON texts, as DeepSeek's templates have
+        them."""
+        shown = self._shown(_call({"<key>": "<value>"}))
+        as_text = self._shown(_call('{"<key>": "<value>"}'))
+        return as_text is None or (shown is not None and "{'<key>'" not in shown)
+
+    @cached_property
+    def shows_ids(self) -> bool:
+        """Calls in the history are shown by their ids alone, as Kimi's template does."""
+        call = _call({"<key>": "<value>"} if self.takes_objects else '{"<key>": "<value>"}')
+        shown = self._shown(call)
+        return shown is not None and call["id"] in shown and call["function"]["name"] not in shown
+
+    def _shown(self, call: dict[str, Any]) -> str | None:
+        """The text of a conversation with a call; None if it is refused."""
+        messages: list[Message] = [
+            {"role": "user", "content": "<asked>"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": call["id"], "content": "<result>"},
+        ]
+        try:
+            return self.render(messages)
+        except RequestError:
+            return None
+
+
+def _call(arguments: dict[str, str] | str) -> dict[str, Any]:
+    return {"type": "function", "id": "<id>", "function": {"name": "<name>", "arguments": arguments}}
+
+
+def fit_calls(messages: Sequence[Message], template: ChatTemplate) -> list[Message]:
+    """The conversation with its calls as the template takes them.
+
+    Where it shows ids alone, they become the ones that Kimi K2 was trained with, functions.NAME:N, calls counted from
+    the beginning: clients keep ids that say nothing, or none, and results are then in the order of the calls.
+    """
+    if not template.shows_ids and template.takes_objects:
+        return list(messages)
+    out: list[Message] = []
+    count = 0
+    open_calls: dict[str, str] = {}  # without a result yet: the client's id, or a place -> the template's
+    for message in messages:
+        calls = message.get("tool_calls")
+        if isinstance(calls, list):
+            open_calls, fitted = {}, []
+            for place, call in enumerate(calls):
+                function = dict(call["function"])
+                if template.shows_ids:
+                    own = f"functions.{function['name']}:{count}"
+                    open_calls[call.get("id") or f"<{place}>"] = own
+                    call = {**call, "id": own}
+                    count += 1
+                if not template.takes_objects and not isinstance(function.get("arguments"), str):
+                    function["arguments"] = json.dumps(function.get("arguments", {}), ensure_ascii=False)
+                fitted.append({**call, "function": function})
+            message = {**message, "tool_calls": fitted}
+        elif message.get("role") == "tool" and open_calls:
+            answered = message.get("tool_call_id")
+            key = answered if answered in open_calls else next(iter(open_calls))
+            message = {**message, "tool_call_id": open_calls.pop(key)}
+        out.append(message)
+    return out
+
 
 def fit(messages: Iterable[Message], template: ChatTemplate) -> list[Message]:
     """The conversation, rewritten where the template would refuse it; every text stays at its place.

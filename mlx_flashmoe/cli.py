@@ -129,6 +129,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_bench(commands)
     _add_doctor(commands)
+    _add_models(commands)
     _add_selftest(commands)
     return parser
 
@@ -1051,6 +1052,28 @@ def _doctor(arguments: argparse.Namespace) -> int:
     report.run(
         arguments.model, arguments.expert_memory, arguments.context, other, arguments.json, arguments.explain
     )
+    return 0
+
+
+# models
+
+
+def _add_models(commands: Any) -> None:
+    parser = commands.add_parser(
+        "models",
+        allow_abbrev=False,
+        help="list the architectures that can be converted",
+        description="List the model types that can be converted, and how each runs: natively, or on the modules of "
+        "mlx-lm or mlx-vlm, if these are installed.",
+    )
+    parser.add_argument("--json", action="store_true", help="print a list of objects")
+    parser.set_defaults(run=_models)
+
+
+def _models(arguments: argparse.Namespace) -> int:
+    from mlx_flashmoe.supported import run
+
+    run(arguments.json)
     return 0
 
 

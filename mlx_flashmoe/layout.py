@@ -516,11 +516,10 @@ class Manifest:
                 f"{where}: made for {self.library!r}, but this release knows {' and '.join(LIBRARIES)}"
             )
         for entry in self.layers:
-            if (entry.module is None) != (self.library is None):
-                raise FormatError(
-                    f"{where}: layer {entry.layer} names "
-                    + ("no module" if entry.module is None else f"{entry.module!r}, but the model no library")
-                )
+            if entry.module is None and self.library is not None:
+                raise FormatError(f"{where}: layer {entry.layer} names no module of {self.library}")
+            if entry.module is not None and self.library is None:
+                raise FormatError(f"{where}: layer {entry.layer} names a module, but there is no library")
             if entry.module is not None and not MODULE.fullmatch(entry.module):
                 raise FormatError(f"{where}: layer {entry.layer} names {entry.module!r}, which is no module")
         modules = [entry.module for entry in self.layers if entry.module is not None]

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_flashmoe import memory
+from mlx_flashmoe import memory, tiktoken_model
 from mlx_flashmoe.architectures import Architecture, described
 from mlx_flashmoe.errors import FormatError, MemoryPlanError
 from mlx_flashmoe.experts import Decode, ExpertStore, ReadAhead, SlotArena
@@ -30,7 +30,7 @@ from mlx_flashmoe.kernels import chosen, trust
 from mlx_flashmoe.layout import BlobLayout, Manifest, expert_files
 from mlx_flashmoe.models import check_kernels
 from mlx_flashmoe.models.cache import Cache
-from mlx_flashmoe.models.decoder import mixed_at_once
+from mlx_flashmoe.models.config import mixed_at_once
 from mlx_flashmoe.models.quantized import quantize
 from mlx_flashmoe.models.together import join
 from mlx_flashmoe.tokenizer import Tokenizer
@@ -285,7 +285,7 @@ def load(
     for layout, layer in layouts.items():
         chosen.prepare(layout, dtype, summed, partial(_some_experts, store, layer, layout), announce)
     arena = SlotArena(store, plan.slots)
-    decode = Decode(arena, ReadAhead(arena) if read_ahead else None)
+    decode = Decode(arena, ReadAhead(arena) if read_ahead and arch.lazy else None, may_defer=arch.lazy)
     model = arch.build(decode, active)
     check_kernels(model, dtype)
     facts = Facts.of(manifest, weights)
@@ -343,7 +343,7 @@ def _load_tokenizer(folder: Path) -> Tokenizer:
     try:
         return Tokenizer.load(folder)
     except FormatError as e:
-        if (folder / "tokenizer.json").exists():
+        if any((folder / name).exists() for name in ("tokenizer.json", tiktoken_model.NAME)):
             raise
         return cast(Tokenizer, _NoTokenizer(e))
 

@@ -154,13 +154,26 @@ class PrefixCache:
             return
         key = _key(tokens)
         self._use_beginnings(key)
-        snapshot = {f"{i}.{name}": a for i, layer in enumerate(cache) for name, a in layer.snapshot().items()}
+        try:
+            snapshot = {
+                f"{i}.{name}": a for i, layer in enumerate(cache) for name, a in layer.snapshot().items()
+            }
+        except TypeError as e:  # a library's model may have caches that cannot be kept
+            self._turn_off(str(e))
+            return
         if key in self._memory:
             self._memory.move_to_end(key)
         else:
             self._remember(key, snapshot)
         if on_disk and self._directory is not None:
             self._write(key, snapshot)
+
+    def _turn_off(self, why: str) -> None:
+        """Nothing is kept from now on; says so once."""
+        if self._note is not None and self._memory_bytes + self._disk_bytes > 0:
+            self._note(f"prompts are not kept for later: {why}")
+        self._memory_bytes = self._disk_bytes = 0
+        self._directory = None
 
     def _use_beginnings(self, key: bytes) -> None:
         """Marks all kept beginnings of a prompt as used now, the shortest last.

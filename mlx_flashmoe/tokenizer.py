@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import tokenizers
 
-from mlx_flashmoe.chat_template import ChatTemplate, Message
+from mlx_flashmoe import tiktoken_model
+from mlx_flashmoe.chat_template import ChatTemplate, Message, fit_calls
 from mlx_flashmoe.errors import FormatError, RequestError
 
 if TYPE_CHECKING:
@@ -66,17 +67,23 @@ class Tokenizer:
         and ``eos_token`` in tokenizer_config.json: published checkpoints name different ones in each.
 
         Raises:
-            FormatError: tokenizer.json is missing, or one of the files is malformed.
+            FormatError: tokenizer.json is missing, and so is Kimi's tiktoken.model; or one of the files is malformed.
         """
         folder = Path(folder)
         path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise FormatError(f"{path} is missing: the folder has no tokenizer")
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as e:  # the package raises bare Exception
-            raise FormatError(f"{path}: not a tokenizer: {e}") from None
         settings = _read_json(folder / "tokenizer_config.json")
+        if not path.is_file() and (folder / tiktoken_model.NAME).is_file():
+            tokenizer = tiktoken_model.read(folder / tiktoken_model.NAME, settings, _ALPHABET)
+        elif not path.is_file():
+            raise FormatError(
+                f"{path} is missing: the folder has no tokenizer; put the model's tokenizer.json (or Kimi's "
+                f"{tiktoken_model.NAME}) and tokenizer_config.json into it"
+            )
+        else:
+            try:
+                tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            except Exception as e:  # the package raises bare Exception
+                raise FormatError(f"{path}: not a tokenizer: {e}") from None
         config = _read_json(folder / "config.json")
         text_config = config.get("text_config")
         eos_token_ids: set[int] = set()
@@ -267,6 +274,7 @@ class Tokenizer:
         def guarded(text: str) -> str:
             return control.sub(lambda found: found[0][0] + guard + found[0][1:], text) if control else text
 
+        messages = fit_calls(messages, template)
         text = template.render(messages, tools, add_generation_prompt, on_text=guarded, **kwargs)
         if continue_final_message:
             text = text[: text.rindex(end)]

@@ -328,3 +328,27 @@ def to_bytes(value: Any) -> bytes:
     import mlx.core as mx
 
     return np.array(value.view(mx.uint16 if value.dtype.size == 2 else mx.uint32)).tobytes()
+
+
+def random_weights(config: dict[str, Any], dtype: str = "F32", seed: int = 0) -> dict[str, Array]:
+    """Weights of any architecture, by the names that its modules have, one tensor an expert's matrix."""
+    from mlx_flashmoe.convert.binding import describe
+
+    rng = np.random.default_rng(seed)
+    architecture = describe(config["model_type"], config, "config.json")
+
+    def random(shape: tuple[int, ...]) -> Array:
+        values = rng.standard_normal(shape).astype(np.float32)
+        return array(1 + values / 10 if len(shape) == 1 else values * shape[-1] ** -0.5, dtype)
+
+    out = {}
+    for module in architecture.modules:
+        name = module.path if module.kind == "plain" else f"{module.path}.weight"
+        out[name] = random(module.shape)
+    shapes = [(architecture.intermediate_size, architecture.hidden_size)] * 2
+    shapes.append((architecture.hidden_size, architecture.intermediate_size))
+    for layer in architecture.moe_layers:
+        for e in range(architecture.num_experts):
+            for p, shape in zip(("gate", "up", "down"), shapes, strict=True):
+                out[f"model.layers.{layer}.mlp.experts.{e}.{p}_proj.weight"] = random(shape)
+    return out

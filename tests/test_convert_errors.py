@@ -72,7 +72,7 @@ BAD_SOURCES: list[tuple[Callable[[Path], Any], str]] = [
     (lambda s: (s / "config.json").write_text("[1]"), r"config\.json: not a JSON object"),
     (
         top_config(model_type="no_such_model"),
-        f"model_type 'no_such_model' is not supported; supported: {', '.join(sorted(ARCHITECTURES))}$",
+        f"model_type 'no_such_model' is not supported; supported: {', '.join(sorted(ARCHITECTURES))}",
     ),
     (top_config(model_type=None), "model_type None is not supported"),
     (top_config(model_type=["x"] * 9000), r"model_type \[.{,80}\] is not supported"),
@@ -138,7 +138,7 @@ BAD_SOURCES: list[tuple[Callable[[Path], Any], str]] = [
                 },
             }
         ),
-        r"compressed-tensors of format 'pack-quantized' .*\('int', 4, 'group'\); float-quantized",
+        r"compressed-tensors of format 'pack-quantized' .*\('int', 4, 'group'\), group_size None",
     ),
     (
         top_config(quantization_config={"quant_method": "compressed-tensors"}),

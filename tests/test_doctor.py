@@ -34,7 +34,8 @@ from mlx_flashmoe.errors import FlashMoEError
 from mlx_flashmoe.experts import ExpertStore
 from mlx_flashmoe.layout import PROJECTIONS, BlobLayout, Manifest, Quantization
 from mlx_flashmoe.memory import Plan, Room
-from mlx_flashmoe.models import architecture
+from mlx_flashmoe.models import ARCHITECTURES, architecture
+from mlx_flashmoe.selftest.checkpoints import config_of
 from mlx_flashmoe.sizes import show_size
 
 RECORDED = Path(__file__).parent / "data" / "doctor_against_bench.json"
@@ -202,6 +203,21 @@ def test_of_a_model_on_the_hub_only_headers_are_fetched(tmp_path: Path) -> None:
 
 
 # --- The machine
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_a_layer_of_every_architecture_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    """Of one whose matrices cannot all be quantized, whose first layers have no experts, and whose groups are many."""
+    monkeypatch.setattr(machine, "PROBE_BYTES", 1 << 20)
+    monkeypatch.setattr(machine, "LEAST_WIDTH", 128)
+    monkeypatch.setattr(machine, "REPEATS", 1)
+    narrow = {"shared_expert_intermediate_size": 96, "first_k_dense_replace": 3, "num_experts_per_tok": 7}
+    settings = architecture(model_type).Config.from_dict({**config_of(model_type), **narrow})
+    layout = BlobLayout.build(256, 128, dict.fromkeys(PROJECTIONS, Quantization(4, 32)), "bfloat16")
+    rates = machine.measure_rates(model_type, settings, layout, 7, tmp_path)
+    assert all(0 <= seconds < 60 for seconds in (rates.layer, rates.resident_layer, rates.prompt_token))
 
 
 def test_everything_is_measured_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,18 +168,6 @@ REFUSED = [
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None}, "rope type 'dynamic'"),
     ({"rope_parameters": {**FULL_ROTARY, "rope_type": "yarn"}}, "factor is missing"),
     ({"rope_parameters": {**FULL_ROTARY, "rope_type": "yarn", "factor": 0}}, "rope_parameters"),
-    (
-        {
-            "rope_parameters": {
-                **FULL_ROTARY,
-                "rope_type": "yarn",
-                "factor": 2,
-                "mscale": 1,
-                "mscale_all_dim": 1,
-            }
-        },
-        "mscale",
-    ),
     ({"norm_topk_prob": ...}, "norm_topk_prob is missing"),
 ]
 
@@ -278,6 +266,19 @@ RELEASED: dict[str, tuple[float, dict[str, Any]]] = {
             moe_intermediate_size=2560,
         ),
     ),
+    "Qwen2-57B-A14B": (
+        57e9,
+        dict(
+            model_type="qwen2_moe",
+            hidden_size=3584,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_experts=64,
+            moe_intermediate_size=2560,
+            shared_expert_intermediate_size=20480,
+            norm_topk_prob=False,
+        ),
+    ),
     "GLM-4.5-Air": (
         106e9,
         dict(
@@ -357,11 +358,8 @@ def test_released_configurations_describe_models_of_their_size(name: str) -> Non
     parameters, its_own = RELEASED[name]
     config = {**ALIKE, **its_own}
     settings = architecture(config["model_type"]).Config.from_dict(config)
-    assert (
-        getattr(settings, "norm_topk_prob", True)
-        and settings.dtype == "bfloat16"
-        and settings.rope.yarn is None
-    )
+    assert getattr(settings, "norm_topk_prob", True) == config["norm_topk_prob"]
+    assert settings.dtype == "bfloat16" and settings.rope.yarn is None
     described = describe(config["model_type"], config, name)
     dense = sum(math.prod(module.shape) for module in described.modules)
     experts = len(described.moe_layers) * described.num_experts

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from mlx_flashmoe import kernels
 from mlx_flashmoe.kernels import gpu, mlx_experts, on_cpu, reference
+from mlx_flashmoe.kernels.random_slab import random_slab
 from mlx_flashmoe.layout import BITS, GROUP_SIZES
 from mlx_flashmoe.selftest.expert_cases import (
     TOLERANCE,
@@ -203,6 +204,21 @@ def test_a_gpu_s_outputs_are_its_sums_over_one_expert(monkeypatch, tokens, top_k
     x, picked, _ = inputs(np.random.default_rng(8), tokens, 64, 10, top_k)
     y = gpu.expert_outputs(None, mx.array(x), slab_of(experts), mx.array(picked), layout, "fma")
     assert error(np.array(y), experts.outputs(x.astype(np.float64), picked)) < 5e-6
+
+
+@pytest.mark.parametrize("bits, dtype", [(4, "bfloat16"), (16, "float16"), (16, "float32")])
+def test_random_experts_have_every_part(bits, dtype):
+    """Sizes that fill no whole words: each part is where the layout says, and there is nothing but its numbers."""
+    layout = layout_of(*((64, 96) if bits == 4 else (37, 21)), bits, 32, dtype, False, dtype)
+    slab = random_slab(layout, 4)
+    for name, part, c in layout.components():
+        values = np.stack([reference.component_view(slab, s, c).astype(mx.float32) for s in range(4)])
+        if c.dtype != "uint32":
+            assert 0 < np.abs(values).max() < 6, (name, part)
+        if part == "bias":
+            assert 0.5 < values.std() < 1.5 and (values[0] != values[1]).any()
+    y = reference.expert_outputs(mx.ones((1, c.shape[0])), slab, mx.array([[0, 3]]), layout, squared_relu)
+    assert mx.isfinite(y).all().item() and y.abs().max().item() < 100
 
 
 def test_the_device_s_functions_take_every_kind_of_expert():

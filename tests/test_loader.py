@@ -27,7 +27,7 @@ from mlx_flashmoe.generate import generate_step, prefill
 from mlx_flashmoe.kernels import on_cpu, reference
 from mlx_flashmoe.layout import PAGE
 from mlx_flashmoe.memory import Plan, Room, parse_size, plan, prefill_chunk
-from mlx_flashmoe.models import decoder
+from mlx_flashmoe.models import config as model_config
 from mlx_flashmoe.sizes import show_size
 
 
@@ -583,7 +583,7 @@ def test_a_long_prompt_mixes_in_slices(folder: Path, monkeypatch: pytest.MonkeyP
     tokens = mx.array(np.random.default_rng(0).integers(0, 96, (1, 50)))
     model, _ = load(folder)
     want = np.asarray(model(tokens, model.make_cache()))
-    monkeypatch.setattr(decoder, "MIXED", {mx.DeviceType.cpu: 7, mx.DeviceType.gpu: 7})
+    monkeypatch.setattr(model_config, "MIXED", {mx.DeviceType.cpu: 7, mx.DeviceType.gpu: 7})
     assert np.allclose(np.asarray(model(tokens, model.make_cache())), want, atol=1e-5)
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from checkpoints import Spec, write_checkpoint
 
 from mlx_flashmoe import convert, load
 from mlx_flashmoe.kernels import gated_delta, on_cpu, reference
 from mlx_flashmoe.models import fused
+from mlx_flashmoe.selftest.checkpoints import VOCABULARY, write_checkpoint
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or "MLX_DISABLE_COMPILE" in os.environ or mx.default_device() != mx.cpu,
@@ -26,7 +26,7 @@ def logits(folder: Path, tokens: np.ndarray) -> tuple[np.ndarray, int]:
     model, _ = load(folder, dtype=mx.float32, expert_memory="1GB")
     cache = model.make_cache()
     mx.eval(model(mx.array(tokens[None, :5]), cache))
-    layer = model.model.model.layers[0].mlp
+    layer = model.model.model.layers[-1].mlp
     built = 0
     plain = type(layer).route
 
@@ -44,14 +44,13 @@ def logits(folder: Path, tokens: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 @pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("model_type", ["qwen3_5_moe", "glm4_moe"])
 def test_replaying_a_layer_changes_nothing(
-    tmp_path: Path, quantized: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model_type: str, quantized: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = Spec(experts=8, layers=4)
-    write_checkpoint(tmp_path / "source", spec, "fused")
-    (tmp_path / "source" / "tokenizer.json").unlink()
+    write_checkpoint(tmp_path / "source", model_type)
     convert(tmp_path / "source", tmp_path / "model", q_bits=4 if quantized else 16)
-    tokens = np.random.default_rng(0).integers(0, spec.vocab, 15)
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, 15)
     monkeypatch.setattr(on_cpu, "module", lambda: reference)
     monkeypatch.setattr(gated_delta, "_on_cpu", lambda: None)
     want, built = logits(tmp_path / "model", tokens)

@@ -285,3 +285,61 @@ def test_whether_a_prompt_opens_thinking() -> None:
 )
 def test_a_template_is_known_to_read_a_variable(source: str, reads: bool) -> None:
     assert ChatTemplate(source, {}).reads("enable_thinking") is reads
+
+
+# Calls in the history
+
+CALLS = [
+    {"role": "user", "content": "Weather?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {"id": "call_1", "function": {"name": "look", "arguments": {"at": "Zürich"}}},
+            {"id": "call_2", "function": {"name": "look", "arguments": {"at": "Bern"}}},
+        ],
+    },
+    {"role": "tool", "tool_call_id": "call_2", "content": "rain"},
+    {"role": "tool", "tool_call_id": "call_1", "content": "sun"},
+    {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "say", "arguments": {}}}]},
+    {"role": "tool", "content": "said"},
+]
+CALL = "{% for c in m.tool_calls or [] %}[%s]{% endfor %}"
+# As Kimi K2 has them: ids alone, and objects or texts.
+BY_ID = "{{ c.id }}={{ c.function.arguments if c.function.arguments is string else c.function.arguments | tojson }}"
+# As DeepSeek-V3.1 has them: a text, that is added to others.
+ADDED = "{{ c.function.name + '=' + c.function.arguments }}"
+# A template that would show Python's own form of an object.
+SHOWN = "{{ c.function.name }}={{ c.function.arguments }}"
+OBJECTS = "{{ c.function.name }}={{ c.function.arguments | tojson }}"
+ENTRIES = "{{ c.function.name }}={% for k, v in c.function.arguments.items() %}{{ k }}:{{ v }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("form", "first", "second", "last"),
+    [
+        (BY_ID, 'functions.look:0={"at": "Zürich"}', 'functions.look:1={"at": "Bern"}', "functions.say:2={}"),
+        (ADDED, 'look={"at": "Zürich"}', 'look={"at": "Bern"}', "say={}"),
+        (SHOWN, 'look={"at": "Zürich"}', 'look={"at": "Bern"}', "say={}"),
+        (OBJECTS, 'look={"at": "Zürich"}', 'look={"at": "Bern"}', "say={}"),
+        (ENTRIES, "look=at:Zürich", "look=at:Bern", "say="),
+    ],
+)
+def test_calls_in_the_history_are_as_the_template_takes_them(
+    form: str, first: str, second: str, last: str
+) -> None:
+    source = "{% for m in messages %}{{ m.role }}({{ m.content }}" + CALL.replace("%s", form)
+    source += "{% if m.role == 'tool' %} of {{ m.tool_call_id }}{% endif %}){% endfor %}"
+    tok = Tokenizer(TOKENIZER._tokenizer, chat_templates={"default": source})
+    before = json.dumps(CALLS)
+    text = tok.apply_chat_template(CALLS, tokenize=False)
+    ids = (
+        ("functions.look:1", "functions.look:0", "functions.say:2")
+        if form == BY_ID
+        else ("call_2", "call_1", "")
+    )
+    assert text == (
+        f"user(Weather?)assistant([{first}][{second}])tool(rain of {ids[0]})tool(sun of {ids[1]})"
+        f"assistant([{last}])tool(said of {ids[2]})"
+    )
+    assert json.dumps(CALLS) == before

@@ -172,7 +172,8 @@ def test_small_files(tmp_path: Path) -> None:
     (out / "tokenizer.json").unlink()
     assert faults() == [
         "config.json: is not a JSON object",
-        "tokenizer.json is missing: the folder has no tokenizer",
+        "tokenizer.json is missing: the folder has no tokenizer; put the model's tokenizer.json (or Kimi's "
+        "tiktoken.model) and tokenizer_config.json into it",
     ]
     (out / "config.json").write_bytes((source / "config.json").read_bytes())
     (out / "tokenizer_config.json").unlink()  # one without a tokenizer is a model, too

@@ -233,7 +233,11 @@ def _layers(
     decode = Decode(arena)
     model = architecture(model_type).Model(settings, lambda i: StreamedExperts(decode, i), active)
     model.set_dtype(dtype)
-    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.weight.shape[-1] % q.group_size == 0
+    ]
     quantize(model, {path: {"bits": q.bits, "group_size": q.group_size} for path in linear})
     model.update(tree_map(mx.zeros_like, model.parameters()))  # random ones would have to be computed first
     mx.eval(model.parameters())

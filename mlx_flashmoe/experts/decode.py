@@ -35,16 +35,17 @@ class Decode:
     Args:
         arena: the model's.
         ahead: reads of the following layer's likely experts; None for none.
+        may_defer: nothing of a token is evaluated before its last layer is built.
 
     Attributes:
         on_prefill_layer: called as a prompt goes through, with (layers whose experts are read, layers).
         on_routing: called with (layer, ids [tokens, K]) whenever a layer's experts are asked for.
     """
 
-    def __init__(self, arena: SlotArena, ahead: ReadAhead | None = None):
+    def __init__(self, arena: SlotArena, ahead: ReadAhead | None = None, may_defer: bool = True):
         self.arena = arena
         self.ahead = ahead
-        self.deferred = bool(mx.default_device() == mx.gpu)
+        self.deferred = bool(may_defer and mx.default_device() == mx.gpu)
         self._to_host = cuda.HostCopy() if cuda.is_current() else host_view
         self._pending: _Choice | None = None
         self.on_prefill_layer: Callable[[int, int], None] | None = None

@@ -76,7 +76,7 @@ class PendingReads:
 
     def __init__(self, store: ExpertStore, requests: Sequence[ReadRequest], slab: Slab):
         self._store = store
-        self._slab = slab
+        self._slab: Slab | None = slab
         spans = {
             layer: store.spans(layer, len(requests)) for layer in {request.layer for request in requests}
         }
@@ -136,6 +136,9 @@ class PendingReads:
         """Called with the lock held."""
         if self._closed and self._helping == 0 and not self.over:
             self.over = True
+            self._slab = (
+                None  # a thread that was asked to help may come late, and keeps no memory alive until then
+            )
             self._end.release()
 
     def _fail(self, error: BaseException) -> None:
@@ -160,12 +163,14 @@ class PendingReads:
                 self._if_over()
 
     def _read_parts(self) -> None:
-        store = self._store
+        store, slab = self._store, self._slab
+        if slab is None:  # over already
+            return
         with store.reading():
             for turn, (i, request, (start, stop)) in self._queue:
                 if self._cancelled:
                     return
-                crc = store.read(request, start, stop, self._slab, turn)
+                crc = store.read(request, start, stop, slab, turn)
                 with self._lock:
                     if crc is not None:
                         self._crcs[i].append((start, stop - start, crc))

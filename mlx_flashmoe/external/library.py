@@ -26,6 +26,7 @@ class Library:
         whole: a config.json -> the model with all its parts; weights are random and lazy, nothing is computed.
         loaded: a checkpoint folder -> the same with the checkpoint's weights, lazily.
         knows: a config.json -> the name of the module that describes its architecture; None if there is none.
+        aliases: model types that are other names of an architecture, and its own.
         language: a whole model -> (the part that makes text of tokens, the prefix of its paths).
     """
 
@@ -33,6 +34,7 @@ class Library:
     whole: Callable[[dict[str, Any]], nn.Module]
     loaded: Callable[[Path], nn.Module]
     knows: Callable[[dict[str, Any]], str | None]
+    aliases: Callable[[], dict[str, str]]
     language: Callable[[nn.Module], tuple[nn.Module, str]]
 
     def build(self, config: dict[str, Any]) -> tuple[nn.Module, str]:
@@ -96,6 +98,12 @@ def _describes(name: str, settings: str) -> bool:
     return hasattr(module, "Model") and hasattr(module, settings)
 
 
+def _lm_aliases() -> dict[str, str]:
+    from mlx_lm.utils import MODEL_REMAPPING
+
+    return dict(MODEL_REMAPPING)
+
+
 def _lm_whole(config: dict[str, Any]) -> nn.Module:
     name = _lm_knows(config)
     assert name is not None
@@ -121,6 +129,12 @@ def _vlm_knows(config: dict[str, Any]) -> str | None:
     name = f"mlx_vlm.models.{kind}"
     known = kind is not None and str(kind).isidentifier() and _found(name)
     return name if known and _describes(name, "ModelConfig") else None
+
+
+def _vlm_aliases() -> dict[str, str]:
+    from mlx_vlm.utils import MODEL_REMAPPING
+
+    return dict(MODEL_REMAPPING)
 
 
 def _vlm_whole(config: dict[str, Any]) -> nn.Module:
@@ -164,8 +178,8 @@ def _language_model(model: nn.Module) -> tuple[nn.Module, str]:
 
 
 LIBRARIES = {
-    "mlx-lm": Library("mlx-lm", _lm_whole, _lm_loaded, _lm_knows, _all_of_it),
-    "mlx-vlm": Library("mlx-vlm", _vlm_whole, _vlm_loaded, _vlm_knows, _language_model),
+    "mlx-lm": Library("mlx-lm", _lm_whole, _lm_loaded, _lm_knows, _lm_aliases, _all_of_it),
+    "mlx-vlm": Library("mlx-vlm", _vlm_whole, _vlm_loaded, _vlm_knows, _vlm_aliases, _language_model),
 }
 """In the order in which they are asked for an architecture, and tried with a checkpoint of it."""
 

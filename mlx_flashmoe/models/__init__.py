@@ -10,12 +10,24 @@ import mlx.nn as nn
 
 from mlx_flashmoe.errors import FormatError
 from mlx_flashmoe.kernels import gpu
-from mlx_flashmoe.models import glm4_moe, minimax_m2, qwen3_5_moe, qwen3_moe, qwen3_next
+from mlx_flashmoe.models import (
+    deepseek_v3,
+    glm4_moe,
+    minimax_m2,
+    qwen2_moe,
+    qwen3_5_moe,
+    qwen3_moe,
+    qwen3_next,
+)
 
 # A checkpoint's model_type -> the module with its Config and Model.
 ARCHITECTURES: dict[str, ModuleType] = {
+    "deepseek_v3": deepseek_v3,
+    "kimi_k2": deepseek_v3,
+    "kimi_k25": deepseek_v3,
     "glm4_moe": glm4_moe,
     "minimax_m2": minimax_m2,
+    "qwen2_moe": qwen2_moe,
     "qwen3_5_moe": qwen3_5_moe,
     "qwen3_5_moe_text": qwen3_5_moe,
     "qwen3_moe": qwen3_moe,

@@ -51,6 +51,9 @@ class Attention(nn.Module):
         q, k, v = self._projections(x)
         return self.o_proj(self.attend(q.reshape(*x.shape[:2], self.heads, -1), k, v, cache))
 
+    def make_cache(self) -> KVCache:
+        return KVCache()
+
     def attend(self, q: mx.array, k: mx.array, v: mx.array, cache: KVCache | None) -> mx.array:
         """Queries [B, T, heads, head_dim] against keys and values [B, T, kv_heads * head_dim] and what came before.
 

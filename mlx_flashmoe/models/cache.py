@@ -34,25 +34,22 @@ class Cache:
         self.offset = offset
 
 
-class KVCache(Cache):
-    """Keys and values of a full-attention layer; grows in steps, so that appending rarely copies."""
+class GrowingCache(Cache):
+    """Arrays [B, heads, tokens, dims]; they grow in steps, so that appending rarely copies."""
 
     step = 256
 
-    def __init__(self) -> None:
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
-
-    def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Appends keys and values [B, heads, T, head_dim] and returns all of them."""
-        end = self.offset + keys.shape[2]
-        if self.keys is None or self.values is None or end > self.keys.shape[2]:
-            self.keys = self._grow(self.keys, keys, end)
-            self.values = self._grow(self.values, values, end)
-        self.keys[..., self.offset : end, :] = keys
-        self.values[..., self.offset : end, :] = values
+    def _append(self, **new: mx.array) -> list[mx.array]:
+        """Appends arrays [B, heads, T, dims], by attribute, and returns all that each has now."""
+        end = self.offset + next(iter(new.values())).shape[2]
+        for name, array in new.items():
+            held = getattr(self, name)
+            if held is None or end > held.shape[2]:
+                held = self._grow(held, array, end)
+                setattr(self, name, held)
+            held[..., self.offset : end, :] = array
         self.offset = end
-        return self.keys[..., :end, :], self.values[..., :end, :]
+        return [getattr(self, name)[..., :end, :] for name in new]
 
     def _grow(self, old: mx.array | None, new: mx.array, end: int) -> mx.array:
         batch, heads, _, dim = new.shape
@@ -62,6 +59,30 @@ class KVCache(Cache):
 
     def snapshot(self) -> dict[str, mx.array]:
         return {name: mx.contiguous(a[..., : self.offset, :]) for name, a in super().snapshot().items()}
+
+
+class KVCache(GrowingCache):
+    """Keys and values of a full-attention layer."""
+
+    def __init__(self) -> None:
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+
+    def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Appends keys and values [B, heads, T, head_dim] and returns all of them."""
+        keys, values = self._append(keys=keys, values=values)
+        return keys, values
+
+
+class LatentCache(GrowingCache):
+    """What all heads' keys and values of a latent-attention layer are made from: [B, 1, tokens, latent + rotated]."""
+
+    def __init__(self) -> None:
+        self.latents: mx.array | None = None
+
+    def update(self, latents: mx.array) -> mx.array:
+        """Appends latents [B, 1, T, dims] and returns all of them."""
+        return self._append(latents=latents)[0]
 
 
 class RecurrentCache(Cache):

@@ -18,6 +18,15 @@ C = TypeVar("C", bound="BaseConfig")
 MOST = {"num_hidden_layers": 4096, "num_experts": 1 << 16}
 MOST_ELSE = 1 << 30
 
+# Tokens of a prompt that mix at once: what a layer holds for them is several times wider than all else, and where
+# memory is shared with much else a chunk is to be long all the same, because its experts are read once.
+MIXED = {mx.DeviceType.cpu: 64, mx.DeviceType.gpu: 256}
+
+
+def mixed_at_once() -> int:
+    """Tokens that mix at once on the current device."""
+    return MIXED[mx.default_device().type]
+
 
 @dataclass(frozen=True)
 class BaseConfig:

@@ -8,19 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_flashmoe.models.attention import Attention
-from mlx_flashmoe.models.cache import Cache, KVCache
-from mlx_flashmoe.models.config import BaseConfig
+from mlx_flashmoe.models.cache import Cache
+from mlx_flashmoe.models.config import BaseConfig, mixed_at_once
+from mlx_flashmoe.models.latent_attention import LatentAttention
 from mlx_flashmoe.models.moe import MLP, MoE
 from mlx_flashmoe.models.norm import RMSNorm
-
-# Tokens of a prompt that mix at once: what a layer holds for them is several times wider than all else, and where
-# memory is shared with much else a chunk is to be long all the same, because its experts are read once.
-MIXED = {mx.DeviceType.cpu: 64, mx.DeviceType.gpu: 256}
-
-
-def mixed_at_once() -> int:
-    """Tokens that mix at once on the current device."""
-    return MIXED[mx.default_device().type]
 
 
 class DecoderLayer(nn.Module):
@@ -64,15 +56,15 @@ class DecoderLayer(nn.Module):
 
 
 class AttentionLayer(DecoderLayer):
-    def __init__(self, config: BaseConfig, attention: Attention, mlp: MoE | MLP):
+    def __init__(self, config: BaseConfig, attention: Attention | LatentAttention, mlp: MoE | MLP):
         super().__init__(config, mlp)
         self.self_attn = attention
 
-    def mix(self, x: mx.array, cache: KVCache | None) -> mx.array:
+    def mix(self, x: mx.array, cache: Any) -> mx.array:
         return self.self_attn(x, cache)
 
     def make_cache(self) -> Cache:
-        return KVCache()
+        return self.self_attn.make_cache()
 
 
 class Decoder(nn.Module):
@@ -99,11 +91,13 @@ class CausalLM(nn.Module):
 
     Attributes:
         renamed: parts of published names -> what they are here; each is looked for in turn.
+        refused: parts of published names -> why such a checkpoint cannot be converted, and what can.
         routers: last parts of the paths of Linear modules that choose experts: they are quantized to 8 bits.
         norms_less_one: published checkpoints hold weight - 1 of every RMSNorm.
     """
 
     renamed: ClassVar[dict[str, str]] = {}
+    refused: ClassVar[dict[str, str]] = {}
     routers: ClassVar[tuple[str, ...]] = ("gate", "shared_expert_gate")
     norms_less_one: ClassVar[bool] = False
 

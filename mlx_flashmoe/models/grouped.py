@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_flashmoe.errors import FormatError
 from mlx_flashmoe.models.config import MOST, BaseConfig, first_layers, whole
 from mlx_flashmoe.models.moe import MLP, Experts, MoE, SharedExpertMoE, feed_forward
-from mlx_flashmoe.models.router import Router
+from mlx_flashmoe.models.router import Gate, Router
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ class GroupedConfig(BaseConfig):
         return self.n_shared_experts * self.moe_intermediate_size
 
     def activation_bytes(self, dtype: mx.Dtype) -> int:
-        # The gate's input in float32, scores corrected and within groups; the shared experts' rows and their result.
-        routed = 4 * self.hidden_size + 3 * 4 * self.num_experts
+        # Of the shared experts: gate, up, their product and the result.
         shared = (3 * self.shared_size + self.hidden_size) * dtype.size
-        return super().activation_bytes(dtype) + routed + shared
+        chosen = Gate.activation_bytes(self.hidden_size, self.num_experts)
+        return super().activation_bytes(dtype) + chosen + shared
 
 
 def grouped_moe(

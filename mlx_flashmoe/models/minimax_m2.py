@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from reprlib import repr as short
 from typing import Any, ClassVar
 
+import mlx.core as mx
+
 from mlx_flashmoe.errors import FormatError
 from mlx_flashmoe.models.attention import Attention
 from mlx_flashmoe.models.config import BaseConfig, head_dim, whole
@@ -44,6 +46,9 @@ class Config(BaseConfig):
             "num_experts": text["num_local_experts"],
             "moe_intermediate_size": text["intermediate_size"],
         }
+
+    def activation_bytes(self, dtype: mx.Dtype) -> int:
+        return super().activation_bytes(dtype) + Gate.activation_bytes(self.hidden_size, self.num_experts)
 
 
 class Model(CausalLM):

@@ -20,31 +20,34 @@ class Yarn:
 
     Attributes:
         attention_factor: rotated queries and keys are multiplied by it.
+        mscale_all_dim: strength of ``score_factor``; 0 is none.
         truncate: the two bounds are rounded to whole rotations.
     """
 
     factor: float
     original_context: int
     attention_factor: float
+    mscale_all_dim: float
     beta_fast: float
     beta_slow: float
     truncate: bool
 
     @classmethod
     def from_config(cls, rope: dict[str, Any], text: dict[str, Any]) -> Yarn:
-        if rope.get("mscale") and rope.get("mscale_all_dim"):
-            raise FormatError("mscale and mscale_all_dim of rope type 'yarn' are not supported")
         original = int(rope.get("original_max_position_embeddings") or text["max_position_embeddings"])
         factor, attention = rope["factor"], rope.get("attention_factor")
         if factor is None:  # transformers then takes what the context has grown by
             factor = text["max_position_embeddings"] / original
         factor = float(factor)
+        mscale, all_dim = float(rope.get("mscale") or 0), float(rope.get("mscale_all_dim") or 0)
         if attention is None:
-            attention = 0.1 * math.log(factor) + 1 if factor > 1 else 1
+            both = mscale and all_dim
+            attention = _mscale(factor, mscale) / _mscale(factor, all_dim) if both else _mscale(factor, 1)
         yarn = cls(
             factor,
             original,
             float(attention),
+            all_dim,
             float(rope.get("beta_fast") or 32),
             float(rope.get("beta_slow") or 1),
             bool(rope.get("truncate", True)),
@@ -52,6 +55,11 @@ class Yarn:
         if min(factor, yarn.original_context, yarn.beta_fast, yarn.beta_slow) <= 0:
             raise ValueError("rope_parameters")
         return yarn
+
+    @property
+    def score_factor(self) -> float:
+        """The factor of every score in DeepSeek's attention, of dims that are rotated and of those that are not."""
+        return _mscale(self.factor, self.mscale_all_dim) ** 2
 
     def stretched(self, dims: int, theta: float) -> mx.array:
         """How much each of the dims / 2 rotations is stretched: 0 not at all, 1 by all of ``factor``."""
@@ -67,6 +75,11 @@ class Yarn:
         if low == high:
             high += 0.001
         return mx.clip((mx.arange(dims // 2, dtype=mx.float32) - low) / (high - low), 0, 1)
+
+
+def _mscale(factor: float, strength: float) -> float:
+    """Returns how much attention is sharpened in a context ``factor`` times as long; 1 without ``strength``."""
+    return 0.1 * strength * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 @dataclass(frozen=True)
@@ -133,15 +146,20 @@ def _settings(text: dict[str, Any]) -> dict[str, Any]:
 
 
 class RotaryEmbedding:
-    """Rotates the first ``rope.dims`` of each head of x [B, heads, T, head_dim] by its position."""
+    """Rotates the first ``rope.dims`` of each head of x [B, heads, T, head_dim] by its position.
 
-    def __init__(self, rope: Rope):
+    Args:
+        interleaved: dims 2i and 2i + 1 are rotated together, not i and i + dims / 2.
+    """
+
+    def __init__(self, rope: Rope, interleaved: bool = False):
         exponent = mx.arange(0, rope.dims, 2, dtype=mx.float32) / rope.dims
         periods = rope.theta**exponent
         if rope.yarn is not None:
             share = rope.yarn.stretched(rope.dims, rope.theta)
             periods = 1 / (share / (rope.yarn.factor * periods) + (1 - share) / periods)
         self._dims = rope.dims
+        self._interleaved = interleaved
         self._periods = periods
         mx.eval(periods)  # now: lazy, it could only ever be computed on the thread that loaded the model
         self._factor = rope.yarn.attention_factor if rope.yarn is not None else 1.0
@@ -150,5 +168,11 @@ class RotaryEmbedding:
         if self._factor != 1.0:
             x = mx.concatenate([self._factor * x[..., : self._dims], x[..., self._dims :]], axis=-1)
         return mx.fast.rope(
-            x, self._dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._periods
+            x,
+            self._dims,
+            traditional=self._interleaved,
+            base=None,
+            scale=1.0,
+            offset=offset,
+            freqs=self._periods,
         )

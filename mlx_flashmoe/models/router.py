@@ -34,6 +34,11 @@ class Gate(nn.Module):
         """Whether a parameter of a model is a gate's."""
         return path.endswith((".mlp.gate.weight", ".mlp.gate.e_score_correction_bias"))
 
+    @staticmethod
+    def activation_bytes(dims: int, count: int) -> int:
+        """Bytes that a prompt's token takes for its choice, beyond what every router's takes."""
+        return 4 * dims + 3 * 4 * count  # the input in float32; scores corrected, and within groups
+
     def __call__(self, x: mx.array) -> mx.array:
         return x.astype(mx.float32) @ self.weight.T
 

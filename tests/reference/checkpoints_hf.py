@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
     MiniMaxM2Config,
     MiniMaxM2ForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3_5MoeForCausalLM,
     Qwen3_5MoeTextConfig,
     Qwen3MoeConfig,
@@ -62,11 +66,11 @@ class Family:
     """An architecture in transformers, a small shape of it, and the layouts it comes in.
 
     Layouts: "wrapped" and "released", as it is published (experts stacked and names wrapped, or one tensor an expert);
-    "per expert", as transformers writes it; "fused", as transformers holds it.
+    "wrapped, released", as Kimi K2.5 is; "per expert", as transformers writes it; "fused", as transformers holds it.
 
     Attributes:
         named: settings that transformers writes, and what config.json calls them.
-        released: settings in a release's config.json that transformers does not write.
+        released: settings in a release's config.json that transformers does not write; ... is one that only it writes.
         left_out: a tensor of a release that text generation does not use.
     """
 
@@ -100,6 +104,12 @@ QWEN3_MOE = Family(
     ("released", "per expert"),
     named={"num_local_experts": "num_experts"},
 )
+QWEN2_MOE = Family(
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    {**COMMON, "head_dim": 32, "shared_expert_intermediate_size": 96, "rope_parameters": PLAIN_ROPE},
+    ("released", "per expert", "fused"),
+)
 GLM4_MOE = Family(
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
@@ -113,6 +123,41 @@ GLM4_MOE = Family(
         "rope_parameters": {**PLAIN_ROPE, "partial_rotary_factor": 0.5},
     },
     ("released", "per expert", "fused"),
+    left_out="model.layers.4.eh_proj.weight",
+)
+DEEPSEEK_V3 = Family(
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    dict(
+        vocab_size=320,
+        hidden_size=128,
+        num_hidden_layers=4,
+        first_k_dense_replace=1,
+        intermediate_size=192,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=96,
+        kv_lora_rank=64,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=24,
+        moe_intermediate_size=64,
+        n_routed_experts=16,
+        n_shared_experts=1,
+        num_experts_per_tok=4,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=2.5,
+        max_position_embeddings=128,
+        eos_token_id=None,
+        attn_implementation="eager",
+        rope_parameters=PLAIN_ROPE,
+    ),
+    ("released", "per expert", "fused"),
+    released={
+        **{"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "ep_size": 1},
+        **{"head_dim": ..., "qk_head_dim": ..., "rope_interleave": ...},
+    },
     left_out="model.layers.4.eh_proj.weight",
 )
 MINIMAX_M2 = Family(
@@ -222,6 +267,67 @@ SHAPES: dict[str, tuple[Family, dict[str, Any]]] = {
         QWEN3_MOE,
         dict(tie_word_embeddings=True, attention_bias=True, rope_parameters=YARN),
     ),
+    "DeepSeek-V3": (DEEPSEEK_V3, {}),
+    "DeepSeek-V3, no query latent, one group, tied, two shared, weights as they are, half rotation": (
+        replace(DEEPSEEK_V3, layouts=("per expert", "fused")),  # no release rotates so
+        dict(
+            q_lora_rank=None,
+            n_group=1,
+            topk_group=1,
+            n_shared_experts=2,
+            tie_word_embeddings=True,
+            norm_topk_prob=False,
+            first_k_dense_replace=0,
+            rope_interleave=False,
+        ),
+    ),
+    "DeepSeek-V3, YaRN with mscale, bias, wide values": (
+        DEEPSEEK_V3,
+        dict(
+            attention_bias=True,
+            v_head_dim=48,
+            qk_nope_head_dim=16,
+            rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        ),
+    ),
+    "DeepSeek-V3, YaRN with two mscales, one of them for all scores": (
+        DEEPSEEK_V3,
+        dict(rope_parameters={**YARN, "mscale": 0.707, "mscale_all_dim": 1.3}),
+    ),
+    "Kimi K2": (
+        replace(DEEPSEEK_V3, layouts=("released", "wrapped, released")),
+        dict(
+            n_group=1,
+            topk_group=1,
+            n_routed_experts=40,
+            num_experts_per_tok=8,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            rope_parameters={
+                **YARN,
+                "rope_theta": 5e4,
+                "beta_fast": 1.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
+        ),
+    ),
+    "Qwen2-MoE": (QWEN2_MOE, {}),
+    "Qwen2-MoE, every second layer without experts, weights sum to 1, tied, no bias": (
+        QWEN2_MOE,
+        dict(
+            decoder_sparse_step=2,
+            intermediate_size=192,
+            norm_topk_prob=True,
+            tie_word_embeddings=True,
+            qkv_bias=False,
+        ),
+    ),
+    "Qwen2-MoE, heads without groups, YaRN": (
+        QWEN2_MOE,
+        dict(num_key_value_heads=4, head_dim=64, rope_parameters=YARN),
+    ),
     "GLM-4.5": (GLM4_MOE, {}),
     "GLM-4.5-Air, no norms in attention, no bias, scores as they are": (
         GLM4_MOE,
@@ -315,6 +421,18 @@ def save(model: PreTrainedModel, folder: Path, layout: str, dtype: torch.dtype =
         tensors["model.visual.patch_embed.proj.weight"] = torch.zeros(4, 4)
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config))
+    elif layout == "wrapped, released":
+        model.to(dtype).save_pretrained(folder)
+        file = folder / "model.safetensors"
+        tensors = {f"language_model.{name}": t for name, t in load_file(file).items()}
+        tensors["vision_tower.patch_embed.proj.weight"] = torch.zeros(4, 4)
+        tensors["mm_projector.proj.0.weight"] = torch.zeros(4, 4)
+        save_file(tensors, file)
+        config = {
+            "model_type": "kimi_k25",
+            "text_config": {**released_config(model), "model_type": "kimi_k2"},
+        }
+        (folder / "config.json").write_text(json.dumps(config))
     else:
         model.to(dtype).save_pretrained(folder, max_shard_size="2MB")
         if layout == "released":
@@ -350,9 +468,9 @@ def released_config(model: PreTrainedModel) -> dict[str, Any]:
             config[published] = config.pop(theirs)
     if isinstance(model, MiniMaxM2ForCausalLM):
         config["rotary_dim"] = int(config.pop("partial_rotary_factor", 1) * config["head_dim"])
-    if config.pop("layer_types", None):
+    if config.pop("layer_types", None) and "linear_conv_kernel_dim" in config:
         config["full_attention_interval"] = 4
-    return config
+    return {name: value for name, value in config.items() if value is not ...}
 
 
 def dequantized_state(folder: Path) -> dict[str, torch.Tensor]:

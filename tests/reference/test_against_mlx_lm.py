@@ -15,6 +15,7 @@ from checkpoints_hf import SHAPES, random_model, save
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
 from mlx_flashmoe import convert, load
+from mlx_flashmoe.errors import SourceError
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,7 @@ from mlx_flashmoe import convert, load
         ("Qwen3-MoE, many heads, weights as they are", None, None),
         ("GLM-4.5", 4, 64),
         ("GLM-4.5-Air, no norms in attention, no bias, scores as they are", None, None),
+        ("Qwen2-MoE", 4, 64),
         ("MiniMax-M2", 4, 64),
         ("MiniMax-M2", None, None),
     ],
@@ -47,6 +49,53 @@ def test_mlx_community_checkpoint(tmp_path: Path, shape: str, bits: int | None, 
     convert(published, tmp_path / "dst", q_bits=bits or 16)
     ours, _ = load(tmp_path / "dst")
     theirs, _ = load_model(published)
+    tokens = mx.array(np.random.default_rng(1).integers(0, 320, (1, 80)))
+    want, got = np.asarray(theirs(tokens)), np.asarray(ours(tokens))
+    assert np.abs(got - want).max() <= 2e-3
+    assert (got.argmax(-1) == want.argmax(-1)).all()
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "DeepSeek-V3, YaRN with mscale, bias, wide values",
+        "DeepSeek-V3",
+        "Kimi K2",
+    ],
+)
+def test_latent_attention_before_mlx_lm_took_it_apart(tmp_path: Path, shape: str, bits: int | None) -> None:
+    """Older checkpoints of the community have kv_b_proj, which mlx-lm still reads; of newer ones there are halves."""
+    source = save(random_model(shape), tmp_path / "src", "released")
+    model, config = load_model(source, lazy=True)
+    if bits is not None:
+        # kv_b_proj stays whole and unquantized: mlx-lm would quantize its halves along other groups.
+        def some(path: str, module: object) -> bool:
+            return hasattr(module, "to_quantized") and not path.endswith(("embed_q", "unembed_out"))
+
+        model, config = quantize_model(model, config, 32, bits, quant_predicate=some)
+    apart = tmp_path / "apart"
+    save_model(apart, model)
+    save_config(config, apart / "config.json")
+    with pytest.raises(SourceError, match="embed_q"):
+        convert(apart, tmp_path / "refused")
+
+    published = tmp_path / "published"
+    published.mkdir()
+    tensors = {}
+    for file in apart.glob("*.safetensors"):
+        tensors.update(mx.load(str(file)))
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}.self_attn"
+        keys, values = (tensors.pop(f"{at}.{half}.weight") for half in ("embed_q", "unembed_out"))
+        whole = mx.concatenate([keys.swapaxes(-1, -2), values], axis=1)
+        tensors[f"{at}.kv_b_proj.weight"] = mx.contiguous(whole.reshape(-1, whole.shape[-1]))
+    mx.save_safetensors(str(published / "model.safetensors"), tensors, {"format": "mlx"})
+    for name in ("config.json", "tokenizer.json"):
+        (published / name).write_bytes(((apart if name == "config.json" else source) / name).read_bytes())
+    theirs, _ = load_model(published)
+    convert(published, tmp_path / "dst", q_bits=bits or 16)
+    ours, _ = load(tmp_path / "dst")
     tokens = mx.array(np.random.default_rng(1).integers(0, 320, (1, 80)))
     want, got = np.asarray(theirs(tokens)), np.asarray(ours(tokens))
     assert np.abs(got - want).max() <= 2e-3

@@ -80,8 +80,12 @@ def test_unquantized(tmp_path: Path, shape: str, layout: str) -> None:
         ("Qwen3-Next, wide values, tied, weights as they are, YaRN", 3, 32),
         ("Qwen3-MoE", 4, 64),
         ("Qwen3-MoE, tied, bias, YaRN", 8, 32),
+        ("DeepSeek-V3", 4, 32),
+        ("DeepSeek-V3, YaRN with mscale, bias, wide values", 3, 64),
+        ("Kimi K2", 8, 32),
         ("GLM-4.5", 4, 64),
         ("MiniMax-M2", 4, 64),
+        ("Qwen2-MoE", 4, 64),
     ],
 )
 def test_quantized(tmp_path: Path, shape: str, bits: int, group: int) -> None:
@@ -98,7 +102,7 @@ def test_quantized(tmp_path: Path, shape: str, bits: int, group: int) -> None:
     assert greedy(model, prompt) == theirs[0, 20:].tolist()
 
 
-@pytest.mark.parametrize("shape", ["base", "Qwen3-Next", "Qwen3-MoE", "GLM-4.5", "MiniMax-M2"])
+@pytest.mark.parametrize("shape", ["base", "Qwen3-Next", "Qwen3-MoE", "GLM-4.5", "DeepSeek-V3", "MiniMax-M2"])
 def test_released_in_bfloat16(tmp_path: Path, shape: str) -> None:
     """bfloat16 weights are those of the reference exactly; (1 + weight) norms lose nothing."""
     original = random_model(shape).to(torch.bfloat16)
@@ -118,6 +122,7 @@ def test_released_in_bfloat16(tmp_path: Path, shape: str) -> None:
         "base",
         "Qwen3-MoE, many heads, weights as they are",
         "GLM-4.5, groups, two shared experts, three layers without experts, tied",
+        "DeepSeek-V3",
         "MiniMax-M2",
     ],
 )
@@ -126,13 +131,15 @@ def test_fewer_active_experts(tmp_path: Path, shape: str) -> None:
     convert(save(reference, tmp_path / "src", "per expert"), tmp_path / "dst", q_bits=16)
     model, _ = load(tmp_path / "dst", active_experts=2)
     for layer in reference.model.layers:
-        if hasattr(layer.mlp, "gate"):
+        if hasattr(layer.mlp, "gate"):  # not where a layer has no experts
             layer.mlp.gate.top_k = 2
     tokens = tokens_for(reference.config.vocab_size)
     assert_same(np.asarray(model(mx.array(tokens))), reference_logits(reference, tokens), tolerance=2e-4)
 
 
-@pytest.mark.parametrize("shape", ["tied, one kv head, many experts", "Qwen3-Next", "Qwen3-MoE", "GLM-4.5"])
+@pytest.mark.parametrize(
+    "shape", ["tied, one kv head, many experts", "Qwen3-Next", "Qwen3-MoE", "GLM-4.5", "DeepSeek-V3"]
+)
 def test_residency_never_changes_a_bit(tmp_path: Path, shape: str) -> None:
     original = random_model(shape)
     convert(save(original, tmp_path / "src", "per expert"), tmp_path / "dst", q_bits=4, q_group_size=32)

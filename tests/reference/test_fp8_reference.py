@@ -32,7 +32,7 @@ ROWS = {
 }
 # The rest stays as it is, as in releases.
 EXPERTS_AND_ATTENTION = ("_proj.weight", "_proj", "in_proj_qkv.weight", "in_proj_z.weight", ".w1.weight")
-EXPERTS_AND_ATTENTION += (".w2.weight", ".w3.weight")
+EXPERTS_AND_ATTENTION += (".w2.weight", ".w3.weight", ".kv_a_proj_with_mqa.weight")
 NAN = 0x7F  # and 0xFF
 NUMBERS = torch.tensor([code for code in range(256) if code & 0x7F != NAN], dtype=torch.uint8)
 INDEX = "model.safetensors.index.json"
@@ -158,6 +158,7 @@ def test_quantized_from_torchs_values_in_float32(
     [
         ("no multiples of 128", "per expert", torch.bfloat16, BLOCKS),
         ("GLM-4.5", "released", torch.bfloat16, ROWS),
+        ("DeepSeek-V3", "released", torch.float32, BLOCKS),
         (
             "MiniMax-M2, many experts, YaRN, no multiples of 128",
             "released",
