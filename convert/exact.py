@@ -73,9 +73,9 @@ def kept(mode: str, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Matr
             bias=bias,
         )
     bits, group = MODES[mode]
-    # A job waits for the file of what it reads; scales in another one are read now: they are small.
-    beside = scales.file is weight.file
-    early = None if beside else scales.read()
+    # A job waits for the shard of what it reads; scales in another one are read now: they are small.
+    apart = type(scales.file) is SafetensorsFile and scales.file is not weight.file
+    early = scales.read() if apart else None
 
     def values(a: int, b: int) -> Bytes:
         packed = _rows(weight, a, b).view(np.uint32)

@@ -8,7 +8,6 @@ else is computed by the library's own operations from the real shards, one array
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import tempfile
@@ -16,7 +15,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from mlx.utils import tree_flatten
 
 from mlx_flashmoe.convert import exact
 from mlx_flashmoe.convert.binding import FLOATS, Bound, Dense, Experts, Kind, Matrix
+from mlx_flashmoe.convert.origins import Origin, Origins, relabelling, watched
 from mlx_flashmoe.convert.safetensors import SafetensorsFile, Tensor
 from mlx_flashmoe.convert.source import Checkpoint
 from mlx_flashmoe.errors import FormatError, SourceError
@@ -60,7 +60,7 @@ def bind(checkpoint: Checkpoint, library: Library, where: str) -> Bound:
         SourceError: the library cannot load the checkpoint, or holds something of it in a way that cannot be
             streamed or kept.
     """
-    with tempfile.TemporaryDirectory() as folder, _recorded() as record:
+    with tempfile.TemporaryDirectory() as folder, watched() as origins:
         _headers_only(checkpoint, Path(folder))
         try:
             model, _ = library.read(Path(folder))
@@ -78,7 +78,7 @@ def bind(checkpoint: Checkpoint, library: Library, where: str) -> Bound:
             raise SourceError(
                 f"{where}: {library.name}'s model of it holds no experts that could be streamed"
             )
-        finder = _Finder(checkpoint, library, record, model)
+        finder = _Finder(checkpoint, library, origins, model)
         layers = [
             finder.experts(layer, experts)
             for layer, experts in zip(layer_numbers([e.path for e in found]), found)
@@ -94,55 +94,6 @@ def bind(checkpoint: Checkpoint, library: Library, where: str) -> Bound:
         library=library.name,
         library_version=library.version,
     )
-
-
-@dataclass
-class _Record:
-    """Where arrays come from while a library loads a checkpoint.
-
-    Attributes:
-        loaded: id of an array -> its name in the checkpoint.
-        stacked: id of an array -> the arrays that are stacked in it.
-    """
-
-    loaded: dict[int, str] = field(default_factory=dict)
-    stacked: dict[int, list[mx.array]] = field(default_factory=dict)
-    _alive: list[mx.array] = field(default_factory=list)  # an id is one array's as long as that exists
-
-    def load(self, arrays: dict[str, mx.array]) -> None:
-        self._alive.extend(arrays.values())
-        self.loaded.update((id(array), name) for name, array in arrays.items())
-
-    def stack(self, array: mx.array, parts: list[mx.array]) -> None:
-        self._alive.append(array)
-        self.stacked[id(array)] = parts
-
-
-@contextlib.contextmanager
-def _recorded() -> Iterator[_Record]:
-    """While it lasts, ``mx.load`` and ``mx.stack`` tell which arrays they make."""
-    record, load, stack = _Record(), mx.load, mx.stack
-
-    def recording_load(file: Any, *args: Any, **kwargs: Any) -> Any:
-        result = load(file, *args, **kwargs)
-        arrays = result[0] if isinstance(result, tuple) else result
-        if isinstance(arrays, dict):
-            record.load(arrays)
-        return result
-
-    def recording_stack(arrays: Sequence[mx.array], axis: int = 0, **kwargs: Any) -> mx.array:
-        parts = list(arrays)
-        result = stack(parts, axis, **kwargs)
-        if axis == 0:
-            record.stack(result, parts)
-        return result
-
-    # The libraries look both up in the module when they call them.
-    vars(mx)["load"], vars(mx)["stack"] = recording_load, recording_stack
-    try:
-        yield record
-    finally:
-        vars(mx)["load"], vars(mx)["stack"] = load, stack
 
 
 def _headers_only(checkpoint: Checkpoint, folder: Path) -> None:
@@ -164,28 +115,29 @@ def _headers_only(checkpoint: Checkpoint, folder: Path) -> None:
 class _Finder:
     """Finds what fills a library's modules, and remembers what of the checkpoint was used."""
 
-    def __init__(self, checkpoint: Checkpoint, library: Library, record: _Record, model: nn.Module):
+    def __init__(self, checkpoint: Checkpoint, library: Library, origins: Origins, model: nn.Module):
         self.checkpoint = checkpoint
         self.library = library
-        self.record = record
+        self.origins = origins
         self.used: set[str] = set()
         self.computed = _Computed(checkpoint, library)
         self.predicate: Callable[..., Any] | None = getattr(model, "quant_predicate", None)
 
     def tensor(self, name: str, array: mx.array) -> Tensor:
         """The tensor of the checkpoint that an array is, or one that is computed from some."""
-        published = self.record.loaded.get(id(array))
-        if published is not None:
-            self.used.add(published)
-            return self.checkpoint.tensors[published]
-        return self.computed.tensor(name, array)
+        origin = self.origins.known.get(id(array))
+        return self.computed.tensor(name, array) if origin is None else self.published_tensor(origin)
+
+    def published_tensor(self, origin: Origin) -> Tensor:
+        self.used.add(origin.name)
+        tensor = self.checkpoint.tensors[origin.name]
+        return replace(tensor, dtype=DTYPES.get(origin.dtype, tensor.dtype), shape=origin.shape)
 
     def rows(self, name: str, array: mx.array) -> Callable[[int], Tensor]:
         """The part of an array [E, ...] that belongs to each expert."""
-        parts = self.record.stacked.get(id(array))
-        if parts is not None and all(id(part) in self.record.loaded for part in parts):
-            tensors = [self.tensor(name, part) for part in parts]
-            return tensors.__getitem__
+        stacked = self.origins.stacked.get(id(array))
+        if stacked is not None:
+            return [self.published_tensor(origin) for origin in stacked].__getitem__
         return self.tensor(name, array).at
 
     def arrays(self, path: str, module: nn.Module) -> dict[str, mx.array]:
@@ -389,11 +341,12 @@ class _Computed:
     def _compute(self, name: str) -> Bytes:
         with mx.stream(mx.cpu):
             if name not in self._lazy:
-                model, _ = self._library.read(self._checkpoint.folder)
+                with relabelling():
+                    model, _ = self._library.read(self._checkpoint.folder)
                 arrays: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
-                wanted = set(self.names)
-                self._lazy = {path: array for path, array in arrays if path in wanted}
+                self._lazy = dict(arrays)
             array = mx.contiguous(self._lazy.pop(name)).reshape(-1)
+            mx.eval(array)
             return np.array(array.view(mx.uint8))
 
 
