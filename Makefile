@@ -23,7 +23,7 @@ help:
 	@echo "make test-darwin  on Linux, run them with what Python has on macOS, and no more"
 	@echo "make lint       ruff, mypy as on Linux and as on macOS, shellcheck, and the workflows against their schema"
 	@echo "make metal      every Metal kernel in every format, in an emulation (needs g++ or clang++; two minutes)"
-	@echo "make reference  compare with transformers and mlx-lm (installs torch), then the slow tests"
+	@echo "make reference  compare with transformers, mlx-lm and mlx-vlm (installs torch), then the slow tests"
 	@echo "make clients    agents and packages as they come, against the server (needs node and git; 4 GB)"
 	@echo "make clean      remove .venv, .clients and demo"
 
