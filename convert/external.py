@@ -66,7 +66,9 @@ def bind(checkpoint: Checkpoint, library: Library, where: str) -> Bound:
             model, _ = library.read(Path(folder))
             found = expert_modules.find(model)
             if found:
-                ExternalConfig(library, checkpoint.config)  # which refuses what could not be run
+                settings = ExternalConfig(library, checkpoint.config)  # which refuses what could not be run
+                used = {one.path for one in settings.experts}
+                found = [one for one in found if one.path in used]
         except FormatError as e:
             raise SourceError(f"{where}: {e}") from None
         except Exception as e:  # whatever a library's code does with a checkpoint that it cannot load

@@ -31,6 +31,7 @@ class ExternalConfig:
 
     Attributes:
         vocab_size, num_experts_per_tok: as the model's graph has them.
+        experts, unused: the layers' experts that text goes through, and those that it does not.
         context_length: tokens of prompt and answer; None if config.json does not say.
         dtype: of the checkpoint's weights, by config.json; "" if it does not say.
     """
@@ -38,13 +39,15 @@ class ExternalConfig:
     def __init__(self, library: Library, config: dict[str, Any]):
         self.library = library
         model, self.prefix = library.build(config)
-        self.experts = expert_modules.find(model)
-        if not self.experts:
+        found = expert_modules.find(model)
+        if not found:
             raise FormatError(
                 f"{library.name}'s {type(model).__module__} holds no experts that could be streamed: it has no "
                 "SwitchGLU or SwitchMLP layers"
             )
-        probed = probe.probe(model, self.experts, lambda tokens, caches: run(model, tokens, caches))
+        probed = probe.probe(model, found, lambda tokens, caches: run(model, tokens, caches))
+        self.experts = [one for one in found if one.path in probed.used]
+        self.unused = [one for one in found if one.path not in probed.used]
         self.num_experts_per_tok, self.vocab_size = probed.top_k, probed.vocabulary
         self.num_experts = max(one.count for one in self.experts)
         self.hidden_size = self.experts[0].hidden_size
@@ -113,6 +116,8 @@ class ExternalModel(nn.Module):
         self.language_model, _ = settings.library.build(config)
         for layer, one in zip(settings.moe_layers, settings.experts):
             probe.replace(self.language_model, one, experts(layer, one.activation))
+        for one in settings.unused:
+            probe.replace(self.language_model, one, probe.Unused())
 
     def __call__(self, tokens: mx.array, cache: list[Cache] | None = None) -> mx.array:
         """tokens [B, T] -> logits [B, T, vocab]; ``cache`` (of ``make_cache``) is updated."""

@@ -39,10 +39,19 @@ class Probed:
     """Attributes:
     top_k: experts of a token, in the layer that uses the most.
     vocabulary: tokens whose logits the model returns.
+    used: paths of the experts that text goes through.
     """
 
     top_k: int
     vocabulary: int
+    used: list[str]
+
+
+class Unused(nn.Module):
+    """Stands where experts are that no text goes through: those for images, or for tokens further ahead."""
+
+    def __call__(self, *args: Any) -> mx.array:
+        raise RuntimeError("experts that were left out are used after all")
 
 
 def replace(model: nn.Module, experts: ExpertModule, module: nn.Module) -> None:
@@ -73,8 +82,7 @@ def probe(
     calls: list[tuple[str, int]] = []
     for one in experts:
         replace(model, one, Absent(one.path, calls))
-    expected = [one.path for one in experts]
-    vocabulary = 0
+    vocabulary, used = 0, [one.path for one in experts]
     for tokens in (1, 3):
         calls.clear()
         try:
@@ -83,13 +91,16 @@ def probe(
             raise FormatError(
                 f"{type(model).__module__} cannot be run with experts that are streamed: {type(e).__name__}: {e}"
             ) from None
-        if [path for path, _ in calls] != expected:
+        called = [path for path, _ in calls]
+        if tokens == 1:
+            used = [path for path in used if path in called]
+        if called != used or not used:
             raise FormatError(
                 f"{type(model).__module__}: its layers of experts are not called once each, in order; "
                 "they cannot be streamed"
             )
         vocabulary = logits.shape[-1]
-    return Probed(max(top_k for _, top_k in calls), vocabulary)
+    return Probed(max(top_k for _, top_k in calls), vocabulary, used)
 
 
 def caches(model: nn.Module) -> list[Any]:

@@ -397,8 +397,13 @@ MLX_VLM: dict[str, dict[str, Any]] = {
         projector_config=dict(input_dim=32, n_embed=64),
         **LATENT,
     ),
-    "ernie4_5_moe_vl": dict(
-        pixel_hidden_size=32, moe_layer_start_index=1, moe_layer_end_index=2, mrope_section=[3, 3, 2]
+    "ernie4_5_moe_vl": dict(  # experts for text, and others for images
+        moe_num_experts=[6, 4],
+        pixel_hidden_size=32,
+        moe_intermediate_size=[32, 32],
+        moe_layer_start_index=[1, 1],
+        moe_layer_end_index=[2, 2],
+        mrope_section=[3, 3, 2],
     ),
     "flint": dict(layer_types=WINDOWS, rope_parameters={kind: ROPE for kind in set(WINDOWS)}),
     "gemma4_text": MLX_LM["gemma4"],
