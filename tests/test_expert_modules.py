@@ -216,7 +216,13 @@ def test_the_graph_tells_what_a_model_does_with_its_experts() -> None:
     assert (probed.top_k, probed.vocabulary) == (2, 32)
 
 
-@pytest.mark.parametrize("order", [[1, 0], [0, 0, 1], [0]])
+def test_experts_that_no_text_goes_through_are_not_among_those_that_are_used() -> None:
+    tree = Tree(Gated(), Gated(), Gated(), order=[0, 2])
+    probed = probe(tree, experts.find(tree), lambda tokens, caches: run(tree, tokens))
+    assert probed.used == ["layers.0.experts", "layers.2.experts"]
+
+
+@pytest.mark.parametrize("order", [[1, 0], [0, 0, 1], [], [0, 1, 0]])
 def test_layers_that_are_not_called_once_each_in_order_are_refused(order: list[int]) -> None:
     tree = Tree(Gated(), Gated(), order=order)
     with pytest.raises(FormatError, match="not called once each, in order"):
