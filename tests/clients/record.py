@@ -56,7 +56,11 @@ class Recorder:
                 "answer": got.decode("utf-8", "replace"),
             }
             text = json.dumps(record, indent=1, ensure_ascii=False)
-            (self._folder / f"{number:03}.json").write_text(text, encoding="utf-8", errors="replace")
+            part = self._folder / f"{number:03}.part"
+            part.write_text(text, encoding="utf-8", errors="replace")
+            part.replace(
+                part.with_suffix(".json")
+            )  # whole, or not there: the test may read before the answer is over
 
 
 def _json(body: bytes) -> Any:
