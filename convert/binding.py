@@ -276,7 +276,7 @@ def bind(checkpoint: Checkpoint) -> Bound:
     if not isinstance(model_type, str) or model_type not in models.ARCHITECTURES:
         return _bind_external(checkpoint, where)
     architecture = describe(model_type, checkpoint.config, where)
-    # What is not published as this package computes it may be as a library does.
+    # This package cannot compute tensors that were split so, but the library that split them can.
     if any(part in name for name in checkpoint.tensors for part in architecture.refused) and find(
         checkpoint.config
     ):
@@ -453,7 +453,7 @@ class _Binder:
                 self.tensors[name] = tensor
                 if name.startswith("model.layers."):
                     self.root = published[: published.index("layers.")]
-        # Of all names that published ones may have, those that this checkpoint's have.
+        # Only the names that this checkpoint uses.
         self.renamed = {p: ours for p, ours in architecture.renamed.items() if p in renamed}
         self.left_out = dict(left_out)
         self.stacked = any(".switch_mlp." in name for name in self.tensors)

@@ -50,7 +50,8 @@ DTYPES = {
 }
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 KEPT = 2  # layers whose computed arrays are held: threads finish one while others begin the next
-SMALL_FILES = ("*.json", "*.jinja")  # what a library may read beside the weights
+SMALL_FILES = ("*.json", "*.jinja")  # that a library may read besides the weights
+PARTS = {"weight", "scales", "biases", "bias"}  # of a matrix
 
 
 def bind(checkpoint: Checkpoint, library: Library, where: str) -> Bound:
@@ -63,12 +64,12 @@ def bind(checkpoint: Checkpoint, library: Library, where: str) -> Bound:
     with tempfile.TemporaryDirectory() as folder, watched() as origins:
         _headers_only(checkpoint, Path(folder))
         try:
-            model, _ = library.read(Path(folder))
-            found = expert_modules.find(model)
-            if found:
+            model = library.read(Path(folder))
+            held = found = expert_modules.find(model)
+            if held:
                 settings = ExternalConfig(library, checkpoint.config)  # which refuses what could not be run
                 used = {one.path for one in settings.experts}
-                found = [one for one in found if one.path in used]
+                found = [one for one in held if one.path in used]
         except FormatError as e:
             raise SourceError(f"{where}: {e}") from None
         except Exception as e:  # whatever a library's code does with a checkpoint that it cannot load
@@ -85,7 +86,8 @@ def bind(checkpoint: Checkpoint, library: Library, where: str) -> Bound:
             finder.experts(layer, experts)
             for layer, experts in zip(layer_numbers([e.path for e in found]), found)
         ]
-        dense = [d for path, module in expert_modules.modules(model) for d in finder.dense(path, module)]
+        rest = expert_modules.modules(model, held)
+        dense = [d for path, module in rest for d in finder.dense(path, module)]
     return Bound(
         model_type=str(checkpoint.config["model_type"]),
         dense=dense,
@@ -99,7 +101,7 @@ def bind(checkpoint: Checkpoint, library: Library, where: str) -> Bound:
 
 
 def _headers_only(checkpoint: Checkpoint, folder: Path) -> None:
-    """Writes shards whose data is a hole in the file, and the small files beside them."""
+    """Writes sparse shards, which have headers and no data, and copies the small files."""
     for name, shard in checkpoint.shards.items():
         with open(folder / name, "wb") as file:
             text = shard.header.text
@@ -152,7 +154,7 @@ class _Finder:
         if "scales" not in arrays or not hasattr(module, "bits"):
             return arrays
         mode, group = self.mode(module), int(module.group_size)
-        unknown = sorted(arrays.keys() - {"weight", "scales", "biases", "bias"})
+        unknown = sorted(arrays.keys() - PARTS)
         if (mode != "affine" and mode not in exact.MODES) or unknown:
             raise SourceError(
                 f"{self.checkpoint.folder}: {path} is quantized in mode {mode!r}"
@@ -205,7 +207,7 @@ class _Finder:
         for child, role in experts.matrices.items():
             path = f"{experts.path}.{child}"
             arrays = self.arrays(path, modules[role])
-            if unknown := sorted(arrays.keys() - {"weight", "scales", "biases", "bias"}):
+            if unknown := sorted(arrays.keys() - PARTS):
                 raise SourceError(
                     f"{self.checkpoint.folder}: {path} has {', '.join(unknown)}, which experts cannot keep"
                 )
@@ -344,7 +346,7 @@ class _Computed:
         with mx.stream(mx.cpu):
             if name not in self._lazy:
                 with relabelling():
-                    model, _ = self._library.read(self._checkpoint.folder)
+                    model = self._library.read(self._checkpoint.folder)
                 arrays: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
                 self._lazy = dict(arrays)
             array = mx.contiguous(self._lazy.pop(name)).reshape(-1)

@@ -169,7 +169,7 @@ def identity(layout: BlobLayout, dtype: mx.Dtype, top_k: int) -> str:
 
 
 def _plain(layout: BlobLayout) -> bool:
-    """Whether MLX's operations compute such experts, without a custom kernel to compare."""
+    """Tells whether MLX's operations compute these experts, because no custom kernel does."""
     return trust.mode() == MLX or not gpu.fuses(layout)
 
 

@@ -124,7 +124,7 @@ def row_kernel(
 
 
 def fuses(layout: BlobLayout) -> bool:
-    """Whether the kernels know such experts: SwiGLU, without linear biases."""
+    """Tells whether the kernels support these experts: SwiGLU, without linear biases."""
     return layout.gate is not None and not layout.biased
 
 

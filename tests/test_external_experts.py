@@ -113,7 +113,7 @@ def test_what_can_be_streamed(kind: type[Experts], kept: list[str], factors: lis
     assert found.activation is None  # SwiGLU, whatever it is called
     assert (found.kept, found.factors) == (kept, factors)
 
-    dense = {path for path, _ in expert_modules.modules(model)}
+    dense = {path for path, _ in expert_modules.modules(model, expert_modules.find(model))}
     assert "layers.0.groups" in dense
     assert ("layers.0.experts.norm" in dense) == bool(kept)
     assert not {f"layers.0.experts.{name}" for name in found.matrices} & dense

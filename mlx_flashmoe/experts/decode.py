@@ -115,9 +115,8 @@ class Decode:
             ahead.stop()
         experts = np.unique(ids[0])  # some routers choose one twice, for experts that compute nothing
         fetch = arena.fetch(choice.layer, experts)
-        arena.touch(
-            choice.layer, experts
-        )  # while the disks are busy; nobody that it concerns could have left
+        # While the disks are busy: no expert of this choice can be evicted in between.
+        arena.touch(choice.layer, experts)
         fetch.wait()
         slots = arena.slot_of[arena.row_of[choice.layer]][experts]
         if ahead is not None and len(ids) > 1:

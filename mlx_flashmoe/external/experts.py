@@ -213,9 +213,8 @@ def _is_swiglu(activation: Activation) -> bool:
     return bool(mx.allclose(got, expected, rtol=1e-5, atol=1e-5).item())
 
 
-def modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The tree's modules with parameters of their own, without those that experts are made of."""
-    found = find(model)
+def modules(model: nn.Module, found: list[ExpertModule]) -> Iterator[tuple[str, nn.Module]]:
+    """The tree's modules with their paths, without those that the experts ``found`` in it are made of."""
     for path, module in model.named_modules():
         if not any(_is_part(path, experts) for experts in found):
             yield path, module

@@ -27,7 +27,7 @@ class Library:
         loaded: a checkpoint folder -> the same with the checkpoint's weights, lazily.
         knows: a config.json -> the name of the module that describes its architecture; None if there is none.
         aliases: model types that are other names of an architecture, and its own.
-        language: a whole model -> (the part that makes text of tokens, the prefix of its paths).
+        language: a whole model -> the part that computes logits from tokens.
     """
 
     name: str
@@ -35,14 +35,14 @@ class Library:
     loaded: Callable[[Path], nn.Module]
     knows: Callable[[dict[str, Any]], str | None]
     aliases: Callable[[], dict[str, str]]
-    language: Callable[[nn.Module], tuple[nn.Module, str]]
+    language: Callable[[nn.Module], nn.Module]
 
-    def build(self, config: dict[str, Any]) -> tuple[nn.Module, str]:
-        """The language model of a config.json with random lazy weights, and the prefix of its paths."""
+    def build(self, config: dict[str, Any]) -> nn.Module:
+        """The language model of a config.json with random lazy weights."""
         return self.language(self.whole(config))
 
-    def read(self, folder: Path) -> tuple[nn.Module, str]:
-        """The language model of a checkpoint, lazily, and the prefix of its paths."""
+    def read(self, folder: Path) -> nn.Module:
+        """The language model of a checkpoint, lazily."""
         return self.language(self.loaded(folder))
 
     def wrote(self, config: dict[str, Any], names: Iterable[str]) -> bool:
@@ -118,8 +118,8 @@ def _lm_loaded(folder: Path) -> nn.Module:
     return load_model(folder, lazy=True)[0]
 
 
-def _all_of_it(model: nn.Module) -> tuple[nn.Module, str]:
-    return model, ""
+def _all_of_it(model: nn.Module) -> nn.Module:
+    return model
 
 
 def _vlm_knows(config: dict[str, Any]) -> str | None:
@@ -163,17 +163,17 @@ def _vlm_loaded(folder: Path) -> nn.Module:
 WRONG_ALONE = {"granitemoe": "does not apply embedding_multiplier to the tokens of an answer"}
 
 
-def _language_model(model: nn.Module) -> tuple[nn.Module, str]:
-    """The part that makes text of tokens; in a model of several, the first part that has one."""
+def _language_model(model: nn.Module) -> nn.Module:
+    """The part that computes logits from tokens; in a model of several, the first part that has one."""
     kind = type(model).__module__.split(".")[2]
     if kind in WRONG_ALONE:
         raise FormatError(
             f"mlx-vlm's {kind} {WRONG_ALONE[kind]}; mlx-lm's does: convert a checkpoint that it reads"
         )
-    for at, part in (("", model), *((f"{name}.", child) for name, child in model.children().items())):
+    for part in (model, *model.children().values()):
         inner = getattr(part, "language_model", None)
         if isinstance(inner, nn.Module):
-            return inner, f"{at}language_model."
+            return inner
     raise FormatError(f"mlx-vlm's {type(model).__module__} has no language model that could be run alone")
 
 

@@ -38,7 +38,7 @@ class ExternalConfig:
 
     def __init__(self, library: Library, config: dict[str, Any]):
         self.library = library
-        model, self.prefix = library.build(config)
+        model = library.build(config)
         found = expert_modules.find(model)
         if not found:
             raise FormatError(
@@ -113,7 +113,7 @@ class ExternalModel(nn.Module):
     ):
         super().__init__()
         self.config = settings
-        self.language_model, _ = settings.library.build(config)
+        self.language_model = settings.library.build(config)
         for layer, one in zip(settings.moe_layers, settings.experts):
             probe.replace(self.language_model, one, experts(layer, one.activation))
         for one in settings.unused:

@@ -613,9 +613,8 @@ def resident_in_pieces(name: str, model: nn.Module, tokens: np.ndarray) -> np.nd
     else:
         from mlx_vlm.models.cache import make_prompt_cache
 
-        model, _ = libraries.LIBRARIES[name].language(
-            model
-        )  # the whole model would see a new prompt in every chunk
+        # The whole model would see a new prompt in every chunk.
+        model = libraries.LIBRARIES[name].language(model)
     return in_pieces(lambda t, cache: logits(model, t, cache), tokens, make_prompt_cache(model))
 
 
