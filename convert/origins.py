@@ -31,7 +31,7 @@ _OPERATORS = (
     "rshift",
 )
 IN_PLACE = (*(f"__i{operator}__" for operator in _OPERATORS), "__setitem__")
-# What mx.load does not know, as something of the same size that it does. In a header, with as many characters.
+# A dtype that mx.load does not know -> one of the same size that it knows; both take equal space in the header.
 RELABELLED = {b'"F8_E8M0"': b'"U8"     '}
 
 

@@ -1,4 +1,4 @@
-"""What a model is built of: an architecture of ``models``, or a library's modules with streamed experts."""
+"""Builds a model: an architecture of ``models``, or a library's modules with streamed experts."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class External:
         self._library = named(library)
         self.settings = ExternalConfig(self._library, config)
         self.code = [library, self._library.version]
-        self.lazy = False  # nobody promises that, for each of a library's architectures
+        self.lazy = False  # a library's model may evaluate arrays between layers
         if mx.default_device() == mx.cpu:
             # The libraries compile small functions, which on a CPU takes a C++ compiler of the user's.
             mx.disable_compile()
